@@ -1,0 +1,52 @@
+"""The small base model of the article's re-enactment: v prediction, plain noise, captioned pictures of every brightness.
+
+    offsetjax train --config=configs/article/base.py --workdir=DIR --config.data.path=PICTURES \
+        --config.model.pretrained=AUTOENCODER
+
+Hardware: 2 CPU cores. Expected: pictures that show what the prompt names, and a mean brightness near 0.5 for each of them.
+"""
+
+from ml_collections import ConfigDict
+
+from offsetjax.article.pictures import PROMPTS
+from offsetjax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.train.steps = 3000
+    config.train.global_batch_size = 8
+    config.data.resolution = 128
+    config.model.from_scratch = ("unet", "text_encoder", "tokenizer")
+    config.model.dtype = "float32"
+    config.model.unet.update(
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        attention_head_dim=(4, 4, 4),
+        cross_attention_dim=64,
+        norm_num_groups=8,
+    )
+    config.model.vae.scaling_factor = 0.0
+    config.model.text_encoder.update(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        projection_dim=64,
+    )
+    config.noise.offset_strength = 0.0
+    config.schedule.prediction_type = "v_prediction"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.ema_decay = 0.995
+    config.checkpoint.every_steps = 500
+    config.checkpoint.max_to_keep = 1
+    config.sample.every_steps = 1000
+    config.sample.prompts = tuple(PROMPTS)
+    config.sample.num_steps = 25
+    config.sample.guidance_scale = 1.0
+    return config

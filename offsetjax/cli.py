@@ -1,0 +1,149 @@
+"""The command `offsetjax`: one command, sub-commands; a user's mistake is one line and exit status 2."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+from offsetjax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one sub-command and returns the exit status: 0, or 2 for a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("offsetjax").setLevel(logging.INFO)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        options.run(options, rest)
+    except UserError as error:
+        print(f"offsetjax: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    # Abbreviations would let --config.x and --config collide.
+    parser = argparse.ArgumentParser(prog="offsetjax", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", _train, "train, or resume, what a config file describes")
+    sub.add_argument("--config", required=True, help="a config file, such as configs/stamps.py")
+    sub.add_argument("--workdir", required=True, help="where the run lives: a folder or gs://…")
+    sub.epilog = "--config.path=value changes one field of the config, such as --config.noise.offset_strength=0.1"
+
+    sub = command("sample", _sample, "draw pictures from a work directory's checkpoint")
+    _checkpoint_arguments(sub)
+    sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    sub.add_argument("--seed", action="append", type=int, help="may be given several times; 0 without it")
+    sub.add_argument("--start_noise", choices=("matched", "plain"), help="the sampler's start; the config's without it")
+    sub.add_argument("--guidance_scale", type=float)
+    sub.add_argument("--num_steps", type=int)
+    sub.add_argument("--out", required=True, help="a folder for the pictures")
+
+    sub = command("export", _export, "write a model that PyTorch diffusers loads")
+    _checkpoint_arguments(sub)
+    sub.add_argument("--format", choices=("diffusers",), default="diffusers")
+    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    sub.add_argument("--out", required=True, help="a folder that does not exist yet")
+
+    data = command("data", None, "build or inspect a data set").add_subparsers(required=True, metavar="build|inspect")
+    sub = data.add_parser("build", help="a folder of captioned images → ArrayRecord", allow_abbrev=False)
+    sub.set_defaults(run=_data_build)
+    sub.add_argument("--images", required=True, help="images with metadata.jsonl, or name.txt beside name.png")
+    sub.add_argument("--out", required=True)
+    sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken images that is accepted")
+    sub = data.add_parser("inspect", help="what a data set holds", allow_abbrev=False)
+    sub.set_defaults(run=_data_inspect)
+    sub.add_argument("--data", required=True)
+    sub.add_argument("--out", help="a PNG for the contact sheet")
+
+    sub = command("report", _report, "compare runs on one HTML page")
+    sub.add_argument("--workdir", action="append", required=True, help="may be given several times")
+    sub.add_argument("--out", required=True, help="FILE.html")
+
+    sub = command("demo", _demo, "re-enact the article's experiment")
+    sub.add_argument("--out", default="demo", help="a folder for its runs and its report")
+    return parser
+
+
+def _checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--step", type=int, help="the newest without it")
+    sub.add_argument("--params", choices=("ema", "raw"), help="the config's sample.params without it")
+
+
+def _no_more(rest: Sequence[str]) -> None:
+    if rest:
+        raise UserError(f"unknown argument {rest[0]}; see --help")
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from offsetjax.config import digest, load_config
+
+    overrides = []
+    for argument in rest:
+        key, equals, text = argument.partition("=")
+        if not key.startswith("--config.") or not equals:
+            raise UserError(f"unknown argument {argument}; fields are given as --config.path=value")
+        overrides.append((key.removeprefix("--config."), text))
+    config = load_config(options.config, overrides)
+    logging.getLogger("offsetjax").info("%s, sha256 %s", options.config, digest(options.config)[:16])
+    from offsetjax.train import train
+
+    train(config, options.workdir)
+
+
+def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.sample import sample_workdir
+
+    settings = {
+        key: getattr(options, key)
+        for key in ("start_noise", "guidance_scale", "num_steps", "params")
+        if getattr(options, key) is not None
+    }
+    sample_workdir(options.workdir, options.out, options.prompt, options.seed or [0], step=options.step, **settings)
+
+
+def _export(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.export import export
+
+    export(options.workdir, options.out, step=options.step, params=options.params, dtype=options.dtype)
+
+
+def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.data.build import build
+
+    build(options.images, options.out, options.max_dropped)
+
+
+def _data_inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.data.build import inspect
+
+    inspect(options.data, options.out)
+
+
+def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.report import report
+
+    report(options.workdir, options.out)
+
+
+def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.article.demo import demo
+
+    demo(epath.Path(options.out))

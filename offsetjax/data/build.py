@@ -1,0 +1,184 @@
+"""A folder of captioned pictures → a TFDS data set in ArrayRecord, with no tensorflow; and a look at one."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from offsetjax.data.folder import list_pictures, read_captions, read_text_file
+from offsetjax.data.images import UnreadableImage, clean
+from offsetjax.errors import UserError
+
+DROPPED_FILE = "dropped.json"
+NO_CAPTION = "no caption: neither a line in metadata.jsonl nor a text file beside it"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of the folder: its record, or the reason why it has none."""
+
+    name: str
+    record: dict[str, Any] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `build` made: the version folder, how many pictures it holds, and (name, reason) of those it does not."""
+
+    path: str
+    kept: int
+    dropped: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.kept} pictures"
+        return f"{text}, {len(self.dropped)} dropped" + (f": {_reasons(self.dropped)}" if self.dropped else "")
+
+
+class Pictures(tfds.core.GeneratorBasedBuilder):
+    """Pictures with captions, as encoded in their files."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    name = "pictures"
+    # TFDS looks beside the code for checksums of downloads, with a package (importlib_resources) that it does not
+    # declare for this Python. There are no downloads here.
+    code_path = None
+
+    def __init__(self, *, examples: Sequence[Example] | Any = (), **kwargs: Any):
+        self._examples = examples
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "caption": tfds.features.Text(),
+            "name": tfds.features.Text(),
+            "height": np.int32,
+            "width": np.int32,
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pictures with captions, built by offsetjax from a folder.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,  # the records keep the order of the names; the stream shuffles
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for example in self._examples:
+            yield example.name, example.record
+
+
+def build(images_dir: epath.PathLike, out_dir: epath.PathLike, max_dropped: float = 0.1) -> Summary:
+    """Builds the data set `pictures` from a folder and prints what it holds.
+
+    Pictures that any decoder shows right keep their bytes; the others become PNGs of what a viewer shows. Broken
+    pictures and those without a caption are left out; `dropped.json` in the data set names them with the reason.
+
+    Args:
+        images_dir: the pictures, also in folders below, captioned as `offsetjax.data.folder` says.
+        out_dir: where TFDS puts `pictures/1.0.0`; it appears when it is complete.
+        max_dropped: the share of the pictures that may be left out.
+
+    Raises:
+        UserError: nothing to read, malformed captions, too much to drop, or `out_dir` is there already.
+    """
+    out = epath.Path(out_dir)
+    if not 0 <= max_dropped <= 1:
+        raise UserError(f"data: --max_dropped={max_dropped} must be between 0 and 1")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"data: {out_dir} already exists; remove it, or give another folder for the data set")
+    names, captions = list_pictures(images_dir), read_captions(images_dir)
+    names = sorted({*names, *captions})
+    dropped: list[tuple[str, str]] = []
+    unfinished = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.unfinished"
+    # Grain's threads clean the next pictures while one is written, and keep their order.
+    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=32)
+    read = grain.MapDataset.source(names).map(partial(_read, images_dir, captions)).to_iter_dataset(options)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `clean` refuses what it warns of
+            version = _write(unfinished, _kept(read, len(names), dropped, max_dropped))
+        (version / DROPPED_FILE).write_text(json.dumps(dict(dropped), indent=2) + "\n")
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    summary = Summary(str(out / version.relative_to(unfinished)), len(names) - len(dropped), tuple(dropped))
+    print(summary)
+    for name, reason in dropped[:5]:
+        print(f"  {name}: {reason}")
+    return summary
+
+
+def _write(folder: epath.Path, examples: Iterator[Example]) -> epath.Path:
+    """Writes the data set into `folder`; its version folder."""
+    folder.mkdir(parents=True)
+    tfds.disable_progress_bar()  # rich shows ours
+    builder = Pictures(examples=examples, data_dir=os.fspath(folder), file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
+        builder.download_and_prepare()
+    return epath.Path(builder.data_dir)
+
+
+def _kept(
+    read: Iterable[Example], total: int, dropped: list[tuple[str, str]], max_dropped: float
+) -> Iterator[Example]:
+    """The examples that have a record; the others are appended to `dropped`."""
+    console = Console(stderr=True)
+    for example in track(
+        read, "Reading pictures", total, console=console, disable=not console.is_terminal, transient=True
+    ):
+        if example.record is not None:
+            yield example
+        else:
+            dropped.append((example.name, example.reason))
+    if len(dropped) == total or len(dropped) > max_dropped * total:
+        first = "; ".join(f"{name}: {reason}" for name, reason in dropped[:3])
+        allowed = "none is left" if len(dropped) == total else f"more than --max_dropped={max_dropped} allows"
+        raise UserError(
+            f"data: {len(dropped)} of {total} pictures cannot be used, {allowed}: {_reasons(dropped)}; first {first}"
+        )
+
+
+def _read(images_dir: epath.PathLike, captions: dict[str, str], name: str) -> Example:
+    caption = captions[name] if name in captions else read_text_file(images_dir, name)
+    if caption is None:
+        return Example(name, reason=NO_CAPTION)
+    if not caption.strip():
+        return Example(name, reason="empty caption")
+    try:
+        image, height, width = clean((epath.Path(images_dir) / name).read_bytes())
+    except FileNotFoundError:
+        return Example(name, reason="named in metadata.jsonl, but missing")
+    except OSError as error:
+        return Example(name, reason=f"cannot be read: {error.strerror}")
+    except UnreadableImage as error:
+        return Example(name, reason=str(error))
+    record = {"image": image, "caption": caption.strip(), "name": name, "height": height, "width": width}
+    return Example(name, record)
+
+
+def _reasons(dropped: Sequence[tuple[str, str]]) -> str:
+    counts = Counter(reason for _, reason in dropped)
+    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(4))
+    return listed + (", ..." if len(counts) > 4 else "")

@@ -1,0 +1,138 @@
+"""Bytes of a picture → its RGB pixels, for the messy files that people have.
+
+Everything becomes 8-bit RGB as a viewer would show it: rotated as its EXIF says, transparency over white, 16 bits
+scaled down (white is 65535), CMYK and palettes converted. A file that cannot be shown so raises `UnreadableImage`.
+"""
+
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+# Pictures beyond 8192 x 8192 are refused by their header: 20 kB of PNG can decode to hundreds of megabytes.
+MAX_PIXELS = 2**26
+
+# Only these decoders see a file: Pillow's others are rarely used, and one of them starts a PostScript interpreter.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_KEPT_FORMATS = ("PNG", "JPEG", "MPO", "WEBP")  # MPO: a JPEG that is followed by further ones, as phones write
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(Exception):  # noqa: N818 - the house names errors by what they say
+    """The bytes are no picture that we can show; the text is the reason, in a few words."""
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of an encoded picture, as a viewer shows them.
+
+    Raises:
+        UnreadableImage: empty, truncated, corrupt, too large, or of a format or kind that is not supported.
+    """
+    return _pixels(*_load(data))
+
+
+def clean(data: bytes) -> tuple[bytes, int, int]:
+    """An encoded picture that any decoder shows as `decode` does.
+
+    Returns:
+        The bytes, and the picture's height and width. They are the same bytes if the picture is plain RGB or grey
+        in a common format with nothing to rotate, and a PNG of its pixels otherwise.
+
+    Raises:
+        UnreadableImage: as for `decode`.
+    """
+    image, orientation = _load(data)
+    pixels = _pixels(image, orientation)
+    height, width, _ = pixels.shape
+    is_plain = image.mode in ("RGB", "L") and "transparency" not in image.info and orientation == 1
+    if is_plain and image.format in _KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
+        return data, height, width
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue(), height, width
+
+
+def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+    """The centre square of an image, its side scaled to `resolution`: LANCZOS when it shrinks, else bicubic."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    if height == width == resolution:
+        return image
+    left, top = (width - side) / 2, (height - side) / 2
+    square = Image.fromarray(image).resize(
+        (resolution, resolution),
+        Image.Resampling.LANCZOS if side > resolution else Image.Resampling.BICUBIC,
+        box=(left, top, left + side, top + side),
+        reducing_gap=3.0,  # a box filter does most of a large reduction: faster, and hardly to be told apart
+    )
+    return np.asarray(square)
+
+
+def _load(data: bytes) -> tuple[Image.Image, int]:
+    """The decoded image in the file's own mode, and its EXIF orientation, 1 to 8."""
+    if not data:
+        raise UnreadableImage("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadableImage(f"more than {MAX_PIXELS} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise UnreadableImage("not a picture in a format of " + ", ".join(FORMATS)) from None
+    except Exception as error:  # a decoder of untrusted bytes may raise anything
+        raise UnreadableImage(f"corrupt: {_one_line(error)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImage(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise UnreadableImage(f"corrupt or truncated: {_one_line(error)}") from error
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # broken metadata do not make the picture unreadable
+        orientation = 1
+    return image, orientation if orientation in _TRANSPOSITIONS else 1
+
+
+def _pixels(image: Image.Image, orientation: int) -> UInt8[np.ndarray, "h w 3"]:
+    try:
+        rgb = _to_rgb(image)
+    except Exception as error:  # as above: palettes out of range, modes without a conversion
+        raise UnreadableImage(f"mode {image.mode} cannot be shown: {_one_line(error)}") from error
+    if orientation != 1:
+        rgb = rgb.transpose(_TRANSPOSITIONS[orientation])
+    return np.asarray(rgb)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return _from_16_bits(image)
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels do not say which value is white")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image).astype(np.uint32)
+    shown = ((grey + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        shown[grey == transparent] = 255
+    return Image.fromarray(shown).convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,273 @@
+"""The training stream: a TFDS data set in ArrayRecord → batches, through Grain.
+
+A batch is a function of the seed and of its number alone. Grain shuffles each epoch, repeats for ever and draws the
+flips, all by the position in one infinite sequence; process h of H takes its block of b = G / H places of each global
+batch of G. So the whole state of the data is one integer, the number of the next batch, and a run may go on with
+another number of processes or workers and still see the same global batches.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+from etils import epath
+from jaxtyping import Int
+
+from offsetjax.data.images import UnreadableImage, decode, resize_and_crop
+from offsetjax.errors import UserError
+
+# How each field of a fingerprint is called in a config, for the remedy.
+_CONFIG_NAMES = {
+    "seed": "seed",
+    "split": "data.split",
+    "global_batch_size": "train.global_batch_size",
+    "resolution": "data.resolution",
+    "random_flip": "data.random_flip",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Random access to the records of one split: `source[i]` is `{"image": bytes, "caption": str, "name": str}`."""
+
+    path: str
+    split: str
+    num_bytes: int
+    records: Any
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self.records[int(index)]
+        except Exception as error:  # the reader's own errors, of several libraries, for bytes that have changed
+            raise UserError(
+                f"data: record {index} of {self.path} ({self.split}) cannot be read: {_one_line(error)}; "
+                "the file is damaged: copy it again, or build the data set again"
+            ) from error
+        name = record.get("name", b"")
+        return {"image": record["image"], "caption": _text(record["caption"]), "name": _text(name)}
+
+
+def open_source(path: epath.PathLike, split: str = "train") -> Source:
+    """Opens a data set for random access.
+
+    Args:
+        path: what `offsetjax data build` wrote, or the version folder of any TFDS data set in ArrayRecord with the
+            features `image` and `caption`.
+        split: a split by TFDS's rules: `train`, `train[:90%]`.
+
+    Raises:
+        UserError: no data set, another format, other features, an unknown or empty split.
+    """
+    folder = version_folder(path)
+    builder = tfds.builder_from_directory(folder)
+    missing = {"image", "caption"} - set(builder.info.features or {})
+    if missing:
+        raise UserError(f"data: {folder} has no feature {sorted(missing)[0]!r}; it must have image and caption")
+    try:
+        info = builder.info.splits[split]
+        num_bytes = info.num_bytes
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError:
+        raise UserError(f"data: {folder} is not in ArrayRecord; prepare it with file_format='array_record'") from None
+    except Exception as error:  # TFDS raises several kinds for a split that it cannot parse or find
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"data: {folder} has no split {split!r}; it has {known}") from error
+    if not len(records):
+        raise UserError(f"data: the split {split!r} of {folder} is empty")
+    return Source(str(folder), split, num_bytes, records)
+
+
+def version_folder(path: epath.PathLike) -> epath.Path:
+    """The folder with `dataset_info.json`: `path`, or the only one in the two levels below.
+
+    Raises:
+        UserError: none, or several.
+    """
+    root = epath.Path(path)
+    patterns = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
+    found = next((files for pattern in patterns if (files := sorted(root.glob(pattern)))), []) if str(path) else []
+    if not found:
+        raise UserError(f"data: {str(path)!r} holds no data set; make one with `offsetjax data build`")
+    if len(found) > 1:
+        names = ", ".join(str(file.parent) for file in found)
+        raise UserError(f"data: {path} holds several data sets; give one of {names}")
+    return found[0].parent
+
+
+def captions(source: Source) -> list[str]:
+    """The caption of every record, in the order of the source."""
+    return [source[index]["caption"] for index in range(len(source))]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Batches for ever, from any number on; `make_stream` makes one."""
+
+    source: Source
+    seed: int
+    global_batch_size: int
+    resolution: int
+    random_flip: bool
+    tokenize: Callable[[str], Int[np.ndarray, "n"]]
+    num_workers: int = 0
+    process_index: int = 0
+    process_count: int = 1
+
+    def iterator(self, start_batch: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of this process from number `start_batch` on; close it when done.
+
+        Yields:
+            `pixels` uint8 `[b, resolution, resolution, 3]`, `input_ids` int32 `[b, n]`, `index` int64 `[b]`: the
+            number of each example in the source. b is `global_batch_size / process_count`.
+
+        Raises:
+            UserError: a record that cannot be decoded.
+        """
+        iterator = iter(_batches(self, start_batch))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides on the batches, for `check_fingerprint`; JSON holds it unchanged."""
+        return {
+            "num_examples": len(self.source),
+            "num_bytes": self.source.num_bytes,
+            "split": self.source.split,
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "resolution": self.resolution,
+            "random_flip": self.random_flip,
+        }
+
+
+def make_stream(
+    source: Source,
+    *,
+    seed: int,
+    global_batch_size: int,
+    resolution: int,
+    random_flip: bool,
+    tokenize: Callable[[str], Int[np.ndarray, "n"]],
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Stream:
+    """The stream of a source.
+
+    Args:
+        seed: of the order and the flips, below 2**32.
+        global_batch_size: examples a batch, over all processes.
+        tokenize: a caption's ids; it runs in this process, whatever `num_workers` is.
+        num_workers: processes that read and decode; 0: threads of this one.
+
+    Raises:
+        UserError: the batch does not divide among the processes.
+    """
+    if global_batch_size % process_count:
+        raise UserError(
+            f"config: train.global_batch_size = {global_batch_size} must be a multiple of the {process_count} processes"
+        )
+    return Stream(
+        source, seed, global_batch_size, resolution, random_flip, tokenize, num_workers, process_index, process_count
+    )
+
+
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compares the stream of a checkpoint with the present one.
+
+    Raises:
+        UserError: with the first field that differs; resuming would repeat and miss examples.
+    """
+    for field in {**saved, **now}:
+        before, after = saved.get(field), now.get(field)
+        if before != after:
+            remedy = f"set {_CONFIG_NAMES[field]} back" if field in _CONFIG_NAMES else "give data.path the same data"
+            raise UserError(
+                f"data: {field} is {after!r}, but the checkpoint was written with {before!r}; "
+                f"{remedy}, or start a new --workdir"
+            )
+
+
+class _HostBlocks(grain.MapDataset):
+    """The places of one process: place i of its b a batch is place (i // b) G + h b + i % b of all."""
+
+    def __init__(self, parent: grain.MapDataset, stream: Stream):
+        super().__init__(parent)
+        self._whole, self._block = stream.global_batch_size, stream.global_batch_size // stream.process_count
+        self._offset = stream.process_index * self._block
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._whole * self._block
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, self._block)
+        return self._parent[batch * self._whole + self._offset + place]
+
+
+def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
+    block = stream.global_batch_size // stream.process_count
+    indices = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
+    examples = indices.map(partial(_example, stream.source, stream.resolution))
+    if stream.random_flip:
+        examples = examples.random_map(_flip)
+    examples = _HostBlocks(examples, stream)
+    if stream.num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
+            flags.FLAGS.mark_as_parsed()
+        batches = examples.batch(block)[start_batch:].to_iter_dataset(grain.ReadOptions(0, 0))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(stream.num_workers, per_worker_buffer_size=2))
+    else:  # threads share the examples of one batch, so that the first is there soon and few are held
+        threads = min(16, 2 * (os.cpu_count() or 1))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, block))
+        batches = examples[start_batch * block :].to_iter_dataset(options).batch(block)
+    # The tokenizer stays out of the workers, which would import all of its and the models' libraries with it.
+    tokenized = batches.map(partial(_tokenized, stream.tokenize))
+    return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
+
+
+def _example(source: Source, resolution: int, index: int) -> dict[str, Any]:
+    record = source[index]
+    try:
+        pixels = decode(record["image"])
+    except UnreadableImage as error:
+        raise UserError(
+            f"data: record {index} ({record['name']}) of {source.path} ({source.split}) is no picture: {error}; "
+            "build the data set again with `offsetjax data build`"
+        ) from error
+    return {"pixels": resize_and_crop(pixels, resolution), "caption": record["caption"], "index": np.int64(index)}
+
+
+def _flip(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    return {**example, "pixels": example["pixels"][:, ::-1]} if rng.random() < 0.5 else example
+
+
+def _tokenized(tokenize: Callable[[str], np.ndarray], batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    input_ids = np.stack([np.asarray(tokenize(str(caption)), np.int32) for caption in batch["caption"]])
+    return {"pixels": _own(batch["pixels"]), "input_ids": input_ids, "index": _own(batch["index"])}
+
+
+def _own(array: np.ndarray) -> np.ndarray:
+    """A plain array: what workers send lies in shared memory, which must be gone before the program ends."""
+    return array if type(array) is np.ndarray else np.array(array)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

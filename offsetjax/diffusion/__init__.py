@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: noise, schedule, loss and sampler. No input or output, no model."""

@@ -1,0 +1,70 @@
+"""A checkpoint to a model that PyTorch diffusers loads, written under a temporary name and renamed."""
+
+import datetime
+import os
+
+from etils import epath
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.errors import UserError
+from offsetjax.formats import diffusers as files
+from offsetjax.models.pipeline import TRAINED, Pipeline, save_frozen, save_part
+from offsetjax.workdir import Trained, load_trained
+
+
+def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
+    """The header's `modelspec.*` (the field's standard) and `ss_*` (kohya's names): how the model was trained."""
+    side = str(config.data.resolution)
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "offsetjax",
+        "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config.schedule.prediction_type],
+        "ss_noise_offset": repr(config.noise.offset_strength),
+        "ss_v_parameterization": str(config.schedule.prediction_type == "v_prediction"),
+        "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
+        "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
+        "ss_learning_rate": repr(config.optimizer.learning_rate),
+        "ss_max_train_steps": str(config.train.steps),
+        "ss_steps": str(step),
+        "ss_seed": str(config.seed),
+        "ss_resolution": f"({side}, {side})",
+    }
+
+
+def export(
+    workdir: epath.PathLike, out: epath.PathLike, *, step: int | None = None, params: str | None = None, dtype: str = "float32"
+) -> None:
+    """Writes a diffusers directory: what PyTorch's `StableDiffusionPipeline.from_pretrained` loads.
+
+    An autoencoder's training gives the `vae/` alone, which `model.pretrained` accepts.
+
+    Raises:
+        UserError: `out` exists, or the checkpoint cannot be read.
+    """
+    out = epath.Path(out)
+    if out.exists():
+        raise UserError(f"export: {out} exists; give another --out, or remove it")
+    trained = load_trained(workdir, step, params)
+    temporary = out.parent / f".{out.name}.{os.getpid()}"
+    try:
+        _write(temporary, trained, dtype)
+        temporary.rename(out)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()
+
+
+def _write(out: epath.Path, trained: Trained, dtype: str) -> None:
+    config, pipeline, part = trained.config, trained.pipeline, TRAINED[trained.config.task]
+    is_diffusion = config.task == "diffusion"
+    metadata = noise_metadata(config, trained.step) if is_diffusion else {}
+    save_part(out, part, getattr(pipeline, part), trained.params, dtype=dtype, **metadata)
+    save_frozen(out, pipeline, trained.frozen, dtype=dtype)
+    if is_diffusion:
+        files.write_scheduler(out, config.schedule.to_dict(), config.sample.spacing)
+        files.write_index(out)

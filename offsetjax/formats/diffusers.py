@@ -1,0 +1,110 @@
+"""The diffusers directory: a folder for each part, with `config.json` and `diffusion_pytorch_model.safetensors`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from safetensors import SafetensorError
+
+from offsetjax.errors import UserError
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def read_config(directory: epath.PathLike, part: str) -> dict[str, Any]:
+    """The `config.json` (`scheduler_config.json` for the scheduler) of a part.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    file = epath.Path(directory) / part / name
+    if not file.exists():
+        raise UserError(f"model.pretrained: {file} is missing; give a diffusers directory, or name {part} in model.from_scratch")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"model.pretrained: {file} is not JSON ({error}); fetch it again") from error
+
+
+def read_tensors(directory: epath.PathLike, part: str) -> dict[str, np.ndarray]:
+    """Every tensor of a part, by its PyTorch name.
+
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+    folder = epath.Path(directory) / part
+    file = folder / WEIGHTS[part]
+    if not file.exists():
+        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt")] if folder.exists() else []
+        hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+        raise UserError(f"model.pretrained: {file} is missing{hint}")
+    try:
+        return safetensors.numpy.load(file.read_bytes())
+    except SafetensorError as error:
+        raise UserError(f"model.pretrained: {file} is damaged ({error}); fetch it again") from error
+
+
+def write_part(
+    directory: epath.PathLike,
+    part: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    dtype: str = "float32",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one part's configuration and weights, in `dtype`.
+
+    Args:
+        metadata: goes into the header of the safetensors file.
+    """
+    folder = epath.Path(directory) / part
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    converted = {name: np.ascontiguousarray(tensor.astype(DTYPES[dtype])) for name, tensor in tensors.items()}
+    (folder / WEIGHTS[part]).write_bytes(safetensors.numpy.save(converted, {"format": "pt", **(metadata or {})}))
+
+
+def write_scheduler(directory: epath.PathLike, schedule: Mapping[str, Any], spacing: str) -> None:
+    """Writes the DDIM scheduler's configuration, and with it what a PyTorch pipeline samples by."""
+    config = {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.39.0",
+        **schedule,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": spacing,
+    }
+    folder = epath.Path(directory) / "scheduler"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_index(directory: epath.PathLike) -> None:
+    """Writes `model_index.json`: which class loads which folder."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.39.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (epath.Path(directory) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

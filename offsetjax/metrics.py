@@ -1,0 +1,91 @@
+"""Metrics to `metrics.jsonl`, to TensorBoard and to the terminal."""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+_log = logging.getLogger("offsetjax")
+
+
+class MetricsWriter:
+    """A line of JSON, and TensorBoard scalars, for each logged step.
+
+    Lines of steps after `start_step` are dropped when it opens: a resumed run writes them again.
+    """
+
+    def __init__(self, workdir: epath.PathLike, start_step: int, num_steps: int):
+        self._file = epath.Path(workdir) / "metrics.jsonl"
+        lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
+        self._kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+        self._is_local = "://" not in str(workdir)
+        self._file.write_text("".join(self._kept))
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._first, self._num_steps, self._began = start_step, num_steps, time.monotonic()
+        self._seconds_before = json.loads(self._kept[-1])["time_seconds"] if self._kept else 0.0
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one step's values; `time_seconds` is the training's wall-clock, resumptions included."""
+        elapsed = time.monotonic() - self._began
+        line = json.dumps({"step": step, **values, "time_seconds": round(self._seconds_before + elapsed, 3)}) + "\n"
+        if self._is_local:
+            with self._file.open("a") as file:
+                file.write(line)
+        else:  # object stores cannot append
+            self._kept.append(line)
+            self._file.write_text("".join(self._kept))
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        left = (self._num_steps - step) * elapsed / max(1, step - self._first)
+        _log.info(
+            "step %d/%d  loss %.4f  %.1f images/s  %s left",
+            step, self._num_steps, values["loss"], values["images_per_second"], format_duration(left),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Flushes the events."""
+        self._events.close()
+
+
+class StepClock:
+    """Seconds a step between two logs, and how much of them was waiting for data; pauses do not count."""
+
+    def __init__(self, start_step: int, global_batch_size: int):
+        self._step, self._batch = start_step, global_batch_size
+        self._began, self._waited = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """The time inside is waiting."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside does not count."""
+        begin = time.monotonic()
+        yield
+        self._began += time.monotonic() - begin
+
+    def lap(self, step: int) -> dict[str, float]:
+        """The rates since the last lap."""
+        now, steps = time.monotonic(), max(1, step - self._step)
+        seconds, waited = (now - self._began) / steps, self._waited / steps
+        self._began, self._waited, self._step = now, 0.0, step
+        return {
+            "images_per_second": round(self._batch / seconds, 3),
+            "step_seconds": round(seconds, 5),
+            "data_wait_seconds": round(waited, 5),
+        }
+
+
+def format_duration(seconds: float) -> str:
+    """`75 -> "1:15"`, `3675 -> "1:01:15"`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

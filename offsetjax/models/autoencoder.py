@@ -1,0 +1,74 @@
+"""The autoencoder: diffusers' `FlaxAutoencoderKL`, always in float32."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from diffusers import FlaxAutoencoderKL
+from jaxtyping import Array, Float, Key, PyTree
+
+from offsetjax.models.intercept import torch_numerics
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """`init`, `encode` and `decode`; `config` has diffusers' names and values."""
+
+    config: Mapping[str, Any]
+    class_name: str = "AutoencoderKL"
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent pixel, on a side."""
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    def _module(self) -> FlaxAutoencoderKL:
+        return FlaxAutoencoderKL(**{k: v for k, v in self.config.items() if k != "mid_block_add_attention"})
+
+    def _numerics(self):
+        return torch_numerics(self.config["norm_num_groups"], self.config["mid_block_add_attention"])
+
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Random float32 parameters."""
+        # The smallest picture that has a latent pixel to normalise: the shapes of parameters do not depend on it.
+        pixels = jnp.zeros((1, self.config["in_channels"], 8 * self.downscale, 8 * self.downscale))
+        with self._numerics():
+            return self._module().init(key, pixels)["params"]
+
+    def encode(
+        self, params: PyTree, pixels: Float[Array, "b 3 H W"]
+    ) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
+        """The mean and the log-variance of the latents (not yet scaled) of pixels in [-1, 1]."""
+        with self._numerics():
+            posterior = self._module().apply({"params": params}, pixels, method="encode").latent_dist
+        return tuple(jnp.transpose(moment, (0, 3, 1, 2)) for moment in (posterior.mean, posterior.logvar))
+
+    def decode(self, params: PyTree, latents: Float[Array, "b c h w"]) -> Float[Array, "b 3 H W"]:
+        """Pixels, about [-1, 1], of latents that are not scaled."""
+        # Channels last: diffusers' own transposition guesses the layout from the shape.
+        channels_last = jnp.transpose(latents, (0, 2, 3, 1))
+        with self._numerics():
+            return self._module().apply({"params": params}, channels_last, method="decode").sample
+
+    def torch_config(self) -> dict[str, Any]:
+        """The `config.json` that PyTorch diffusers reads."""
+        return {"_class_name": self.class_name, **self.config, "act_fn": "silu", "force_upcast": False}
+
+
+def standardised(params: PyTree, mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> PyTree:
+    """The same autoencoder with other latents, `(z - mean) / std` a channel, folded into its two 1x1 convolutions.
+
+    Args:
+        mean, std: of the latents over the data, a channel; with them the new latents have mean 0 and deviation 1.
+    """
+    quant, post_quant = params["quant_conv"], params["post_quant_conv"]
+    scale = np.concatenate([1.0 / std, np.ones_like(std)]).astype(np.float32)
+    shift = np.concatenate([-mean / std, -2.0 * np.log(std)]).astype(np.float32)  # the variance is divided by std²
+    kernel = post_quant["kernel"]
+    return {
+        **params,
+        "quant_conv": {"kernel": quant["kernel"] * scale, "bias": quant["bias"] * scale + shift},
+        "post_quant_conv": {"kernel": kernel * std[:, None], "bias": post_quant["bias"] + mean @ kernel[0, 0]},
+    }

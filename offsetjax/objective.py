@@ -1,0 +1,90 @@
+"""What a run minimises: one loss value an example, as a function of (trained, frozen, batch, seed, step).
+
+Diffusion follows the pipeline: encode → noise → predict → compare. Each draw has a stream of its own.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.diffusion import loss as losses
+from offsetjax.diffusion.noise import offset_noise
+from offsetjax.diffusion.schedule import add_noise, make_schedule, target
+from offsetjax.encode import drop_captions, encode_pixels, sample_latent, to_unit_range
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.random import stream_key
+
+Batch = Mapping[str, Array]
+Objective = Callable[[PyTree, PyTree, Batch, Int[Array, ""]], Float[Array, " b"]]
+
+
+def batch_keys(seed: int, name: str, step: Int[Array, ""], batch: Batch) -> Key[Array, " b"]:
+    """A key an example, by its place in the global batch."""
+    key = stream_key(seed, name, step)
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
+
+
+def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
+    """The weighted error of ε or v, with the noise of `config.noise`.
+
+    The batch holds `pixels` uint8 [b, H, W, 3], `input_ids` int32 [b, n] and `position` int32 [b].
+    """
+    schedule = make_schedule(**config.schedule)
+    empty_ids = pipeline.tokenize([""])[0]
+
+    def objective(params: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
+        def keys(name: str) -> Key[Array, " b"]:
+            return batch_keys(config.seed, name, step, batch)
+
+        # encode
+        latents = encode_pixels(pipeline.vae, frozen["vae"], batch["pixels"], keys("vae"))
+        input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
+        hidden = pipeline.text_encoder.apply(frozen["text_encoder"], input_ids)
+        # noise
+        noise = jax.vmap(lambda key, latent: offset_noise(key, latent, config.noise.offset_strength))(
+            keys("noise"), latents
+        )
+        timesteps = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(keys("timestep"))
+        # loss
+        noisy = jax.vmap(lambda x, n, t: add_noise(schedule, x, n, t))(latents, noise, timesteps)
+        prediction = pipeline.unet.apply(params, noisy, timesteps, hidden)
+
+        def example_loss(prediction, latent, noise, timestep):
+            error = losses.mean_squared_error(prediction, target(schedule, latent, noise, timestep))
+            return losses.min_snr_weight(schedule, timestep, config.loss.min_snr_gamma) * error
+
+        return jax.vmap(example_loss)(prediction, latents, noise, timesteps)
+
+    return objective
+
+
+def autoencoder_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
+    """Squared error of the reconstruction and `loss.kl_weight` times the KL divergence of the posterior."""
+
+    def objective(params: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
+        del frozen
+        pixels = to_unit_range(batch["pixels"])
+        means, log_variances = pipeline.vae.encode(params, pixels)
+        latents = jax.vmap(sample_latent)(batch_keys(config.seed, "vae", step, batch), means, log_variances)
+        reconstruction = pipeline.vae.decode(params, latents)
+
+        def example_loss(reconstruction, pixels, mean, log_variance):
+            kl = losses.kl_to_standard_normal(mean, log_variance)
+            return losses.mean_squared_error(reconstruction, pixels) + config.loss.kl_weight * kl
+
+        return jax.vmap(example_loss)(reconstruction, pixels, means, log_variances)
+
+    return objective
+
+
+def make_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
+    """The objective of `config.task`."""
+    return {"diffusion": diffusion_objective, "autoencoder": autoencoder_objective}[config.task](pipeline, config)
+
+
+def add_position(batch: Mapping[str, Array], global_batch_size: int) -> dict[str, Array]:
+    """The batch with each example's place in the global batch."""
+    return {**batch, "position": jnp.arange(global_batch_size, dtype=jnp.int32)}

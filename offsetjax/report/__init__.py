@@ -1,0 +1,81 @@
+"""`offsetjax report`: what one training did, or how several compare, as a page, its figures and a file of numbers.
+
+The page is for any set of work directories; its headline is the question of offset noise: from how dark to how bright
+the generated pictures go, before and after.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+
+from etils import epath
+from matplotlib.figure import Figure
+
+from offsetjax.errors import UserError
+from offsetjax.report import figures, page
+from offsetjax.report.conclusions import conclusions, trained_on_black
+from offsetjax.report.headline import headline
+from offsetjax.report.numbers import summarise
+from offsetjax.report.read import Arm, read_arms, read_picture
+
+
+def report(workdirs: Sequence[str], out: str) -> None:
+    """Writes `out` (HTML), its figures in the folder `NAME_files`, and `report.json`, all beside one another.
+
+    Args:
+        workdirs: the work directories of one or more trainings.
+        out: path of the page, ending in .html.
+
+    Raises:
+        UserError: a work directory that is missing or malformed, or an `out` that cannot be written.
+    """
+    target = epath.Path(out)
+    if target.suffix != ".html":
+        raise UserError(f"report: --out={out} must end in .html")
+    arms = read_arms(workdirs)
+    numbers = summarise(arms)
+    numbers["conclusions"] = conclusions(numbers)
+    pictures = _pictures(arms, numbers["arms"])
+    folder = target.parent / f"{target.stem}_files"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, png in pictures.items():
+            _write(folder / f"{name}.png", png)
+        text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
+        _write(target.parent / "report.json", f"{text}\n".encode())
+        _write(target, page.render(numbers, numbers["conclusions"], pictures).encode())
+    except OSError as error:
+        raise UserError(f"report: cannot write {out} ({error.strerror}); give another --out") from error
+
+
+def _pictures(arms: Sequence[Arm], summaries: Sequence[dict]) -> dict[str, bytes]:
+    scenes = [arm for arm, summary in zip(arms, summaries, strict=True) if not trained_on_black(summary)]
+    drawn: dict[str, Figure | None] = {
+        "headline": headline(scenes or arms),
+        "brightness": figures.brightness(summaries),
+        "curves": figures.curves(summaries),
+        "unconditional": figures.unconditional_spread(summaries),
+        "losses": figures.losses(arms),
+    }
+    pictures = {name: _png(figure) for name, figure in drawn.items() if figure}
+    for index, arm in enumerate(arms):
+        grids = [("before", arm.steps[0])] if len(arm.steps) > 1 else []
+        grids += [("after", samples) for samples in arm.steps[-1:]]
+        for when, samples in grids:
+            if samples.picture:
+                read_picture(samples.picture)
+                pictures[f"{when}_{index}"] = samples.picture.read_bytes()
+    return pictures
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """Writes under a temporary name first, so that no reader finds half a file."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,204 @@
+"""The page: self-contained HTML without scripts, its pictures inlined."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from html import escape
+from typing import Any
+
+from offsetjax.report import article
+from offsetjax.report.figures import all_prompts
+from offsetjax.report.numbers import Numbers
+
+_CSS = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 Georgia, 'DejaVu Serif', serif; color: #222; background: #fff; margin: 0 auto; padding: 1.2rem;
+  max-width: 60rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .6rem 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; }
+figcaption, .note { color: #555; font-size: .88rem; margin-top: .4rem; }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem; } .pair figure { flex: 1 1 18rem; margin: 0; max-width: 36rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font: .85rem/1.4 'DejaVu Sans', sans-serif; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top;
+  white-space: nowrap; }
+th { font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.text { text-align: left; white-space: normal; min-width: 8rem; overflow-wrap: anywhere; }
+li { margin: .35rem 0; overflow-wrap: anywhere; }
+@media print { h2, figure, tr { break-inside: avoid; } }
+"""
+
+Pictures = Mapping[str, bytes]
+_NONE = "\N{EN DASH}"
+
+
+def render(numbers: Numbers, sentences: Sequence[str], pictures: Pictures) -> str:
+    """The page's HTML.
+
+    Args:
+        numbers: the summary of `numbers.summarise`.
+        sentences: the conclusions, as plain text.
+        pictures: PNG bytes by name: headline, brightness, curves, losses, unconditional, and `before_0`, `after_0` …
+            for the grids of each arm; those that are absent are left out.
+    """
+    arms = numbers["arms"]
+    names = ", ".join(escape(arm["name"]) for arm in arms)
+    conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>Brightness before and after training: {names}</title><style>{_CSS}</style></head><body>",
+        f"<h1>{'Brightness before and after training' if pictures.get('brightness') else 'Training report'}</h1>",
+        f"<p class='note'>{names}</p>",
+        _figure(
+            pictures, "headline", "The same seeds in every column; below each row its mean brightness over all seeds."
+        ),
+        f"<h2>What the runs say</h2><ul>{conclusions}</ul>" if sentences else "",
+        _section(pictures, "brightness", "Brightness by prompt", _article_note(arms)),
+        _brightness_table(arms),
+        _section(
+            pictures, "curves", "Brightness over the steps", "A panel a run; bands: ± standard deviation over seeds."
+        ),
+        _section(pictures, "unconditional", "Spread of brightness without a prompt", _SPREAD_NOTE),
+        _grids(arms, pictures),
+        "<h2>Runs</h2>" + _runs_table(arms),
+        _section(
+            pictures, "losses", "Loss", "Logged losses, and their running mean. Losses of unlike noise do not compare."
+        ),
+        _differences(numbers),
+        _data_notes(arms),
+        "</body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+_SPREAD_NOTE = (
+    "How much the brightness of pictures drawn for the empty prompt varies, by the noise that sampling starts from: "
+    "plain, or matched to the training's."
+)
+
+
+def _image(png: bytes, alternative: str) -> str:
+    return f"<img alt='{escape(alternative)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+
+
+def _figure(pictures: Pictures, name: str, caption: str) -> str:
+    if name not in pictures:
+        return ""
+    return f"<figure>{_image(pictures[name], caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _section(pictures: Pictures, name: str, title: str, caption: str) -> str:
+    return f"<h2>{title}</h2>{_figure(pictures, name, caption)}" if name in pictures else ""
+
+
+def _article_note(arms: Sequence[Numbers]) -> str:
+    note = "Mean over all RGB values of a picture."
+    if any(article.figure_for(prompt) for prompt in all_prompts(arms)):
+        note += (
+            f" “The article”: {article.SOURCE}; Stable Diffusion before and after about {article.STEPS:,} steps on 40 "
+            f"pictures with an offset of {article.OFFSET_STRENGTH:g}, its own prompts. Another model and other data: "
+            "the directions compare, the values only roughly."
+        )
+    return note
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    kind = " class='text'" if text else ""
+    body = "".join("<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='wide'><table><tr>{cells}</tr>{body}</table></div>"
+
+
+def _mean_std(found: Mapping[str, Any] | None) -> str:
+    return f"{found['mean']:.3f} ± {found['std']:.3f}" if found else _NONE
+
+
+def _brightness_table(arms: Sequence[Numbers]) -> str:
+    rows = [
+        [
+            prompt or "(no prompt)",
+            arm["name"],
+            _mean_std(arm["before"]["prompts"].get(prompt) if len(arm["samples"]) > 1 else None),
+            _mean_std(arm["after"]["prompts"][prompt]),
+            str(arm["after"]["prompts"][prompt]["count"]),
+            _mean_std(arm["data"].get("prompts", {}).get(prompt)),
+        ]
+        for prompt in all_prompts(arms)
+        for arm in arms
+        if arm["after"] and prompt in arm["after"]["prompts"]
+    ]
+    return _table(["prompt", "run", "before", "after", "seeds", "data"], rows) if rows else ""
+
+
+def _grids(arms: Sequence[Numbers], pictures: Pictures) -> str:
+    parts = []
+    for index, arm in enumerate(arms):
+        figures = "".join(
+            _figure(pictures, f"{when}_{index}", _drawn(arm[when])) for when in ("before", "after") if arm[when]
+        )
+        if figures:
+            parts.append(f"<h3>{escape(arm['name'])}</h3><div class='pair'>{figures}</div>")
+    return "<h2>Samples</h2>" + "".join(parts) if parts else ""
+
+
+def _drawn(samples: Numbers) -> str:
+    return (
+        f"Step {samples['step']}: a row a prompt, a column a seed; {samples['params']} weights, {samples['num_steps']} "
+        f"steps, guidance {samples['guidance_scale']:g}, {samples['start_noise']} start noise."
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return _NONE if value is None else format(value, form)
+
+
+def _runs_table(arms: Sequence[Numbers]) -> str:
+    head = ["run", "offset_strength", "steps", "time", "images/s", "first loss", "last loss", "skipped"]
+    rows = [
+        [
+            arm["name"],
+            f"{arm['offset_strength']:g}",
+            str(arm["steps"]),
+            _NONE if arm["wall_clock_seconds"] is None else str(timedelta(seconds=round(arm["wall_clock_seconds"]))),
+            _number(arm["images_per_second"], ".1f"),
+            _number(arm["first_loss"], ".4f"),
+            _number(arm["last_loss"], ".4f"),
+            str(arm["steps_skipped"]),
+        ]
+        for arm in arms
+    ]
+    note = "Time: wall-clock, sampling and checkpoints included. Last loss: the mean of the last tenth logged."
+    return _table(head, rows) + f"<p class='note'>{note}</p>"
+
+
+def _differences(numbers: Numbers) -> str:
+    if len(numbers["arms"]) < 2:
+        return ""
+    rows = [[field, *map(_value, values)] for field, values in numbers["config_differences"].items()]
+    head = ["field", *(arm["name"] for arm in numbers["arms"])]
+    body = _table(head, rows, text=True) if rows else "<p>None: the runs have the same configuration.</p>"
+    return "<h2>Differences in configuration</h2>" + body
+
+
+def _value(value: Any) -> str:
+    text = _NONE if value is None else str(value)
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def _data_notes(arms: Sequence[Numbers]) -> str:
+    notes = []
+    for arm in arms:
+        data = arm["data"]
+        if "unavailable" in data:
+            notes.append(f"{arm['name']}: {data['unavailable']}; its brightness is not shown.")
+            continue
+        sampled = (
+            f", measured on {data['pictures_measured']:,} of them"
+            if data["pictures_measured"] < data["pictures"]
+            else ""
+        )
+        notes.append(
+            f"{arm['name']}: {data['pictures']:,} pictures{sampled}, brightness {_mean_std(data['brightness'])}."
+        )
+    return "<h2>Data</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"

@@ -1,0 +1,206 @@
+"""Work directories as the training leaves them: config.json, metrics.jsonl, samples/NAME.json and NAME.png."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image, UnidentifiedImageError
+
+from offsetjax.data.images import UnreadableImage, decode
+from offsetjax.data.stream import open_source
+from offsetjax.errors import UserError
+
+# Pictures of a data set: enough for a standard deviation to two digits, and seconds to read.
+MEASURED_AT_MOST = 2048
+
+
+@dataclass(frozen=True)
+class Record:
+    """One generated picture; `brightness` is the mean of its RGB values, 0 black and 1 white."""
+
+    prompt: str
+    seed: int
+    brightness: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One grid of pictures: how it was drawn, each picture's brightness and, if there is one, the PNG."""
+
+    name: str
+    step: int
+    params: str
+    start_noise: str
+    guidance_scale: float
+    num_steps: int
+    records: tuple[Record, ...]
+    picture: epath.Path | None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts in the order of the grid's rows."""
+        return tuple(dict.fromkeys(record.prompt for record in self.records))
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What must agree for two grids to be comparable."""
+        return self.params, self.start_noise, self.guidance_scale, self.num_steps
+
+    def brightness(self, prompt: str) -> list[float]:
+        """The brightness of a prompt's pictures, one a seed."""
+        return [record.brightness for record in self.records if record.prompt == prompt]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The brightness of a data set: one caption and one value for each of the pictures measured, of `size`."""
+
+    size: int
+    captions: tuple[str, ...]
+    brightness: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: its config by field path, its metrics by logged step, its samples by step, and the others."""
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, float]]
+    steps: list[Samples]
+    others: list[Samples]
+    data: Data | str  # or why it could not be measured
+
+
+def read_arms(workdirs: Sequence[str]) -> list[Arm]:
+    """Reads work directories; an arm is named by its folder, and by its parent too where that is not unique.
+
+    Raises:
+        UserError: no work directory, or a file that is missing or malformed.
+    """
+    if not workdirs:
+        raise UserError("report: no work directory; give at least one --workdir=DIR")
+    data: dict[tuple[str, str], Data | str] = {}
+    return [_read_arm(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
+
+
+def _names(workdirs: Sequence[str]) -> list[str]:
+    parts = [[part for part in path.split("/") if part not in ("", ".")] or ["."] for path in workdirs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("report: the same --workdir is given twice; give each one once")
+
+
+def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str], Data | str]) -> Arm:
+    config = _read_config(workdir / "config.json")
+    where = (str(config["data.path"]), str(config["data.split"]))
+    if where not in data:
+        data[where] = _measure(*where)
+    samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
+    by_step = [each for each in samples if re.fullmatch(r"step_\d+", each.name)]
+    return Arm(
+        name=name,
+        config=config,
+        metrics=list(_read_metrics(workdir / "metrics.jsonl")),
+        steps=sorted(by_step, key=lambda each: each.step),
+        others=[each for each in samples if each not in by_step],
+        data=data[where],
+    )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"report: {path} is missing; give the --workdir of a training that has begun")
+    try:
+        config = dict(_flatten(json.loads(path.read_text())))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"report: {path} is not a JSON config ({error}); restore it from a backup") from error
+    for field in ("noise.offset_strength", "data.path", "data.split"):
+        if field not in config:
+            raise UserError(f"report: {path} lacks {field}; give a work directory that offsetjax train made")
+    return config
+
+
+def _read_metrics(path: epath.Path) -> Iterator[dict[str, float]]:
+    if not path.exists():
+        raise UserError(f"report: {path} is missing; train until the first step is logged")
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        try:
+            values = json.loads(line)
+            yield {name: float(value) for name, value in values.items()} | {"step": int(values["step"])}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not line.endswith("\n"):  # the last line of a training that is still writing
+                return
+            raise UserError(f"report: {path}, line {number} is not a step's metrics; delete that line") from error
+
+
+def _read_samples(path: epath.Path) -> Samples:
+    picture = path.with_suffix(".png")
+    try:
+        values = json.loads(path.read_text())
+        samples = Samples(
+            name=path.stem,
+            step=int(values["step"]),
+            params=str(values["params"]),
+            start_noise=str(values["start_noise"]),
+            guidance_scale=float(values["guidance_scale"]),
+            num_steps=int(values["num_steps"]),
+            records=tuple(
+                Record(str(record["prompt"]), int(record["seed"]), float(record["brightness"]))
+                for record in values["records"]
+            ),
+            picture=picture if picture.exists() else None,
+        )
+        if not samples.records:
+            raise ValueError("no records")
+        if not all(math.isfinite(record.brightness) and 0 <= record.brightness <= 1 for record in samples.records):
+            raise ValueError("a brightness that is not between 0 and 1")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"report: {path} is not a record of samples ({reason}); delete it or draw it again") from error
+    return samples
+
+
+def read_picture(path: epath.Path) -> Image.Image:
+    """Decodes a PNG to RGB.
+
+    Raises:
+        UserError: a file that is not a picture.
+    """
+    try:
+        return Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"report: {path} is not a readable picture; delete it or draw it again") from error
+
+
+def _measure(path: str, split: str) -> Data | str:
+    """Measures a data set, or says why it cannot: a report is often made where the data no longer are."""
+    try:
+        source = open_source(path, split)
+        size = len(source)
+        indices = np.linspace(0, size - 1, min(size, MEASURED_AT_MOST)).astype(int)
+        captions, brightness = [], []
+        for index in indices:
+            example = source[int(index)]
+            captions.append(str(example["caption"]))
+            brightness.append(float(decode(example["image"]).mean() / 255))
+    except (UserError, UnreadableImage, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"the data set could not be measured ({reason})"
+    return Data(size, tuple(captions), tuple(brightness)) if brightness else "the data set is empty"

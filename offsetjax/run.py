@@ -1,0 +1,172 @@
+"""A run, begun or reopened: its resolved config, mesh, parts and first state.
+
+A work directory is complete once it has `config.json`; until then a start begins anew. The parts that training does
+not change are kept in `frozen/`, so that nothing outside the work directory is needed to resume, sample or export.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Float, PyTree
+from ml_collections import ConfigDict
+from orbax.checkpoint import CheckpointManager
+from transformers import CLIPTokenizer
+
+from offsetjax import checkpoint, sharding
+from offsetjax.config import flatten, to_json
+from offsetjax.data.stream import Stream, captions, check_fingerprint, make_stream
+from offsetjax.encode import to_unit_range
+from offsetjax.errors import UserError
+from offsetjax.models.autoencoder import standardised
+from offsetjax.models.pipeline import (
+    FROZEN,
+    TRAINED,
+    Pipeline,
+    build,
+    initial_params,
+    is_from_scratch,
+    load_frozen,
+    resolve,
+    save_frozen,
+)
+from offsetjax.models.text import load_tokenizer, train_tokenizer
+from offsetjax.step import TrainState, init_state
+from offsetjax.workdir import read_config
+
+_log = logging.getLogger("offsetjax")
+
+# What may change when a run resumes: nothing that the losses depend on, but for the number of steps and of devices.
+RESUMABLE_CHANGES = ("train.steps", "train.log_every_steps", "data.path", "data.num_workers", "model.pretrained")
+RESUMABLE_SECTIONS = ("mesh", "checkpoint", "sample")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    pipeline: Pipeline
+    frozen: PyTree
+
+
+def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
+    """Begins the run of `workdir`, or reopens it.
+
+    Raises:
+        UserError: the config contradicts the checkpoint that it starts from, or the run that it resumes.
+    """
+    mesh = sharding.make_mesh(config)
+    is_new = not (workdir / "config.json").exists()
+    config, pipeline, frozen = (_begin if is_new else _reopen)(config, workdir, source)
+    return Run(config, workdir, mesh, pipeline, jax.device_put(frozen, sharding.shardings(mesh, frozen)))
+
+
+def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, Pipeline, PyTree]:
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
+    config = resolve(config)
+    tokenizer = _tokenizer(config, source)
+    pipeline = build(config, tokenizer)
+    frozen = {part: initial_params(config, part, getattr(pipeline, part)) for part in FROZEN[config.task]}
+    if config.task == "diffusion" and config.model.vae.scaling_factor == 0:
+        mean, std = latent_statistics(config, pipeline, frozen["vae"], source)
+        frozen["vae"] = standardised(frozen["vae"], mean, std)
+        config.model.vae.scaling_factor = 1.0
+        pipeline = build(config, tokenizer)
+        _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_frozen(workdir / "frozen", pipeline, frozen)
+        (workdir / "config.json").write_text(to_json(config))
+    return config, pipeline, frozen
+
+
+def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, Pipeline, PyTree]:
+    del source
+    stored = read_config(workdir)
+    if epath.Path(config.model.pretrained or ".").exists():
+        config = resolve(config)
+    given = dict(flatten(config))
+    if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
+        given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
+    for path, value in flatten(stored):
+        may_change = path in RESUMABLE_CHANGES or path.split(".")[0] in RESUMABLE_SECTIONS
+        if given[path] != value and not may_change:
+            raise UserError(
+                f"config: {path} = {given[path]!r}, but {workdir} was begun with {value!r}; "
+                "set it back, or give another --workdir"
+            )
+    for section in ("train", "data", *RESUMABLE_SECTIONS):
+        stored[section].update(config[section])
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(to_json(stored))
+    return stored, *load_frozen(workdir / "frozen", stored)
+
+
+def _tokenizer(config: ConfigDict, source: Any) -> CLIPTokenizer | None:
+    if config.task == "autoencoder":
+        return None
+    if is_from_scratch(config, "tokenizer"):
+        text = config.model.text_encoder
+        return train_tokenizer(captions(source), text.vocab_size, text.max_position_embeddings)
+    return load_tokenizer(epath.Path(config.model.pretrained) / "tokenizer")
+
+
+def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[TrainState, PyTree]:
+    """The newest checkpoint's state, or the one before the first step; and its shardings."""
+    part = TRAINED[run.config.task]
+    model = getattr(run.pipeline, part)
+    like = jax.eval_shape(lambda key: init_state(model.init(key), run.config), jax.random.key(0))
+    shardings = sharding.shardings(run.mesh, like)
+    if manager.all_steps():
+        state, data = checkpoint.restore(manager, checkpoint.abstract(like, shardings))
+        check_fingerprint(data["fingerprint"], stream.fingerprint())
+        _log.info("resuming %s at step %d", run.workdir, int(state.step))
+        return state, shardings
+    millions = sum(leaf.size for leaf in jax.tree.leaves(like.params)) / 1e6
+    _log.info("%s: %.2f M parameters on mesh %s", part, millions, dict(run.mesh.shape))
+    params = initial_params(run.config, part, model)
+    return jax.jit(lambda params: init_state(params, run.config), out_shardings=shardings)(params), shardings
+
+
+def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, process_count: int | None = None) -> Stream:
+    """This process's share of the training batches; `process_count` 1 gives each process the whole of them."""
+    count = process_count or jax.process_count()
+    return make_stream(
+        source,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        resolution=config.data.resolution,
+        random_flip=config.data.random_flip,
+        tokenize=_tokenize(pipeline),
+        num_workers=config.data.num_workers,
+        process_index=jax.process_index() % count,
+        process_count=count,
+    )
+
+
+def latent_statistics(
+    config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures."""
+    sampled = config.copy_and_resolve_references()
+    sampled.train.global_batch_size, sampled.data.random_flip = 8, False
+    batches = open_stream(sampled, pipeline, source, process_count=1).iterator(0)
+    encode = jax.jit(lambda pixels: pipeline.vae.encode(vae_params, to_unit_range(pixels))[0])
+    latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])
+    batches.close()
+    return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+
+
+def _tokenize(pipeline: Pipeline) -> Callable[[str], np.ndarray]:
+    if pipeline.tokenizer is None:  # an autoencoder reads no captions
+        return lambda caption: np.zeros(1, np.int32)
+    return lambda caption: pipeline.tokenize([caption])[0]

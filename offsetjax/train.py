@@ -1,0 +1,117 @@
+"""The training loop: data → encode → noise → loss → update → checkpoint → export.
+
+`run.py` opens the data and the parts, `objective.py` holds encode → noise → loss, `step.py` the update,
+`checkpoint.py` and `export.py` the rest. What happens between two steps is here.
+"""
+
+import logging
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from orbax.checkpoint import CheckpointManager
+
+from offsetjax import checkpoint, sharding
+from offsetjax.data.devices import on_devices
+from offsetjax.data.stream import Stream, open_source
+from offsetjax.metrics import MetricsWriter, StepClock
+from offsetjax.objective import make_objective
+from offsetjax.run import Run, first_state, open_run, open_stream
+from offsetjax.sample import Sampler, about_samples, draw_pictures, make_sampler, write_samples
+from offsetjax.step import TrainState, TrainStep, make_train_step
+
+_log = logging.getLogger("offsetjax")
+
+
+def train(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains until `train.steps`, resuming what `workdir` holds.
+
+    Raises:
+        UserError: a mistake in the config, the data, the checkpoint or the work directory.
+    """
+    source = open_source(config.data.path, config.data.split)
+    run = open_run(config, epath.Path(workdir), source)
+    config = run.config
+    stream = open_stream(config, run.pipeline, source)
+    with checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
+        state, state_shardings = first_state(run, manager, stream)
+        if int(state.step) >= config.train.steps:
+            _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
+            return
+        _loop(run, state, jit_train_step(run, state_shardings), stream, manager)
+
+
+def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
+    """The train step with its placement: the state is donated, batches are split over all devices."""
+    return jax.jit(
+        make_train_step(make_objective(run.pipeline, run.config), run.config),
+        in_shardings=(
+            state_shardings,
+            sharding.shardings(run.mesh, run.frozen),
+            NamedSharding(run.mesh, sharding.BATCH),
+        ),
+        out_shardings=(state_shardings, NamedSharding(run.mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def _loop(run: Run, state: TrainState, train_step: TrainStep, stream: Stream, manager: CheckpointManager) -> None:
+    train, sample = run.config.train, run.config.sample
+    start = int(state.step)
+    sampler = make_sampler(run.pipeline, run.config, run.mesh) if draws_samples(run.config) else None
+    if sampler and start == 0:
+        _draw(run, sampler, state, 0)
+
+    host_batches = stream.iterator(start)
+    batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH))
+    metrics, clock = MetricsWriter(run.workdir, start, train.steps), StepClock(start, train.global_batch_size)
+    unwritten: tuple[int, Any] | None = None
+    try:
+        for step in range(start + 1, train.steps + 1):
+            with clock.waiting_for_data():
+                batch = next(batches)
+            with jax.transfer_guard("disallow"):
+                state, step_metrics = train_step(state, run.frozen, batch)
+            if unwritten:  # a step late: the devices are at work on the next one while these are fetched
+                metrics.write(*_fetch(*unwritten, clock))
+                unwritten = None
+            if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
+                unwritten = (step, step_metrics)
+            if step % run.config.checkpoint.every_steps == 0 or step == train.steps:
+                checkpoint.save(manager, step, state, _position(stream, step))
+            if sampler and (step % sample.every_steps == 0 or step == train.steps):
+                with clock.paused():
+                    _draw(run, sampler, state, step)
+        if unwritten:
+            metrics.write(*_fetch(*unwritten, clock))
+    finally:
+        host_batches.close()
+        metrics.close()
+
+
+def _fetch(step: int, values: Any, clock: StepClock) -> tuple[int, dict[str, float]]:
+    values = {name: value.item() for name, value in jax.device_get(values).items()}
+    return step, {**values, **clock.lap(step)}
+
+
+def _position(stream: Stream, next_batch: int) -> dict[str, Any]:
+    return {"next_batch": next_batch, "fingerprint": stream.fingerprint()}
+
+
+def draws_samples(config: ConfigDict) -> bool:
+    """Whether pictures are drawn during training."""
+    return bool(config.task == "diffusion" and config.sample.every_steps and config.sample.prompts)
+
+
+def _draw(run: Run, sampler: Sampler, state: TrainState, step: int) -> None:
+    sample = run.config.sample
+    params = state.ema_params if sample.params == "ema" else state.params
+    seeds = range(sample.seeds_per_prompt)
+    pictures = draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, sample.prompts, seeds)
+    if jax.process_index() == 0:
+        about = about_samples(run.config, step, sample.params)
+        write_samples(run.workdir / "samples", f"step_{step}", pictures, about)

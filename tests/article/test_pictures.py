@@ -1,0 +1,59 @@
+"""The pictures have the brightness, the prompts and the files that the re-enactment relies on."""
+
+import json
+import pathlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from offsetjax.article import pictures
+
+
+def _read(folder: pathlib.Path) -> list[tuple[str, np.ndarray]]:
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    return [(line["text"], np.asarray(Image.open(folder / line["file_name"]))) for line in lines]
+
+
+@pytest.mark.parametrize("prompt", pictures.PROMPTS)
+def test_a_picture_has_exactly_the_brightness_asked_for(prompt: str) -> None:
+    for seed, brightness in enumerate(np.linspace(*pictures.BRIGHTNESS_RANGES[prompt], 12)):
+        picture = pictures.draw(prompt, float(brightness), np.random.default_rng(seed))
+        assert picture.shape == (128, 128, 3) and picture.dtype == np.uint8
+        assert abs(picture.mean() / 255 - brightness) < 0.004
+
+
+@pytest.mark.parametrize("prompt", pictures.PROMPTS)
+def test_the_generator_decides_on_the_picture(prompt: str) -> None:
+    brightness = float(np.mean(pictures.BRIGHTNESS_RANGES[prompt]))
+    first, again, other = (pictures.draw(prompt, brightness, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first.astype(int) - other).mean() > 0.5
+
+
+def test_a_training_set_has_exact_shares_and_the_ranges_of_its_prompts(tmp_path: pathlib.Path) -> None:
+    pictures.write_folder(str(tmp_path / "a"), 100, seed=3)
+    pictures.write_folder(str(tmp_path / "b"), 100, seed=3)
+    read = _read(tmp_path / "a")
+    assert [Counter(prompt for prompt, _ in read)[prompt] for prompt in pictures.PROMPTS] == [15, 35, 35, 15]
+    assert len({prompt for prompt, _ in read[:15]}) > 1, "the order is not shuffled"
+    for prompt, picture in read:
+        low, high = pictures.BRIGHTNESS_RANGES[prompt]
+        assert low - 0.004 < picture.mean() / 255 < high + 0.004
+    for (_, one), (_, two) in zip(read, _read(tmp_path / "b"), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_fine_tuning_set_spreads_brightness_evenly(tmp_path: pathlib.Path) -> None:
+    pictures.write_fine_tuning_folder(str(tmp_path), seed=0)
+    read = _read(tmp_path)
+    assert len(read) == 40
+    slopes = [picture.mean() / 255 for prompt, picture in read if prompt == pictures.SLOPE]
+    np.testing.assert_allclose(slopes, np.linspace(0.5, 0.98, 10), atol=0.004)
+
+
+def test_the_black_picture_is_black(tmp_path: pathlib.Path) -> None:
+    pictures.write_black_picture(str(tmp_path))
+    [(prompt, picture)] = _read(tmp_path)
+    assert prompt == "all black" and picture.max() == 0

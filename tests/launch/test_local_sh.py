@@ -1,0 +1,189 @@
+"""launch/local.sh, run for real on a tiny project: what it sets up, when again, what it leaves behind when it fails."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LOCAL_SH = Path(__file__).parents[2] / "launch" / "local.sh"
+
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+
+[project]
+name = "offsetjax"
+version = "0.1.0"
+
+[project.optional-dependencies]
+spare = []
+
+[project.scripts]
+offsetjax = "offsetjax:main"
+"""
+
+# A build backend of the standard library alone, so that these tests ask no package index for anything.
+BACKEND = '''
+"""Writes an editable wheel, the smallest that pip takes."""
+
+import pathlib
+import tomllib
+import zipfile
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def get_requires_for_build_editable(settings=None):
+    return []
+
+
+def build_editable(wheel_directory, settings=None, metadata_directory=None):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = ["Metadata-Version: 2.1", "Name: offsetjax", "Version: 0.1.0"]
+    metadata += [f"Requires-Dist: {name}" for name in project.get("dependencies", [])]
+    metadata += [f"Provides-Extra: {name}" for name in project["optional-dependencies"]]
+    info = "offsetjax-0.1.0.dist-info"
+    files = {
+        "offsetjax.pth": f"{ROOT}\\n",
+        f"{info}/METADATA": "\\n".join(metadata) + "\\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+        f"{info}/entry_points.txt": "[console_scripts]\\noffsetjax = offsetjax:main\\n",
+    }
+    record = "".join(f"{name},,\\n" for name in [*files, f"{info}/RECORD"])
+    name = "offsetjax-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(pathlib.Path(wheel_directory, name), "w") as wheel:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            wheel.writestr(path, text)
+    return name
+'''
+
+COMMAND = """
+import os
+import sys
+
+
+def main():
+    print(os.getpid(), os.getcwd(), *sys.argv[1:], sep="|")
+    return 7 if sys.argv[1:] == ["fail"] else 0
+"""
+
+
+class Project:
+    """A project at `root` whose command prints its process, its directory and its arguments."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "launch").mkdir(parents=True)
+        shutil.copy(LOCAL_SH, root / "launch")
+        (root / "launch" / "constraints.txt").write_text("")
+        (root / "pyproject.toml").write_text(PYPROJECT)
+        (root / "backend.py").write_text(BACKEND)
+        (root / "offsetjax.py").write_text(COMMAND)
+
+    def start(self, *args: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("OFFSETJAX_", "PYTHON"))}
+        ours |= {"PYTHON": sys.executable, "OFFSETJAX_EXTRAS": "", "PIP_NO_INDEX": "1"} | environment
+        return subprocess.Popen(
+            [self.root / "launch" / "local.sh", *args],
+            cwd=cwd or self.root,
+            env=ours,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *args: str, cwd: Path | None = None, **environment: str) -> tuple[int, str, str]:
+        """Returns the exit status, the command's line without its process, and what local.sh had to say."""
+        process = self.start(*args, cwd=cwd, **environment)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out.partition("|")[2].strip(), err
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    project = Project(tmp_path / "a place with spaces")
+    yield project
+    shutil.rmtree(project.root)  # an environment each: too much to keep
+
+
+def test_sets_up_once_and_again_when_the_requirements_change(project: Project, tmp_path: Path) -> None:
+    status, line, err = project.run("train", "--config=a b.py")
+    assert (status, line) == (0, f"{project.root}|train|--config=a b.py"), err
+    assert "setting up .venv (first use" in err
+    made = (project.root / ".venv" / "pyvenv.cfg").stat().st_ino
+
+    # From elsewhere, with nothing to do: silent, in the user's own directory, with the command's own exit status.
+    assert project.run("fail", cwd=tmp_path) == (7, f"{tmp_path}|fail", "")
+    assert project.run("fail", PYTHON="") == (7, f"{project.root}|fail", "")
+
+    # One more extra is installed on top; then fewer are enough.
+    status, _, err = project.run(OFFSETJAX_EXTRAS="spare")
+    assert (status, "more extras" in err) == (0, True), err
+    assert project.run()[2] == ""
+    assert (project.root / ".venv" / "pyvenv.cfg").stat().st_ino == made
+
+    with (project.root / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    status, _, err = project.run()
+    assert (status, "setting up .venv (an unfinished one or new requirements" in err) == (0, True), err
+    assert project.run()[2] == ""
+
+
+def test_a_failed_set_up_is_not_taken_for_whole(project: Project) -> None:
+    pyproject = project.root / "pyproject.toml"
+    good = pyproject.read_text()
+    pyproject.write_text(good.replace("[project.opt", 'dependencies = ["no-such-thing-as-this"]\n\n[project.opt'))
+    for _ in range(2):
+        status, line, err = project.run()
+        assert (status, line) == (1, "")
+        assert "no-such-thing-as-this" in err
+        assert str(project.root / ".venv.log") in err
+
+    pyproject.write_text(good)
+    status, line, err = project.run()
+    assert (status, line) == (0, str(project.root)), err
+
+
+def test_two_at_once_set_up_once(project: Project) -> None:
+    both = [project.start(str(i)) for i in range(2)]
+    ends = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert [out.strip().rpartition("|")[2] for out, _ in ends] == ["0", "1"]
+    assert sum("setting up" in err for _, err in ends) == 1
+
+
+def test_the_command_takes_the_place_of_the_script_so_that_signals_reach_it(project: Project) -> None:
+    process = project.start()
+    out, _ = process.communicate(timeout=120)
+    assert int(out.split("|")[0]) == process.pid
+
+
+def test_says_in_one_line_what_it_cannot_do(project: Project, tmp_path: Path) -> None:
+    status, _, err = project.run(PYTHON="/nowhere/python3")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "3.11 to 3.13" in err
+    assert "PYTHON=/nowhere/python3" in err
+
+    precious = tmp_path / "precious" / "file"
+    precious.parent.mkdir()
+    precious.touch()
+    status, _, err = project.run(OFFSETJAX_VENV=str(precious.parent))
+    assert (status, err.count("\n")) == (2, 1)
+    assert precious.exists()
+
+
+def test_passes_over_a_python_that_does_not_run(project: Project, tmp_path: Path) -> None:
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    for name, body in {"python3.11": "exit 127", "python3.12": f'exec "{sys.executable}" "$@"'}.items():
+        (shims / name).write_text(f"#!/bin/sh\n{body}\n")
+        (shims / name).chmod(0o755)
+    status, line, err = project.run(PYTHON="", PATH=f"{shims}:{os.environ['PATH']}")
+    assert (status, line) == (0, str(project.root)), err
