@@ -3,15 +3,17 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
 from offsetjax.errors import UserError
 
+Command = Callable[[argparse.Namespace, Sequence[str]], None]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns the exit status: 0, or 2 for a user's mistake."""
+    """Runs one sub-command and returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("offsetjax").setLevel(logging.INFO)
@@ -22,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"offsetjax: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("offsetjax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -30,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="offsetjax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Command | None, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub

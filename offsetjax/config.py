@@ -45,12 +45,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.task = "diffusion"  # or "autoencoder"
-    config.train = ConfigDict(
-        {"steps": 1000, "global_batch_size": 8, "accumulate_steps": 1, "log_every_steps": 50}
-    )
-    config.data = ConfigDict(
-        {"path": "", "split": "train", "resolution": 512, "random_flip": True, "num_workers": 0}
-    )
+    config.train = ConfigDict({"steps": 1000, "global_batch_size": 8, "accumulate_steps": 1, "log_every_steps": 50})
+    config.data = ConfigDict({"path": "", "split": "train", "resolution": 512, "random_flip": True, "num_workers": 0})
     config.encode = ConfigDict({"caption_dropout": 0.1})
     config.model = ConfigDict(
         {
@@ -217,6 +213,13 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config: only one of mesh.data and mesh.fsdp can be -1 (all devices that are left)")
     if values["schedule.beta_start"] >= values["schedule.beta_end"]:
         raise UserError("config: schedule.beta_start must be below schedule.beta_end")
+    # "leading" starts one step late (steps_offset = 1): with as many steps as the schedule it would start beyond it.
+    most = values["schedule.num_train_timesteps"] - (values["sample.spacing"] == "leading")
+    if values["sample.num_steps"] > most:
+        raise UserError(
+            f"config: sample.num_steps = {values['sample.num_steps']} must be at most {most} with "
+            f"sample.spacing = {values['sample.spacing']!r}"
+        )
     if values["sample.params"] == "ema" and values["optimizer.ema_decay"] == 0 and values["sample.every_steps"]:
         raise UserError("config: sample.params = 'ema' needs optimizer.ema_decay above 0; or set sample.params = 'raw'")
     if values["task"] == "autoencoder" and values["noise.offset_strength"]:

@@ -4,12 +4,11 @@ import datetime
 import os
 
 from etils import epath
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
-from offsetjax.models.pipeline import TRAINED, Pipeline, save_frozen, save_part
+from offsetjax.models.pipeline import TRAINED, save_frozen, save_part
 from offsetjax.workdir import Trained, load_trained
 
 
@@ -37,7 +36,12 @@ def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
 
 
 def export(
-    workdir: epath.PathLike, out: epath.PathLike, *, step: int | None = None, params: str | None = None, dtype: str = "float32"
+    workdir: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    step: int | None = None,
+    params: str | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Writes a diffusers directory: what PyTorch's `StableDiffusionPipeline.from_pretrained` loads.
 

@@ -28,7 +28,7 @@ from offsetjax.workdir import load_trained
 _log = logging.getLogger("offsetjax")
 
 _BATCH = 16  # pictures drawn at once
-Sampler = Callable[[PyTree, PyTree, Array, Array, Array], UInt8[Array, "b H W 3"]]
+Sampler = Callable[..., UInt8[Array, "b H W 3"]]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
     devices = jax.device_count()
     known = int(np.prod([size for size in shape.values() if size != -1]))
     if devices % known or (-1 not in shape.values() and known != devices):
-        raise UserError(f"config: mesh {shape} does not fit {devices} devices; give mesh.data=-1 to use all that are left")
+        raise UserError(f"config: mesh {shape} does not fit {devices} devices; mesh.data = -1 uses all that are left")
     shape = {axis: devices // known if size == -1 else size for axis, size in shape.items()}
     if config.train.global_batch_size // config.train.accumulate_steps % devices:
         raise UserError(

@@ -2,7 +2,7 @@
 
     offsetjax train --config=configs/article/autoencoder.py --workdir=DIR --config.data.path=PICTURES
 
-Hardware: 2 CPU cores. Expected: a root mean squared error of a pixel below 0.03 of the range, brightness kept within 0.02.
+Hardware: 2 CPU cores. Expected: a root mean squared error of a pixel below 0.03 of the range, brightness within 0.02.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from offsetjax.config import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.task = "autoencoder"
-    config.train.steps = 1200
+    config.train.steps = 1000
     config.train.global_batch_size = 8
     config.data.resolution = 64  # it is convolutional: trained on small pictures, used on larger ones
     config.model.vae.update(

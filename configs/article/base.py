@@ -1,9 +1,9 @@
-"""The small base model of the article's re-enactment: v prediction, plain noise, captioned pictures of every brightness.
+"""The small base model of the article's re-enactment: v prediction, plain noise, pictures of every brightness.
 
     offsetjax train --config=configs/article/base.py --workdir=DIR --config.data.path=PICTURES \
         --config.model.pretrained=AUTOENCODER
 
-Hardware: 2 CPU cores. Expected: pictures that show what the prompt names, and a mean brightness near 0.5 for each of them.
+Hardware: 2 CPU cores. Expected: pictures of what the prompt names, each with a mean brightness near 0.5.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from offsetjax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.train.steps = 3000
+    config.train.steps = 2000
     config.train.global_batch_size = 8
     config.data.resolution = 128
     config.model.from_scratch = ("unet", "text_encoder", "tokenizer")
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.optimizer.ema_decay = 0.995
     config.checkpoint.every_steps = 500
     config.checkpoint.max_to_keep = 1
-    config.sample.every_steps = 1000
+    config.sample.every_steps = 500
     config.sample.prompts = tuple(PROMPTS)
     config.sample.num_steps = 25
     config.sample.guidance_scale = 1.0

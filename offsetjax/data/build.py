@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import textwrap
 import uuid
 import warnings
 from collections import Counter
@@ -17,15 +18,17 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 
 from offsetjax.data.folder import list_pictures, read_captions, read_text_file
-from offsetjax.data.images import UnreadableImage, clean
+from offsetjax.data.images import UnreadableImage, clean, resize_and_crop
+from offsetjax.data.stream import Source, open_source
 from offsetjax.errors import UserError
 
 DROPPED_FILE = "dropped.json"
+MAX_MEASURED = 10_000  # pictures that `inspect` decodes
 NO_CAPTION = "no caption: neither a line in metadata.jsonl nor a text file beside it"
 
 
@@ -55,7 +58,6 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
     """Pictures with captions, as encoded in their files."""
 
     VERSION = tfds.core.Version("1.0.0")
-    name = "pictures"
     # TFDS looks beside the code for checksums of downloads, with a package (importlib_resources) that it does not
     # declare for this Python. There are no downloads here.
     code_path = None
@@ -136,13 +138,12 @@ def _write(folder: epath.Path, examples: Iterator[Example]) -> epath.Path:
     tfds.disable_progress_bar()  # rich shows ours
     builder = Pictures(examples=examples, data_dir=os.fspath(folder), file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
-        builder.download_and_prepare()
+        builder.download_and_prepare(download_dir=os.fspath(folder / "downloads"))
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
     return epath.Path(builder.data_dir)
 
 
-def _kept(
-    read: Iterable[Example], total: int, dropped: list[tuple[str, str]], max_dropped: float
-) -> Iterator[Example]:
+def _kept(read: Iterable[Example], total: int, dropped: list[tuple[str, str]], max_dropped: float) -> Iterator[Example]:
     """The examples that have a record; the others are appended to `dropped`."""
     console = Console(stderr=True)
     for example in track(
@@ -182,3 +183,67 @@ def _reasons(dropped: Sequence[tuple[str, str]]) -> str:
     counts = Counter(reason for _, reason in dropped)
     listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(4))
     return listed + (", ..." if len(counts) > 4 else "")
+
+
+def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str = "train") -> None:
+    """Prints what a data set holds: sizes, brightness, captions, what was dropped.
+
+    Args:
+        path: as for `open_source`.
+        out: a PNG to write, a contact sheet of up to 24 pictures with their captions.
+
+    Raises:
+        UserError: no data set, or a record that cannot be decoded.
+    """
+    source = open_source(path, split)
+    indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
+    measured = (
+        grain.MapDataset.source(indices)
+        .map(partial(_measure, source))
+        .to_iter_dataset(grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=32))
+    )
+    rows = list(measured)
+    sides = np.array([(height, width) for height, width, _, _ in rows])
+    brightness = np.array([mean for _, _, mean, _ in rows])
+    texts = Counter(caption for _, _, _, caption in rows)
+    some = f" (of {len(rows)} of them, evenly spaced)" if len(rows) < len(source) else ""
+    print(f"{source.path}, {split}: {len(source)} pictures{some}")
+    low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
+    print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
+    print(
+        f"mean brightness (0 black, 1 white): mean {brightness.mean():.3f}, standard deviation {brightness.std():.3f}"
+    )
+    for edge, count in enumerate(np.histogram(brightness, 10, (0, 1))[0]):
+        print(f"  {edge / 10:.1f}-{(edge + 1) / 10:.1f} {count:7d} {'#' * round(40 * count / len(rows))}")
+    print(f"captions: {len(texts)} distinct; the commonest:")
+    for text, count in texts.most_common(5):
+        print(f"{count:8d} x {text}")
+    dropped_file = epath.Path(source.path) / DROPPED_FILE
+    if dropped_file.exists():
+        dropped = tuple(json.loads(dropped_file.read_text()).items())
+        print(f"dropped when it was built: {len(dropped)}" + (f": {_reasons(dropped)}" if dropped else ""))
+    if out is not None:
+        _contact_sheet(source).save(os.fspath(out), "PNG")
+        print(f"contact sheet: {out}")
+
+
+def _measure(source: Source, index: int) -> tuple[int, int, float, str]:
+    """Height, width, mean of all RGB values over 255, and the caption."""
+    record = source.decoded(index)
+    height, width, _ = record["pixels"].shape
+    return height, width, float(record["pixels"].mean()) / 255, record["caption"]
+
+
+def _contact_sheet(source: Source, columns: int = 6, rows: int = 4, side: int = 160) -> Image.Image:
+    lines, width = 3, 26
+    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), columns * rows)).round().astype(int))
+    rows, gap, text_height = -(-len(indices) // columns), 8, 14 * lines
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), (128, 128, 128))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for place, index in enumerate(indices):
+        x, y = gap + place % columns * (side + gap), gap + place // columns * (side + text_height + gap)
+        record = source.decoded(index)
+        sheet.paste(Image.fromarray(resize_and_crop(record["pixels"], side)), (x, y))
+        text = textwrap.wrap(record["caption"], width)[:lines]
+        draw.multiline_text((x, y + side + 2), "\n".join(text), fill=(255, 255, 255), font=font, spacing=1)
+    return sheet

@@ -8,7 +8,7 @@ another number of processes or workers and still see the same global batches.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,6 +56,22 @@ class Source:
         name = record.get("name", b"")
         return {"image": record["image"], "caption": _text(record["caption"]), "name": _text(name)}
 
+    def decoded(self, index: int) -> dict[str, Any]:
+        """A record with its picture decoded: `pixels` uint8 `[h, w, 3]`, `caption` and `name`.
+
+        Raises:
+            UserError: it cannot be read or decoded.
+        """
+        record = self[index]
+        try:
+            pixels = decode(record["image"])
+        except UnreadableImage as error:
+            raise UserError(
+                f"data: record {index} ({record['name']}) of {self.path} ({self.split}) is no picture: {error}; "
+                "build the data set again with `offsetjax data build`"
+            ) from error
+        return {"pixels": pixels, "caption": record["caption"], "name": record["name"]}
+
 
 def open_source(path: epath.PathLike, split: str = "train") -> Source:
     """Opens a data set for random access.
@@ -75,7 +91,7 @@ def open_source(path: epath.PathLike, split: str = "train") -> Source:
         raise UserError(f"data: {folder} has no feature {sorted(missing)[0]!r}; it must have image and caption")
     try:
         info = builder.info.splits[split]
-        num_bytes = info.num_bytes
+        num_bytes = int(info.num_bytes)
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except NotImplementedError:
         raise UserError(f"data: {folder} is not in ArrayRecord; prepare it with file_format='array_record'") from None
@@ -123,7 +139,7 @@ class Stream:
     process_index: int = 0
     process_count: int = 1
 
-    def iterator(self, start_batch: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def iterator(self, start_batch: int = 0) -> Generator[dict[str, np.ndarray], None, None]:
         """The batches of this process from number `start_batch` on; close it when done.
 
         Yields:
@@ -240,15 +256,9 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
 
 
 def _example(source: Source, resolution: int, index: int) -> dict[str, Any]:
-    record = source[index]
-    try:
-        pixels = decode(record["image"])
-    except UnreadableImage as error:
-        raise UserError(
-            f"data: record {index} ({record['name']}) of {source.path} ({source.split}) is no picture: {error}; "
-            "build the data set again with `offsetjax data build`"
-        ) from error
-    return {"pixels": resize_and_crop(pixels, resolution), "caption": record["caption"], "index": np.int64(index)}
+    record = source.decoded(index)
+    pixels = resize_and_crop(record["pixels"], resolution)
+    return {"pixels": pixels, "caption": record["caption"], "index": np.int64(index)}
 
 
 def _flip(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -37,9 +37,7 @@ def make_schedule(
     return Schedule(np.cumprod(1.0 - betas).astype(np.float32), prediction_type)
 
 
-def signal_and_noise_scale(
-    schedule: Schedule, timestep: Int[Array, ""]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def signal_and_noise_scale(schedule: Schedule, timestep: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`√ᾱ_t` and `√(1-ᾱ_t)`."""
     alpha_cumprod = jnp.asarray(schedule.alphas_cumprod)[timestep]
     return jnp.sqrt(alpha_cumprod), jnp.sqrt(1.0 - alpha_cumprod)

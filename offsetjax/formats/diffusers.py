@@ -29,7 +29,9 @@ def read_config(directory: epath.PathLike, part: str) -> dict[str, Any]:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     file = epath.Path(directory) / part / name
     if not file.exists():
-        raise UserError(f"model.pretrained: {file} is missing; give a diffusers directory, or name {part} in model.from_scratch")
+        raise UserError(
+            f"model.pretrained: {file} is missing; give a whole diffusers directory, or add to model.from_scratch"
+        )
     try:
         return json.loads(file.read_text())
     except ValueError as error:

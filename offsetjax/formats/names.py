@@ -1,8 +1,8 @@
 """Flax parameter paths and PyTorch tensor names, and the transposition between their layouts.
 
-    down_blocks_0/resnets_1/conv1/kernel [h, w, i, o]  ↔  down_blocks.0.resnets.1.conv1.weight [o, i, h, w]
-    .../to_q/kernel [i, o]                             ↔  .../to_q.weight [o, i]
-    .../norm1/scale                                    ↔  ...norm1.weight
+down_blocks_0/resnets_1/conv1/kernel [h, w, i, o]  ↔  down_blocks.0.resnets.1.conv1.weight [o, i, h, w]
+.../to_q/kernel [i, o]                             ↔  .../to_q.weight [o, i]
+.../norm1/scale                                    ↔  ...norm1.weight
 """
 
 import re

@@ -43,7 +43,7 @@ class Autoencoder:
         """The mean and the log-variance of the latents (not yet scaled) of pixels in [-1, 1]."""
         with self._numerics():
             posterior = self._module().apply({"params": params}, pixels, method="encode").latent_dist
-        return tuple(jnp.transpose(moment, (0, 3, 1, 2)) for moment in (posterior.mean, posterior.logvar))
+        return jnp.transpose(posterior.mean, (0, 3, 1, 2)), jnp.transpose(posterior.logvar, (0, 3, 1, 2))
 
     def decode(self, params: PyTree, latents: Float[Array, "b c h w"]) -> Float[Array, "b 3 H W"]:
         """Pixels, about [-1, 1], of latents that are not scaled."""

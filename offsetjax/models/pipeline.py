@@ -39,7 +39,12 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
         "time_embedding_type": ("positional",),
         "transformer_layers_per_block": (1,),
     },
-    "vae": {"act_fn": ("silu", "swish"), "use_quant_conv": (True,), "use_post_quant_conv": (True,), "shift_factor": (None,)},
+    "vae": {
+        "act_fn": ("silu", "swish"),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+        "shift_factor": (None,),
+    },
     "text_encoder": {},
     "scheduler": {"beta_schedule": ("scaled_linear",), "rescale_betas_zero_snr": (False,), "trained_betas": (None,)},
 }
@@ -47,12 +52,12 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts. An autoencoder's training has a `vae` alone."""
+    """The parts, without weights. An autoencoder's training uses `vae` alone, and has no tokenizer."""
 
     vae: Autoencoder
-    unet: UNet | None = None
-    text_encoder: TextEncoder | None = None
-    tokenizer: CLIPTokenizer | None = None
+    unet: UNet
+    text_encoder: TextEncoder
+    tokenizer: CLIPTokenizer | None
 
     def tokenize(self, captions: Sequence[str]) -> Int[np.ndarray, "b n"]:
         """Token ids of captions, padded and cut to the text encoder's length."""
@@ -60,14 +65,14 @@ class Pipeline:
 
 
 def build(config: ConfigDict, tokenizer: CLIPTokenizer | None = None) -> Pipeline:
-    """The parts that `config.task` needs, without weights."""
-    vae = Autoencoder(config.model.vae.to_dict())
-    if config.task == "autoencoder":
-        return Pipeline(vae)
-    dtype = jnp.dtype(config.model.dtype)
-    unet = UNet(config.model.unet.to_dict(), dtype)
-    text_encoder = TextEncoder(config.model.text_encoder.to_dict(), dtype)
-    return Pipeline(vae, unet, text_encoder, tokenizer)
+    """The parts of `config.model`."""
+    model, dtype = config.model, jnp.dtype(config.model.dtype)
+    return Pipeline(
+        Autoencoder(model.vae.to_dict()),
+        UNet(model.unet.to_dict(), dtype),
+        TextEncoder(model.text_encoder.to_dict(), dtype),
+        tokenizer,
+    )
 
 
 def parts(config: ConfigDict) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     if config.model.from_scratch and not config.model.pretrained:
-        raise UserError("config: model.from_scratch cannot apply without model.pretrained: all parts are drawn at random")
+        raise UserError("config: model.from_scratch cannot apply without model.pretrained: all is drawn at random")
     sections = {part: config.model[part] for part in parts(config)}
     if config.task == "diffusion":
         sections["scheduler"] = config.schedule
@@ -146,9 +151,7 @@ def save_part(
     directory: epath.PathLike, part: str, model: Any, params: PyTree, *, dtype: str = "float32", **metadata: str
 ) -> None:
     """Writes one part in diffusers' form; `metadata` goes into the header of its weights."""
-    files.write_part(
-        directory, part, model.torch_config(), params_to_tensors(params), dtype=dtype, metadata=metadata
-    )
+    files.write_part(directory, part, model.torch_config(), params_to_tensors(params), dtype=dtype, metadata=metadata)
 
 
 def save_frozen(directory: epath.PathLike, pipeline: Pipeline, frozen: PyTree, *, dtype: str = "float32") -> None:

@@ -1,0 +1,35 @@
+"""Fine-tunes Stable Diffusion 1.5 on your own pictures with offset noise, so that it can draw black and white.
+
+    offsetjax data build --images=MY_PICTURES --out=MY_DATA
+    offsetjax train --config=configs/sd15_offset.py --workdir=DIR --config.data.path=MY_DATA \
+        --config.model.pretrained=STABLE_DIFFUSION_1_5
+
+Hardware: meant for 8 chips of a TPU v5e; not yet run at full size. Expected: the article saw the mean brightness of
+dark and bright prompts move within about 1,000 steps on 40 pictures.
+"""
+
+from ml_collections import ConfigDict
+
+from offsetjax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.train.steps = 1000
+    config.train.global_batch_size = 8
+    config.data.resolution = 512
+    config.model.pretrained = "stable-diffusion-v1-5"
+    config.mesh.fsdp = -1
+    config.mesh.data = 1
+    config.noise.offset_strength = 0.1
+    config.loss.min_snr_gamma = 5.0
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.ema_decay = 0.999
+    config.sample.every_steps = 250
+    config.sample.prompts = (
+        "a dark alley in a rainstorm",
+        "a monochrome line-art logo on a white background",
+        "a ski slope on a sunny day",
+        "a town square lit only by torchlight",
+    )
+    return config

@@ -1,0 +1,26 @@
+"""Eight virtual CPU devices for the whole suite, so that any test can build a mesh; and whose warnings are let pass."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would fight with XLA's
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Warnings are errors, but for those that others' code raises about itself.
+_THIRD_PARTIES = (
+    "ignore::DeprecationWarning:diffusers",
+    "ignore::FutureWarning:diffusers",
+    "ignore::DeprecationWarning:transformers",
+    "ignore::FutureWarning:transformers",
+    "ignore::DeprecationWarning:torch",
+    "ignore::FutureWarning:torch",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _THIRD_PARTIES:
+        config.addinivalue_line("filterwarnings", line)

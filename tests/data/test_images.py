@@ -1,0 +1,206 @@
+"""Pictures of every kind are shown as a viewer shows them, and what is none is refused without decoding it."""
+
+import contextlib
+import io
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from offsetjax.data.images import MAX_PIXELS, UnreadableImage, clean, decode, resize_and_crop
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_file(width: int, height: int, packed_rows: bytes = b"") -> bytes:
+    """A PNG that says how large it is, whatever it holds."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed_rows) + chunk(b"IEND", b"")
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_plain_pictures_decode_exactly_and_keep_their_bytes() -> None:
+    pixels = noise(5, 7)
+    for kind in ("PNG", "WEBP"):
+        data = encode(Image.fromarray(pixels), kind, **({"lossless": True} if kind == "WEBP" else {}))
+        np.testing.assert_array_equal(decode(data), pixels)
+        assert clean(data) == (data, 5, 7)
+    grey = encode(Image.fromarray(pixels[..., 0]))
+    np.testing.assert_array_equal(decode(grey), np.repeat(pixels[..., :1], 3, axis=-1))
+    assert clean(grey)[0] is grey
+    jpeg = encode(Image.fromarray(pixels), "JPEG")
+    assert clean(jpeg)[0] is jpeg
+
+
+@pytest.mark.parametrize("alpha", [0, 51, 255])
+def test_transparency_lies_over_white(alpha: int) -> None:
+    colour, white = np.array([200, 100, 0]), 255
+    expected = (colour * alpha + white * (255 - alpha)) / 255
+    shown = decode(encode(Image.new("RGBA", (3, 2), (200, 100, 0, alpha))))
+    assert shown.shape == (2, 3, 3) and np.abs(shown - expected).max() <= 1
+    shown = decode(encode(Image.new("LA", (3, 2), (100, alpha))))
+    assert np.abs(shown - expected[1]).max() <= 1
+
+
+def test_a_palette_keeps_its_colours_and_its_transparent_entry_is_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(decode(encode(image))[0], [[10, 20, 30], [200, 100, 50]])
+    for kind in ("PNG", "GIF"):
+        shown = decode(encode(image, kind, transparency=0))
+        np.testing.assert_array_equal(shown[0], [[255, 255, 255], [200, 100, 50]])
+    rgb = encode(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)), transparency=(1, 2, 3))
+    np.testing.assert_array_equal(decode(rgb)[0], [[255, 255, 255], [4, 5, 6]])
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    values = np.array([[0, 257, 30000, 65535]], np.uint16)
+    for kind in ("PNG", "TIFF"):
+        np.testing.assert_array_equal(decode(encode(Image.fromarray(values), kind))[0, :, 0], [0, 1, 117, 255])
+
+
+def test_cmyk_jpegs_have_their_colours() -> None:
+    red = Image.new("RGB", (16, 16), (220, 30, 40))
+    data = encode(red.convert("CMYK"), "JPEG", quality=95)
+    assert Image.open(io.BytesIO(data)).mode == "CMYK"
+    assert np.abs(decode(data).astype(int) - (220, 30, 40)).max() <= 4
+    again = Image.open(io.BytesIO(clean(data)[0]))
+    assert (again.mode, again.format) == ("RGB", "PNG")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_pictures_are_turned_as_their_exif_says(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(noise(2, 3)), kind, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(decode(data), expected)
+    stored, height, width = clean(data)
+    assert (height, width) == ((3, 2) if orientation > 4 else (2, 3))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(stored))), expected)
+    assert (stored == data) == (orientation == 1 and kind != "TIFF")
+
+
+def test_broken_exif_does_not_make_a_picture_unreadable() -> None:
+    data = encode(Image.fromarray(noise(2, 3)), "JPEG", exif=b"Exif\x00\x00nonsense")
+    assert decode(data).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "not a picture"),
+        (encode(Image.fromarray(noise(64, 64)))[:-3000], "truncated"),
+        (encode(Image.fromarray(noise(64, 64)), "JPEG")[:2000], "truncated"),
+        (encode(Image.fromarray(noise(64, 64)))[:20], "corrupt|not a picture"),
+        (encode(Image.new("F", (2, 2), 0.5), "TIFF"), "white"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_the_reason(data: bytes, reason: str) -> None:
+    for read in (decode, clean):
+        with pytest.raises(UnreadableImage, match=reason):
+            read(data)
+
+
+def test_flipped_bytes_are_refused_or_shown_but_raise_nothing_else() -> None:
+    rng = np.random.default_rng(1)
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
+        data = np.frombuffer(encode(Image.fromarray(noise(24, 24)), kind), np.uint8)
+        for _ in range(30):
+            broken = data.copy()
+            broken[rng.integers(0, min(len(data), 400), 4)] = rng.integers(0, 256, 4)
+            with contextlib.suppress(UnreadableImage):
+                assert decode(broken.tobytes()).ndim == 3
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8193, 12_000, 60_000])
+def test_more_pixels_than_allowed_are_refused(side: int) -> None:
+    assert side * side > MAX_PIXELS
+    with pytest.raises(UnreadableImage, match=f"more than {MAX_PIXELS} pixels"):
+        decode(png_file(side, side))
+
+
+def test_a_bomb_is_refused_before_it_takes_memory(tmp_path: pathlib.Path) -> None:
+    # 81 million black pixels in about 240 kB: below Pillow's own limit, and 240 MB when decoded.
+    rows = zlib.compressobj(9)
+    packed = b"".join(rows.compress(bytes(1 + 3 * 9000)) for _ in range(9000)) + rows.flush()
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(png_file(9000, 9000, packed))
+    assert bomb.stat().st_size < 300_000
+    program = """
+import io, pathlib, resource, sys
+from PIL import Image
+from offsetjax.data.images import UnreadableImage, decode
+bomb, peak = pathlib.Path(sys.argv[1]).read_bytes(), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    decode(bomb)
+except UnreadableImage:
+    print(peak() - before)
+Image.open(io.BytesIO(bomb)).load()
+print(peak() - before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, bomb], capture_output=True, text=True, env=environment, check=True
+    )
+    grown_kb, undefended_kb = map(int, done.stdout.split())
+    assert grown_kb < 64 * 1024
+    assert undefended_kb > 200 * 1024, "the bomb is none, so that the check above proves nothing"
+
+
+def test_the_centre_square_is_kept() -> None:
+    image = np.zeros((40, 100, 3), np.uint8)
+    image[:, 30:70] = 200  # the middle square
+    np.testing.assert_array_equal(resize_and_crop(image, 40), 200)
+    assert np.abs(resize_and_crop(image.transpose(1, 0, 2), 20).astype(int) - 200)[2:-2].max() <= 1
+    # A picture that is symmetric stays so: the crop is not off by a pixel.
+    mirrored = noise(31, 64)
+    mirrored = np.concatenate([mirrored, mirrored[:, ::-1]], axis=1)
+    cropped = resize_and_crop(mirrored, 16).astype(int)
+    assert np.abs(cropped - cropped[:, ::-1]).max() <= 1
+
+
+@pytest.mark.parametrize("resolution", [16, 64, 200])
+def test_resizing_agrees_with_resizing_first_and_cropping_then(resolution: int) -> None:
+    y, x = np.mgrid[:128, :256]
+    image = np.stack([x, y * 2, 255 - x], axis=-1).astype(np.uint8)
+    whole = Image.fromarray(image).resize((2 * resolution, resolution), Image.Resampling.LANCZOS)
+    expected = np.asarray(whole, np.int16)[:, resolution // 2 : resolution // 2 + resolution]
+    actual = resize_and_crop(image, resolution)
+    assert actual.shape == (resolution, resolution, 3) and actual.dtype == np.uint8
+    assert np.abs(actual - expected).max() <= 3
+
+
+def test_resizing_keeps_the_brightness_and_a_stripe_does_not_alias() -> None:
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = resize_and_crop(stripes, 64)
+    assert abs(small.mean() - 127.5) < 2 and np.ptp(small[8:-8, 8:-8]) < 8, "picking each 8th column gives one colour"
+
+
+def test_a_single_pixel_and_a_sliver_can_be_resized() -> None:
+    for shape in ((1, 1, 3), (1, 5000, 3), (5000, 1, 3)):
+        np.testing.assert_array_equal(resize_and_crop(np.full(shape, 90, np.uint8), 8), np.full((8, 8, 3), 90))

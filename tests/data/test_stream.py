@@ -1,0 +1,258 @@
+"""The batches are a function of the seed and of their number alone, and every example is seen once an epoch."""
+
+import contextlib
+import json
+import multiprocessing
+import pathlib
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from offsetjax.data.build import build
+from offsetjax.data.stream import Source, check_fingerprint, make_stream, open_source
+from offsetjax.errors import UserError
+
+COUNT, SIDE = 23, 16
+Batch = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Picture i has the grey value 10 i on its left half and is black on the right; its caption says i."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "pictures").mkdir()
+    for number in range(COUNT):
+        pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+        pixels[:, : SIDE // 2] = 10 * number + 10
+        Image.fromarray(pixels).save(root / "pictures" / f"{number:02}.png")
+        (root / "pictures" / f"{number:02}.txt").write_text(str(number))
+    build(root / "pictures", root / "set")
+    return root / "set"
+
+
+@pytest.fixture
+def source(data_set: pathlib.Path) -> Source:
+    return open_source(data_set, "train")
+
+
+def tokenize(caption: str) -> np.ndarray:
+    return np.array([7, int(caption), 9])
+
+
+def take(source: Source, count: int, start: int = 0, **changes: Any) -> list[Batch]:
+    options = {"seed": 3, "global_batch_size": 8, "resolution": SIDE, "random_flip": True, "tokenize": tokenize}
+    batches = make_stream(source, **(options | changes)).iterator(start)
+    with contextlib.closing(batches):
+        return [next(batches) for _ in range(count)]
+
+
+def assert_same(actual: list[Batch], expected: list[Batch]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_batch_holds_the_pictures_and_captions_of_its_indices(source: Source) -> None:
+    for batch in take(source, 6, random_flip=False):
+        assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+            "pixels": ((8, SIDE, SIDE, 3), "uint8"),
+            "input_ids": ((8, 3), "int32"),
+            "index": ((8,), "int64"),
+        }
+        np.testing.assert_array_equal(batch["input_ids"][:, 1], batch["index"])
+        np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], 10 * batch["index"] + 10)
+        assert (batch["pixels"][:, :, SIDE // 2 :] == 0).all()
+
+
+def test_pictures_are_brought_to_the_resolution(source: Source) -> None:
+    for resolution in (8, 40):
+        assert take(source, 1, resolution=resolution)[0]["pixels"].shape == (8, resolution, resolution, 3)
+
+
+def test_every_example_is_seen_once_an_epoch_in_a_new_order(source: Source) -> None:
+    seen = np.concatenate([batch["index"] for batch in take(source, COUNT)])  # eight epochs
+    epochs = seen.reshape(8, COUNT)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(COUNT))
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+    assert tuple(range(COUNT)) not in {tuple(epoch) for epoch in epochs}
+
+
+def test_half_of_the_pictures_are_flipped_anew_each_epoch(source: Source) -> None:
+    flipped: dict[int, list[bool]] = {index: [] for index in range(COUNT)}
+    for batch in take(source, 5 * COUNT):  # forty epochs
+        is_flipped = batch["pixels"][:, 0, 0, 0] == 0
+        np.testing.assert_array_equal(batch["pixels"][is_flipped, 0, -1, 0], 10 * batch["index"][is_flipped] + 10)
+        for index, flip in zip(batch["index"], is_flipped, strict=True):
+            flipped[int(index)].append(bool(flip))
+    flips = np.array(list(flipped.values()))
+    assert flips.shape == (COUNT, 40)
+    assert abs(flips.mean() - 0.5) < 4 * 0.5 / np.sqrt(flips.size)
+    assert all(5 <= count <= 35 for count in flips.sum(axis=1)), "an example is flipped always or never"
+    assert abs(np.corrcoef(flips[:, :-1].ravel(), flips[:, 1:].ravel())[0, 1]) < 0.15
+
+
+def test_the_seed_decides(source: Source) -> None:
+    assert_same(take(source, 3), take(source, 3))
+    one, other = (np.concatenate([batch["index"] for batch in take(source, 3, seed=seed)]) for seed in (3, 4))
+    assert (one != other).any()
+
+
+def test_workers_make_the_same_batches_as_threads(source: Source) -> None:
+    expected = take(source, 12)
+    assert_same(take(source, 12, num_workers=2), expected)
+    assert_same(take(source, 5, start=7, num_workers=2), expected[7:])
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 11, 22])
+def test_resuming_at_any_batch_gives_the_batches_that_were_to_come(source: Source, start: int) -> None:
+    assert_same(take(source, 4, start=start), take(source, start + 4)[start:])
+
+
+def test_resuming_is_immediate_however_far(source: Source) -> None:
+    began = time.monotonic()
+    assert take(source, 1, start=10**9)[0]["index"].shape == (8,)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_the_blocks_of_all_processes_make_the_global_batch(source: Source, process_count: int) -> None:
+    blocks = [take(source, 9, process_index=rank, process_count=process_count) for rank in range(process_count)]
+    joined = [
+        {name: np.concatenate([block[number][name] for block in blocks]) for name in blocks[0][number]}
+        for number in range(9)
+    ]
+    assert_same(joined, take(source, 9))
+
+
+def test_a_data_set_smaller_than_a_batch_repeats_in_it(source: Source) -> None:
+    (batch,) = take(source, 1, global_batch_size=64)
+    counts = Counter(batch["index"].tolist())
+    assert len(counts) == COUNT and set(counts.values()) <= {2, 3}
+
+
+def test_a_split_of_one_example_is_enough(data_set: pathlib.Path) -> None:
+    one = open_source(data_set, "train[:1]")
+    assert len(one) == 1
+    assert take(one, 2, global_batch_size=4)[1]["index"].tolist() == [0, 0, 0, 0]
+
+
+def test_an_indivisible_batch_is_refused(source: Source) -> None:
+    with pytest.raises(UserError, match=r"train.global_batch_size = 8 must be a multiple of the 3 processes"):
+        take(source, 1, process_count=3)
+
+
+def test_closing_leaves_no_thread_and_no_process(source: Source) -> None:
+    take(source, 1)  # what the libraries start once and keep
+    before = set(threading.enumerate())
+    for num_workers in (0, 1):
+        take(source, 2, num_workers=num_workers)
+    unread = make_stream(
+        source, seed=0, global_batch_size=4, resolution=8, random_flip=False, tokenize=tokenize
+    ).iterator(0)
+    unread.close()
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread may be at its last picture
+    assert not set(threading.enumerate()) - before
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def copied(data_set: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(data_set, tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_record_that_is_no_picture_is_named(tmp_path: pathlib.Path, num_workers: int) -> None:
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "caption": tfds.features.Text()})
+    records = [{"image": b"no picture", "caption": "1"}]
+    write_split(tmp_path / "set", features, records)
+    with pytest.raises(UserError, match=r"record 0 .*set.* \(train\) is no picture: not a picture"):
+        take(open_source(tmp_path / "set"), 1, num_workers=num_workers)
+
+
+def test_a_damaged_file_is_named(copied: pathlib.Path) -> None:
+    (file,) = copied.rglob("*.array_record*")
+    data = bytearray(file.read_bytes())
+    first_chunk = next(place for place in range(len(data) - 4) if data[place : place + 4] == b"IDAT")
+    data[first_chunk + 8] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"record \d+ of .*set.* cannot be read"):
+        take(open_source(copied), 4)
+
+
+def write_split(folder: pathlib.Path, features: tfds.features.FeaturesDict, records: list[dict[str, Any]]) -> None:
+    """A TFDS data set in ArrayRecord that this project did not make."""
+
+    class Foreign(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("2.0.0")
+        code_path = None
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, _: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            yield from enumerate(records)
+
+    Foreign(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
+def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: pathlib.Path) -> None:
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "caption": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=["x"]),
+        }
+    )
+    image = open_source(data_set)[4]["image"]
+    write_split(tmp_path / "a", features, [{"image": image, "caption": "4", "label": 0}])
+    batch = take(open_source(tmp_path / "a"), 1, global_batch_size=1, random_flip=False)[0]
+    assert batch["pixels"][0, 0, 0, 0] == 50 and batch["input_ids"].tolist() == [[7, 4, 9]]
+    write_split(tmp_path / "b", tfds.features.FeaturesDict({"image": tfds.features.Image()}), [{"image": image}])
+    with pytest.raises(UserError, match="has no feature 'caption'"):
+        open_source(tmp_path / "b")
+
+
+def test_what_is_no_data_set_is_refused(copied: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    version = next(copied.glob("*/*"))
+    for path in (copied, copied / "pictures", version):
+        assert len(open_source(path)) == COUNT
+    for path in (tmp_path / "nowhere", tmp_path, ""):
+        with pytest.raises(UserError, match="holds no data set"):
+            open_source(path)
+    for split in ("test", "train[:0]", "train[", ""):
+        with pytest.raises(UserError, match=r"has no split .* it has train|is empty"):
+            open_source(copied, split)
+    shutil.copytree(version, version.parent / "1.1.0")
+    with pytest.raises(UserError, match=r"several data sets; give one of .*1\.0\.0.*1\.1\.0"):
+        open_source(copied)
+
+
+def test_the_fingerprint_survives_json_and_names_what_differs(source: Source, data_set: pathlib.Path) -> None:
+    options = {"seed": 3, "global_batch_size": 8, "resolution": SIDE, "random_flip": True, "tokenize": tokenize}
+    saved = json.loads(json.dumps(make_stream(source, **options).fingerprint()))
+    same = make_stream(source, **options, num_workers=2, process_index=1, process_count=2)
+    check_fingerprint(saved, same.fingerprint())
+    for field, value in {"seed": 4, "global_batch_size": 16, "resolution": 8, "random_flip": False}.items():
+        with pytest.raises(UserError, match=rf"data: {field} is {value}, but the checkpoint was written with"):
+            check_fingerprint(saved, make_stream(source, **(options | {field: value})).fingerprint())
+    with pytest.raises(UserError, match="num_examples is 20"):
+        check_fingerprint(saved, make_stream(open_source(data_set, "train[:20]"), **options).fingerprint())
