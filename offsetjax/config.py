@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import runpy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -152,7 +153,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.resolution": _at_least(8),
     "data.num_workers": _at_least(0),
     "encode.caption_dropout": _SHARE,
-    "model.from_scratch": (lambda value: set(value) <= set(_PARTS), "made of " + ", ".join(_PARTS)),
+    "model.from_scratch": (lambda value: all(part in _PARTS for part in value), "made of " + ", ".join(_PARTS)),
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.vae.scaling_factor": _at_least(0),
     "noise.offset_strength": _at_least(0),
@@ -176,6 +177,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint.every_steps": _at_least(1),
     "checkpoint.max_to_keep": _at_least(1),
     "sample.every_steps": _at_least(0),
+    "sample.prompts": (lambda value: all(isinstance(prompt, str) for prompt in value), "texts"),
     "sample.seeds_per_prompt": _at_least(1),
     "sample.num_steps": _at_least(1),
     "sample.guidance_scale": _at_least(0),
@@ -220,6 +222,8 @@ def validate(config: ConfigDict) -> None:
             f"config: sample.num_steps = {values['sample.num_steps']} must be at most {most} with "
             f"sample.spacing = {values['sample.spacing']!r}"
         )
+    if values["sample.num_steps"] > values["schedule.num_train_timesteps"]:
+        raise UserError("config: sample.num_steps must be at most schedule.num_train_timesteps")
     if values["sample.params"] == "ema" and values["optimizer.ema_decay"] == 0 and values["sample.every_steps"]:
         raise UserError("config: sample.params = 'ema' needs optimizer.ema_decay above 0; or set sample.params = 'raw'")
     if values["task"] == "autoencoder" and values["noise.offset_strength"]:
@@ -245,7 +249,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
         raise
     except Exception as error:  # a config file is the user's own Python: anything may be raised
         raise UserError(f"config: {path}: {_describe(error)}") from error
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, ConfigDict) or dict(flatten(config)).keys() != dict(flatten(default_config())).keys():
         raise UserError(f"config: {path}: get_config() must return the ConfigDict of default_config()")
     for key, text in overrides:
         override(config, key, text)
@@ -256,10 +260,16 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
 def _describe(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args == ("get_config",):
         return "no function get_config(); see configs/stamps.py for the form"
-    if isinstance(error, AttributeError | KeyError):
-        name = getattr(error, "name", None) or str(error).split('"')[1 if '"' in str(error) else 0]
-        return f"unknown key {name!r}; {_nearest(name)}"
+    if key := _unknown_key(error):
+        return f"unknown key {key!r}; {_nearest(key)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _unknown_key(error: Exception) -> str | None:
+    """The key that the dictionary does not have; None where the error is another's."""
+    if locked := re.search(r'Key "(.+?)" does not exist', str(error)):
+        return locked[1]
+    return error.name if isinstance(error, AttributeError) and isinstance(error.obj, ConfigDict) else None
 
 
 def _nearest(key: str) -> str:
@@ -267,7 +277,8 @@ def _nearest(key: str) -> str:
     if leaf in FOREIGN_NAMES:
         return f"it is called {FOREIGN_NAMES[leaf]} here"
     paths = [path for path, _ in flatten(default_config())]
-    by_leaf = {path.rsplit(".", 1)[-1]: path for path in paths}
+    sections = {section: section for path in paths for section in path.split(".")[:-1]}
+    by_leaf = sections | {path.rsplit(".", 1)[-1]: path for path in paths}
     near = difflib.get_close_matches(key, paths, 1, 0.5) or [
         by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.5)
     ]
@@ -286,7 +297,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     old = values[key]
     try:
         new = _parse(text, old)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError):
         raise UserError(f"config: {key} = {text!r} is not of type {type(old).__name__}, such as {old!r}") from None
     section, _, leaf = key.rpartition(".")
     node = config

@@ -62,7 +62,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
     # declare for this Python. There are no downloads here.
     code_path = None
 
-    def __init__(self, *, examples: Sequence[Example] | Any = (), **kwargs: Any):
+    def __init__(self, *, examples: Iterable[tuple[str, dict[str, Any]]] = (), **kwargs: Any):
         self._examples = examples
         super().__init__(**kwargs)
 
@@ -85,8 +85,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for example in self._examples:
-            yield example.name, example.record
+        yield from self._examples
 
 
 def build(images_dir: epath.PathLike, out_dir: epath.PathLike, max_dropped: float = 0.1) -> Summary:
@@ -132,7 +131,7 @@ def build(images_dir: epath.PathLike, out_dir: epath.PathLike, max_dropped: floa
     return summary
 
 
-def _write(folder: epath.Path, examples: Iterator[Example]) -> epath.Path:
+def _write(folder: epath.Path, examples: Iterable[tuple[str, dict[str, Any]]]) -> epath.Path:
     """Writes the data set into `folder`; its version folder."""
     folder.mkdir(parents=True)
     tfds.disable_progress_bar()  # rich shows ours
@@ -143,14 +142,16 @@ def _write(folder: epath.Path, examples: Iterator[Example]) -> epath.Path:
     return epath.Path(builder.data_dir)
 
 
-def _kept(read: Iterable[Example], total: int, dropped: list[tuple[str, str]], max_dropped: float) -> Iterator[Example]:
-    """The examples that have a record; the others are appended to `dropped`."""
+def _kept(
+    read: Iterable[Example], total: int, dropped: list[tuple[str, str]], max_dropped: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The (name, record) of each example that has one; the others are appended to `dropped`."""
     console = Console(stderr=True)
     for example in track(
         read, "Reading pictures", total, console=console, disable=not console.is_terminal, transient=True
     ):
         if example.record is not None:
-            yield example
+            yield example.name, example.record
         else:
             dropped.append((example.name, example.reason))
     if len(dropped) == total or len(dropped) > max_dropped * total:

@@ -85,13 +85,17 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
         vocab_size: the most tokens that it may have, the 514 of bytes and marks included.
         max_length: tokens a caption, marks included.
     """
+    captions = [caption.lower() for caption in captions]
     alphabet = list(_byte_symbols().values())
+    # Ties between merges go by the symbols' numbers, and the trainer numbers the last letters of words at random
+    # unless it is told them: each process of a pod, and each run, must learn the same.
+    last_letters = [letter + "</w>" for letter in sorted(set("".join(captions)))]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size, end_of_word_suffix="</w>", special_tokens=last_letters, show_progress=False
     )
-    bpe.train_from_iterator((caption.lower() for caption in captions), trainer)
+    bpe.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = alphabet + [symbol + "</w>" for symbol in alphabet]
     known, kept = set(symbols), []

@@ -44,7 +44,10 @@ class UNet:
         """The prediction (ε or v), computed in `dtype` and returned in float32."""
         with torch_numerics(self.config["norm_num_groups"]):
             output = self._module().apply(
-                {"params": params}, latents.astype(self.dtype), timesteps, encoder_hidden_states.astype(self.dtype)
+                {"params": params},
+                jnp.asarray(latents, self.dtype),
+                jnp.asarray(timesteps),  # diffusers takes anything but a jax array for one number
+                jnp.asarray(encoder_hidden_states, self.dtype),
             )
         return output.sample.astype(jnp.float32)
 

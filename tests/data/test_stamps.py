@@ -27,7 +27,7 @@ def stamps() -> ModuleType:
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A red disc's stand-in: the left half red, the right half clear but with green hidden in it; and a black letter."""
+    """A "disc", its left half red and its right half clear with green hidden in it, and a black "letter"."""
     below = tmp_path / "stamps" / "below"
     below.mkdir(parents=True)
     pixels = np.zeros((40, 80, 4), np.uint8)

@@ -178,7 +178,7 @@ def copied(data_set: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_record_that_is_no_picture_is_named(tmp_path: pathlib.Path, num_workers: int) -> None:
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "caption": tfds.features.Text()})
+    features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
     records = [{"image": b"no picture", "caption": "1"}]
     write_split(tmp_path / "set", features, records)
     with pytest.raises(UserError, match=r"record 0 .*set.* \(train\) is no picture: not a picture"):
@@ -195,38 +195,41 @@ def test_a_damaged_file_is_named(copied: pathlib.Path) -> None:
         take(open_source(copied), 4)
 
 
-def write_split(folder: pathlib.Path, features: tfds.features.FeaturesDict, records: list[dict[str, Any]]) -> None:
-    """A TFDS data set in ArrayRecord that this project did not make."""
+class Foreign(tfds.core.GeneratorBasedBuilder):
+    """A TFDS data set that this project did not make."""
 
-    class Foreign(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("2.0.0")
-        code_path = None
+    VERSION = tfds.core.Version("2.0.0")
+    code_path = None
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            return tfds.core.DatasetInfo(builder=self, features=features)
+    def __init__(self, features: dict[str, Any], records: list[dict[str, Any]], **kwargs: Any):
+        self._features, self._records = features, records
+        super().__init__(file_format="array_record", **kwargs)
 
-        def _split_generators(self, _: Any) -> dict[str, Any]:
-            return {"train": self._generate_examples()}
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self._features))
 
-        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-            yield from enumerate(records)
+    def _split_generators(self, _: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
 
-    Foreign(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from enumerate(self._records)
+
+
+def write_split(folder: pathlib.Path, features: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    Foreign(features, records, data_dir=str(folder)).download_and_prepare(download_dir=str(folder.parent / "downloads"))
 
 
 def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: pathlib.Path) -> None:
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "caption": tfds.features.Text(),
-            "label": tfds.features.ClassLabel(names=["x"]),
-        }
-    )
+    features = {
+        "image": tfds.features.Image(),
+        "caption": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=["x"]),
+    }
     image = open_source(data_set)[4]["image"]
     write_split(tmp_path / "a", features, [{"image": image, "caption": "4", "label": 0}])
     batch = take(open_source(tmp_path / "a"), 1, global_batch_size=1, random_flip=False)[0]
     assert batch["pixels"][0, 0, 0, 0] == 50 and batch["input_ids"].tolist() == [[7, 4, 9]]
-    write_split(tmp_path / "b", tfds.features.FeaturesDict({"image": tfds.features.Image()}), [{"image": image}])
+    write_split(tmp_path / "b", {"image": tfds.features.Image()}, [{"image": image}])
     with pytest.raises(UserError, match="has no feature 'caption'"):
         open_source(tmp_path / "b")
 

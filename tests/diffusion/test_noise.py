@@ -59,8 +59,15 @@ def test_a_batch_is_its_examples_one_by_one() -> None:
         np.testing.assert_array_equal(batch[i], offset_noise(keys[i], latents[i], 0.1))
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (1, 4), (8, 1), (2, 4)])
-@pytest.mark.parametrize("output", [P(("data", "fsdp")), P(None, None, ("data", "fsdp"))])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "output"),
+    [
+        (2, 1, P(("data", "fsdp"))),
+        (8, 1, P(("data", "fsdp"))),
+        (1, 4, P("data", "fsdp")),
+        (2, 4, P(None, None, ("data", "fsdp"))),  # an example, too, is split
+    ],
+)
 def test_the_bits_do_not_depend_on_the_mesh(data: int, fsdp: int, output: P) -> None:
     keys = jax.random.split(jax.random.key(3), 8)
     mesh = mesh_of(data=data, fsdp=fsdp)
