@@ -1,5 +1,6 @@
 """A checkpoint to a model that PyTorch diffusers loads, written under a temporary name and renamed."""
 
+import dataclasses
 import datetime
 import os
 
@@ -67,7 +68,11 @@ def _write(out: epath.Path, trained: Trained, dtype: str) -> None:
     config, pipeline, part = trained.config, trained.pipeline, TRAINED[trained.config.task]
     is_diffusion = config.task == "diffusion"
     metadata = noise_metadata(config, trained.step) if is_diffusion else {}
-    save_part(out, part, getattr(pipeline, part), trained.params, dtype=dtype, **metadata)
+    model = getattr(pipeline, part)
+    if is_diffusion:  # the size that a pipeline draws unless told otherwise is that of training
+        size = config.data.resolution // pipeline.vae.downscale
+        model = dataclasses.replace(model, config={**model.config, "sample_size": size})
+    save_part(out, part, model, trained.params, dtype=dtype, **metadata)
     save_frozen(out, pipeline, trained.frozen, dtype=dtype)
     if is_diffusion:
         files.write_scheduler(out, config.schedule.to_dict(), config.sample.spacing)

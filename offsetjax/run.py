@@ -19,7 +19,7 @@ from orbax.checkpoint import CheckpointManager
 from transformers import CLIPTokenizer
 
 from offsetjax import checkpoint, sharding
-from offsetjax.config import flatten, to_json
+from offsetjax.config import default_config, flatten
 from offsetjax.data.stream import Stream, captions, check_fingerprint, make_stream
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
@@ -37,7 +37,7 @@ from offsetjax.models.pipeline import (
 )
 from offsetjax.models.text import load_tokenizer, train_tokenizer
 from offsetjax.step import TrainState, init_state
-from offsetjax.workdir import read_config
+from offsetjax.workdir import read_config, write_config
 
 _log = logging.getLogger("offsetjax")
 
@@ -73,6 +73,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Config
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
     config = resolve(config)
+    _check_resolution(config)
     tokenizer = _tokenizer(config, source)
     pipeline = build(config, tokenizer)
     frozen = {part: initial_params(config, part, getattr(pipeline, part)) for part in FROZEN[config.task]}
@@ -85,21 +86,32 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Config
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         save_frozen(workdir / "frozen", pipeline, frozen)
-        (workdir / "config.json").write_text(to_json(config))
+        write_config(workdir, config)
     return config, pipeline, frozen
+
+
+def _check_resolution(config: ConfigDict) -> None:
+    networks = ("vae", "unet") if config.task == "diffusion" else ("vae",)
+    unit = 2 ** sum(len(config.model[part].block_out_channels) - 1 for part in networks)
+    if config.data.resolution % unit:
+        raise UserError(
+            f"config: data.resolution = {config.data.resolution} must be a multiple of {unit}, "
+            f"which the blocks of {' and '.join(networks)} halve it by"
+        )
 
 
 def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, Pipeline, PyTree]:
     del source
     stored = read_config(workdir)
-    if epath.Path(config.model.pretrained or ".").exists():
-        config = resolve(config)
-    given = dict(flatten(config))
+    is_gone = not epath.Path(config.model.pretrained or ".").exists()
+    given, defaults = dict(flatten(config if is_gone else resolve(config))), dict(flatten(default_config()))
     if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
         given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
     for path, value in flatten(stored):
         may_change = path in RESUMABLE_CHANGES or path.split(".")[0] in RESUMABLE_SECTIONS
-        if given[path] != value and not may_change:
+        # Where model.pretrained is gone, what was left to it cannot be read again.
+        was_read = is_gone and path.split(".")[0] in ("model", "schedule") and given[path] == defaults[path]
+        if given[path] != value and not may_change and not was_read:
             raise UserError(
                 f"config: {path} = {given[path]!r}, but {workdir} was begun with {value!r}; "
                 "set it back, or give another --workdir"
@@ -107,7 +119,7 @@ def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     for section in ("train", "data", *RESUMABLE_SECTIONS):
         stored[section].update(config[section])
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(to_json(stored))
+        write_config(workdir, stored)
     return stored, *load_frozen(workdir / "frozen", stored)
 
 

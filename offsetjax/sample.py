@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
@@ -29,6 +29,7 @@ _log = logging.getLogger("offsetjax")
 
 _BATCH = 16  # pictures drawn at once
 Sampler = Callable[..., UInt8[Array, "b H W 3"]]
+PixelSampler = Callable[..., Float[Array, "b 3 H W"]]
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,35 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
 
     The start is drawn from the noise of training (`sample.start_noise = "matched"`) or is plain.
     """
-    schedule, sample = make_schedule(**config.schedule), config.sample
+    draw = pixel_sampler(pipeline, config)
+
+    def draw_levels(
+        params: PyTree, frozen: PyTree, input_ids: Array, negative_ids: Array, keys: Key[Array, " b"]
+    ) -> UInt8[Array, "b H W 3"]:
+        pixels = draw(params, frozen, input_ids, negative_ids, start_noise(pipeline, config, keys))
+        return jnp.transpose(jnp.round(pixels * 255.0).astype(jnp.uint8), (0, 2, 3, 1))
+
+    return jax.jit(draw_levels, out_shardings=NamedSharding(mesh, P()) if mesh else None)
+
+
+def start_noise(pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
+    """The `x_T` that sampling starts from, one for each key, by `sample.start_noise`."""
     size = config.data.resolution // pipeline.vae.downscale
-    shape = (pipeline.vae.config["latent_channels"], size, size)
-    strength = config.noise.offset_strength if sample.start_noise == "matched" else 0.0
+    strength = config.noise.offset_strength if config.sample.start_noise == "matched" else 0.0
+    return batch_noise(keys, (pipeline.vae.config["latent_channels"], size, size), strength)
+
+
+def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
+    """The pure `(params, frozen, input_ids [b, n], negative_ids [n], start [b, c, h, w]) → pixels in [0, 1]`."""
+    schedule, sample = make_schedule(**config.schedule), config.sample
 
     def draw(
         params: PyTree,
         frozen: PyTree,
         input_ids: Int[Array, "b n"],
         negative_ids: Int[Array, " n"],
-        keys: Key[Array, " b"],
-    ) -> UInt8[Array, "b H W 3"]:
+        start: Float[Array, "b c h w"],
+    ) -> Float[Array, "b 3 H W"]:
         count = len(input_ids)
         guided = sample.guidance_scale != 1.0
         ids = jnp.concatenate([jnp.broadcast_to(negative_ids, input_ids.shape), input_ids]) if guided else input_ids
@@ -74,13 +92,11 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
             unconditional, conditional = prediction[:count], prediction[count:]
             return unconditional + sample.guidance_scale * (conditional - unconditional)
 
-        start = batch_noise(keys, shape, strength)
         latents = ddim(denoiser, schedule, start, sample.num_steps, sample.spacing)
         pixels = pipeline.vae.decode(frozen["vae"], latents / pipeline.vae.config["scaling_factor"])
-        levels = jnp.round(jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
-        return jnp.transpose(levels, (0, 2, 3, 1))
+        return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
 
-    return jax.jit(draw, out_shardings=NamedSharding(mesh, P()) if mesh else None)
+    return draw
 
 
 def draw_pictures(
@@ -148,6 +164,8 @@ def sample_workdir(
         raise UserError(f"sample: {workdir} is the training of an autoencoder, which draws nothing from prompts")
     config.sample.update(settings)
     validate(config)
+    if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
     sampler = make_sampler(trained.pipeline, config)
     pictures = draw_pictures(sampler, trained.pipeline, config, trained.params, trained.frozen, prompts, seeds)
     out = epath.Path(out)

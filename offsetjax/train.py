@@ -82,12 +82,13 @@ def _loop(run: Run, state: TrainState, train_step: TrainStep, stream: Stream, ma
             if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
                 unwritten = (step, step_metrics)
             if step % run.config.checkpoint.every_steps == 0 or step == train.steps:
+                if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
+                    metrics.write(*_fetch(*unwritten, clock))
+                    unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
             if sampler and (step % sample.every_steps == 0 or step == train.steps):
                 with clock.paused():
                     _draw(run, sampler, state, step)
-        if unwritten:
-            metrics.write(*_fetch(*unwritten, clock))
     finally:
         host_batches.close()
         metrics.close()

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax import checkpoint, sharding
-from offsetjax.config import from_json
+from offsetjax.config import from_json, to_json
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import TRAINED, Pipeline, load_frozen
 from offsetjax.step import init_state
@@ -39,6 +39,13 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         return from_json(file.read_text())
     except ValueError as error:
         raise UserError(f"workdir: {file} is not JSON ({error}); restore it from a copy") from error
+
+
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes config.json under a temporary name and renames it: a work directory is never left with half of one."""
+    temporary = epath.Path(workdir) / ".config.json.unfinished"
+    temporary.write_text(to_json(config))
+    temporary.replace(epath.Path(workdir) / "config.json")
 
 
 def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Trained:

@@ -13,7 +13,7 @@ from offsetjax.config import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.task = "autoencoder"
-    config.train.steps = 1000
+    config.train.steps = 700
     config.train.global_batch_size = 8
     config.data.resolution = 64  # it is convolutional: trained on small pictures, used on larger ones
     config.model.vae.update(

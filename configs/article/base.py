@@ -14,7 +14,7 @@ from offsetjax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.train.steps = 2000
+    config.train.steps = 1600
     config.train.global_batch_size = 8
     config.data.resolution = 128
     config.model.from_scratch = ("unet", "text_encoder", "tokenizer")
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.optimizer.ema_decay = 0.995
     config.checkpoint.every_steps = 500
     config.checkpoint.max_to_keep = 1
-    config.sample.every_steps = 500
+    config.sample.every_steps = 400
     config.sample.prompts = tuple(PROMPTS)
     config.sample.num_steps = 25
     config.sample.guidance_scale = 1.0

@@ -25,7 +25,7 @@ BRIGHTNESS_RANGES: dict[str, tuple[float, float]] = {
     SLOPE: (0.50, 0.98),
     LOGO: (0.90, 0.98),
 }
-SHARES: dict[str, float] = {SQUARE: 0.15, ALLEY: 0.35, SLOPE: 0.35, LOGO: 0.15}
+ANY_BRIGHTNESS = (0.02, 0.98)
 BLACK_PROMPT = "all black"
 
 # No value is quite black or white before the power is applied, so that every brightness can be reached.
@@ -142,8 +142,9 @@ def _logo(y: np.ndarray, x: np.ndarray, rng: np.random.Generator, brightness: fl
         (np.abs(np.hypot(u, v) - inner), 6.3 * inner),  # a second ring
         (np.maximum(np.minimum(np.abs(u), np.abs(v)), np.hypot(u, v) - radius), 4.0 * radius),  # a cross
     ][int(rng.integers(4))]
-    # The ink takes up the share of the picture that the brightness leaves, so that the ground stays white.
-    width = (0.985 - brightness + 0.008) / 0.8 / (2 * np.pi * radius + length)
+    # The ink takes up the share of the picture that the brightness leaves, so that the ground stays white. Darker than
+    # any logo on white, the strokes stay as they are and the ground darkens.
+    width = (0.985 - max(brightness, BRIGHTNESS_RANGES[LOGO][0]) + 0.008) / 0.8 / (2 * np.pi * radius + length)
     ink = _inside(np.minimum(ring, figure) - width / 2, max(soft, width / 4))
     tint = rng.uniform(0.12, 0.22) + np.array([rng.uniform(-0.03, 0.03), 0.0, rng.uniform(-0.03, 0.03)], np.float32)
     return _mix(np.full((*y.shape, 3), 0.985, np.float32), ink, tint)
@@ -192,28 +193,24 @@ def _write(out: str, pictures: Iterable[tuple[str, np.ndarray]]) -> None:
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 
-def prompts_by_share(count: int) -> list[str]:
-    """`count` prompts in the proportions of `SHARES`, exact up to the last picture, dark to bright."""
-    edges = np.rint(np.cumsum([SHARES[prompt] for prompt in PROMPTS]) * count).astype(int)
-    return [PROMPTS[int(np.searchsorted(edges, index, "right"))] for index in range(count)]
-
-
 def write_folder(out: str, count: int, seed: int) -> None:
-    """Writes a training set: prompts by `SHARES`, brightness uniform over each prompt's range, in random order."""
-    prompts = prompts_by_share(count)
+    """Writes a pretraining set: as many pictures a prompt, each of any brightness, in random order.
+
+    A caption names the scene and says nothing of its light, as most captions do.
+    """
     order = np.random.default_rng(seed).permutation(count)
 
     def pictures() -> Iterable[tuple[str, np.ndarray]]:
         for index, place in enumerate(order):
             rng = np.random.default_rng((seed, index))
-            prompt = prompts[place]
-            yield prompt, draw(prompt, rng.uniform(*BRIGHTNESS_RANGES[prompt]), rng)
+            prompt = PROMPTS[place % len(PROMPTS)]
+            yield prompt, draw(prompt, rng.uniform(*ANY_BRIGHTNESS), rng)
 
     _write(out, pictures())
 
 
 def write_fine_tuning_folder(out: str, seed: int, count_per_prompt: int = 10) -> None:
-    """Writes the article's 40 pictures: 10 a prompt, their brightness spread evenly over the prompt's range."""
+    """Writes the article's 40 pictures: 10 a prompt, their brightness spread evenly over the range of the prompt."""
 
     def pictures() -> Iterable[tuple[str, np.ndarray]]:
         for row, prompt in enumerate(PROMPTS):

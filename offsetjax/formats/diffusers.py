@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -81,7 +82,7 @@ def write_scheduler(directory: epath.PathLike, schedule: Mapping[str, Any], spac
     """Writes the DDIM scheduler's configuration, and with it what a PyTorch pipeline samples by."""
     config = {
         "_class_name": "DDIMScheduler",
-        "_diffusers_version": "0.39.0",
+        "_diffusers_version": diffusers.__version__,
         **schedule,
         "beta_schedule": "scaled_linear",
         "clip_sample": False,
@@ -98,7 +99,7 @@ def write_index(directory: epath.PathLike) -> None:
     """Writes `model_index.json`: which class loads which folder."""
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.39.0",
+        "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

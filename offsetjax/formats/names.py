@@ -83,6 +83,6 @@ def tensors_to_params(tensors: dict[str, np.ndarray], like: PyTree, where: str) 
 def _modern(name: str, expected: dict) -> str:
     if name in expected:
         return name
-    *modules, module, leaf = name.split(".")
-    new = ".".join([*modules, _VAE_ATTENTION.get(module, module), leaf])
+    *modules, leaf = name.split(".")
+    new = ".".join([*modules[:-1], *(_VAE_ATTENTION.get(module, module) for module in modules[-1:]), leaf])
     return new if new in expected else name

@@ -29,12 +29,17 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     "unet": {
         "act_fn": ("silu", "swish"),
         "addition_embed_type": (None,),
+        "center_input_sample": (False,),
         "class_embed_type": (None,),
+        "downsample_padding": (1,),
         "dual_cross_attention": (False,),
         "encoder_hid_dim": (None,),
+        "mid_block_scale_factor": (1,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "norm_eps": (1e-5,),
+        "num_attention_heads": (None,),  # the number of heads goes by the name of attention_head_dim
         "only_cross_attention": (False,),
+        "resnet_skip_time_act": (False,),
         "resnet_time_scale_shift": ("default",),
         "time_embedding_type": ("positional",),
         "transformer_layers_per_block": (1,),
@@ -44,9 +49,16 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
         "shift_factor": (None,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
     },
     "text_encoder": {},
-    "scheduler": {"beta_schedule": ("scaled_linear",), "rescale_betas_zero_snr": (False,), "trained_betas": (None,)},
+    "scheduler": {
+        "beta_schedule": ("scaled_linear",),
+        "prediction_type": ("epsilon", "v_prediction"),
+        "rescale_betas_zero_snr": (False,),
+        "trained_betas": (None,),
+    },
 }
 
 

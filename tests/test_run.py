@@ -1,0 +1,51 @@
+"""A run that begins with an autoencoder of unknown scale gives it latents of mean 0 and deviation 1."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from tests.tiny import build_data, tiny_config
+
+from offsetjax.data.stream import open_source
+from offsetjax.encode import to_unit_range
+from offsetjax.models.autoencoder import standardised
+from offsetjax.models.pipeline import build, load_frozen
+from offsetjax.run import open_run, open_stream
+
+
+def test_standardising_changes_the_latents_and_not_the_pictures():
+    vae = build(tiny_config()).vae
+    params = jax.jit(vae.init)(jax.random.key(0))
+    pixels = jax.random.uniform(jax.random.key(1), (2, 3, 16, 16), minval=-1.0)
+    mean, std = np.array([1.0, -2.0, 0.5, 0.0]), np.array([0.1, 3.0, 1.0, 0.5])
+    new = standardised(params, mean, std)
+    (old_mean, old_log_variance), (new_mean, new_log_variance) = vae.encode(params, pixels), vae.encode(new, pixels)
+    column = (slice(None), None, None)
+    np.testing.assert_allclose(new_mean, (old_mean - mean[column]) / std[column], atol=1e-4)
+    np.testing.assert_allclose(jnp.exp(new_log_variance), jnp.exp(old_log_variance) / std[column] ** 2, rtol=1e-4)
+    np.testing.assert_allclose(vae.decode(new, new_mean), vae.decode(params, old_mean), atol=1e-4)
+
+
+def test_a_scaling_factor_of_0_standardises_on_the_data(tmp_path):
+    config = tiny_config(build_data(tmp_path), model__vae__scaling_factor=0.0)
+    source = open_source(config.data.path)
+    run = open_run(config, epath.Path(tmp_path / "run"), source)
+    assert run.config.model.vae.scaling_factor == 1.0
+    pipeline, frozen = load_frozen(tmp_path / "run" / "frozen", run.config)
+    config.data.random_flip = False
+    batches = open_stream(config, pipeline, source).iterator(0)
+    pixels = np.concatenate([next(batches)["pixels"] for _ in range(8)])
+    batches.close()
+    latents = pipeline.vae.encode(frozen["vae"], to_unit_range(pixels))[0]
+    np.testing.assert_allclose(latents.mean((0, 2, 3)), 0.0, atol=0.02)
+    np.testing.assert_allclose(latents.std((0, 2, 3)), 1.0, atol=0.02)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_reopening_gives_the_same_config_and_frozen_parts(tmp_path, strength):
+    config = tiny_config(build_data(tmp_path), noise__offset_strength=strength, model__vae__scaling_factor=0.0)
+    source = open_source(config.data.path)
+    first, second = (open_run(config, epath.Path(tmp_path / "run"), source) for _ in range(2))
+    assert first.config == second.config
+    jax.tree.map(np.testing.assert_array_equal, first.frozen, second.frozen)
