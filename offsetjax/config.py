@@ -18,117 +18,10 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from offsetjax.defaults import FOREIGN_NAMES, default_config
 from offsetjax.errors import UserError
 
-# The names that other trainers use for our fields, so that an error can translate them.
-FOREIGN_NAMES = {
-    "noise_offset": "noise.offset_strength",
-    "min_snr_gamma": "loss.min_snr_gamma",
-    "snr_gamma": "loss.min_snr_gamma",
-    "v_parameterization": "schedule.prediction_type",
-    "caption_dropout_rate": "encode.caption_dropout",
-    "pretrained_model_name_or_path": "model.pretrained",
-    "train_batch_size": "train.global_batch_size",
-    "gradient_accumulation_steps": "train.accumulate_steps",
-    "max_train_steps": "train.steps",
-    "lr_scheduler": "optimizer.decay",
-    "lr_warmup_steps": "optimizer.warmup_steps",
-    "timestep_spacing": "sample.spacing",
-}
-
-
-def default_config() -> ConfigDict:
-    """The defaults of every field: Stable Diffusion 1.x's architecture and schedule, plain noise.
-
-    Returns:
-        A locked `ConfigDict`; a value keeps the type that it has here.
-    """
-    config = ConfigDict()
-    config.seed = 0
-    config.task = "diffusion"  # or "autoencoder"
-    config.train = ConfigDict({"steps": 1000, "global_batch_size": 8, "accumulate_steps": 1, "log_every_steps": 50})
-    config.data = ConfigDict({"path": "", "split": "train", "resolution": 512, "random_flip": True, "num_workers": 0})
-    config.encode = ConfigDict({"caption_dropout": 0.1})
-    config.model = ConfigDict(
-        {
-            "pretrained": "",  # a diffusers directory; its architecture replaces the one below
-            "from_scratch": (),  # parts to draw at random: unet, vae, text_encoder, tokenizer
-            "dtype": "bfloat16",  # compute; parameters are float32
-            "unet": {
-                "sample_size": 64,
-                "in_channels": 4,
-                "out_channels": 4,
-                "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-                "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-                "block_out_channels": (320, 640, 1280, 1280),
-                "layers_per_block": 2,
-                "attention_head_dim": (8, 8, 8, 8),  # the number of heads of each block, by diffusers' name
-                "cross_attention_dim": 768,
-                "use_linear_projection": False,
-                "norm_num_groups": 32,
-                "flip_sin_to_cos": True,
-                "freq_shift": 0,
-            },
-            "vae": {
-                "in_channels": 3,
-                "out_channels": 3,
-                "down_block_types": ("DownEncoderBlock2D",) * 4,
-                "up_block_types": ("UpDecoderBlock2D",) * 4,
-                "block_out_channels": (128, 256, 512, 512),
-                "layers_per_block": 2,
-                "latent_channels": 4,
-                "norm_num_groups": 32,
-                "sample_size": 512,
-                "scaling_factor": 0.18215,  # 0: standardise the latents on the data, then 1
-                "mid_block_add_attention": True,
-            },
-            "text_encoder": {
-                "vocab_size": 49408,
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "max_position_embeddings": 77,
-                "hidden_act": "quick_gelu",
-                "layer_norm_eps": 1e-5,
-                "projection_dim": 768,
-            },
-        }
-    )
-    config.noise = ConfigDict({"offset_strength": 0.0})
-    config.schedule = ConfigDict(
-        {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
-    )
-    config.loss = ConfigDict({"min_snr_gamma": 0.0, "kl_weight": 1e-6})
-    config.optimizer = ConfigDict(
-        {
-            "learning_rate": 1e-5,
-            "warmup_steps": 100,
-            "decay": "cosine",
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 0.01,
-            "max_grad_norm": 1.0,
-            "ema_decay": 0.9999,  # 0: no average is kept
-        }
-    )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices an axis; -1: all that are left
-    config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 3})
-    config.sample = ConfigDict(
-        {
-            "every_steps": 500,  # 0: no pictures during training
-            "prompts": (),
-            "negative_prompt": "",
-            "seeds_per_prompt": 4,
-            "num_steps": 50,
-            "guidance_scale": 7.5,
-            "spacing": "trailing",
-            "start_noise": "matched",
-            "params": "ema",
-        }
-    )
-    return config.lock()
+__all__ = ["default_config", "digest", "flatten", "from_json", "load_config", "override", "to_json", "validate"]
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -282,7 +175,7 @@ def _nearest(key: str) -> str:
     near = difflib.get_close_matches(key, paths, 1, 0.5) or [
         by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.5)
     ]
-    return f"did you mean {near[0]}?" if near else "see offsetjax/config.py for the list"
+    return f"did you mean {near[0]}?" if near else "see offsetjax/defaults.py for the list"
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
