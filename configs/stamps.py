@@ -14,36 +14,18 @@ that a laptop has patience for, the ground's brightness follows the caption; the
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
+from offsetjax.presets import small
 
 
 def get_config() -> ConfigDict:
     config = default_config()
+    small(config)
+    config.model.pretrained = "runs/stamps_vae"
+    config.model.from_scratch = ("unet", "text_encoder", "tokenizer")
     config.train.steps = 2000
     config.train.global_batch_size = 8
     config.data.path = "runs/stamps_data"
     config.data.resolution = 128
-    config.model.pretrained = "runs/stamps_vae"
-    config.model.from_scratch = ("unet", "text_encoder", "tokenizer")
-    config.model.dtype = "float32"
-    config.model.unet.update(
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        attention_head_dim=(4, 4, 4),
-        cross_attention_dim=64,
-        norm_num_groups=8,
-    )
-    config.model.vae.scaling_factor = 0.0
-    config.model.text_encoder.update(
-        vocab_size=2000,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=24,
-        projection_dim=64,
-    )
     config.noise.offset_strength = 0.1
     config.schedule.prediction_type = "v_prediction"
     config.optimizer.learning_rate = 1e-3

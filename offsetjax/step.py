@@ -54,7 +54,7 @@ def make_train_step(objective: Objective, config: ConfigDict) -> TrainStep:
             batch,
             config.train.accumulate_steps,
         )
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -33,7 +33,7 @@ def pretrained_epsilon(model: pathlib.Path, data: pathlib.Path) -> Any:
     for part in ("unet", "vae", "text_encoder"):
         config.model[part] = default.model[part]
     config.model.pretrained = str(model)
-    config.sample.spacing = "trailing"
+    config.noise.offset_strength, config.sample.spacing = 0.1, "trailing"
     return config
 
 
@@ -43,16 +43,20 @@ def own_velocity(_: pathlib.Path, data: pathlib.Path) -> Any:
     config.schedule.prediction_type = "v_prediction"
     config.model.vae.scaling_factor = 0.0
     config.model.unet.sample_size = 32  # not that of the training: pictures are smaller
-    config.sample.spacing = "leading"
+    config.noise.offset_strength, config.sample.spacing = 0.1, "leading"
     return config
 
 
-@pytest.fixture(scope="module", params=[pretrained_epsilon, own_velocity])
+@pytest.fixture(scope="module", params=[pretrained_epsilon, pytest.param(own_velocity, marks=pytest.mark.slow)])
 def workdir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("export")
     config = request.param(folder / "model", tiny.build_data(folder))
-    config.train.steps, config.noise.offset_strength = 3, 0.1
-    train(config, folder / "workdir")
+    config.train.steps = config.checkpoint.every_steps = 3
+    jax.config.update("jax_disable_most_optimizations", True)  # three steps: compiling them takes longest
+    try:
+        train(config, folder / "workdir")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
     return folder / "workdir"
 
 
@@ -73,7 +77,7 @@ def test_pytorch_draws_our_pictures(spacing: str, trained: Trained, exported: pa
     exported_spacing = config.sample.spacing
     config.sample.update(num_steps=10, guidance_scale=3.0, spacing=spacing)
     keys = jax.random.split(jax.random.key(5), len(PROMPTS))
-    start = np.asarray(start_noise(trained.pipeline, config, keys))
+    start = np.array(start_noise(trained.pipeline, config, keys))
     input_ids, negative_ids = trained.pipeline.tokenize(PROMPTS), trained.pipeline.tokenize([""])[0]
     draw = jax.jit(pixel_sampler(trained.pipeline, config))
     ours = np.transpose(draw(trained.params, trained.frozen, input_ids, negative_ids, start), (0, 2, 3, 1))

@@ -62,9 +62,8 @@ def text_encoder(**changes: Any) -> transformers.CLIPTextModel:
 
 
 def scheduler(**changes: Any) -> diffusers.DDIMScheduler:
-    return diffusers.DDIMScheduler(
-        **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, **changes}
-    )
+    stable_diffusion = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
+    return diffusers.DDIMScheduler(1000, 0.00085, 0.012, **{**stable_diffusion, "steps_offset": 1, **changes})
 
 
 def save_pipeline(directory: pathlib.Path, **parts: Any) -> diffusers.StableDiffusionPipeline:

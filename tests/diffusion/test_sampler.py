@@ -59,7 +59,9 @@ def test_the_path_is_that_of_diffusers(prediction_type: str, spacing: str, num_s
     scheduler.set_timesteps(num_steps)
     theirs = torch.from_numpy(start)
     for timestep in scheduler.timesteps:
-        prediction = torch.einsum("oc,bchw->bohw", torch.from_numpy(mix), theirs) + torch.from_numpy(drift) * timestep / 1000
+        prediction = (
+            torch.einsum("oc,bchw->bohw", torch.from_numpy(mix), theirs) + torch.from_numpy(drift) * timestep / 1000
+        )
         theirs = scheduler.step(prediction, timestep, theirs).prev_sample
 
     def denoiser(noisy: jax.Array, timestep: jax.Array) -> jax.Array:

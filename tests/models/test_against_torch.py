@@ -139,7 +139,9 @@ def test_standardised_latents_have_mean_0_and_deviation_1_and_decode_to_the_same
     latents, new_log_variance = (np.asarray(moment) for moment in encode(new, pixels))
     np.testing.assert_allclose(latents.mean((0, 2, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(latents.std((0, 2, 3)), 1, atol=1e-4)
-    np.testing.assert_allclose(np.exp(0.5 * new_log_variance), np.exp(0.5 * log_variance) / scale[:, None, None], rtol=1e-3)
+    np.testing.assert_allclose(
+        np.exp(0.5 * new_log_variance), np.exp(0.5 * log_variance) / scale[:, None, None], rtol=1e-3
+    )
     np.testing.assert_allclose(decode(new, latents), decode(params, mean), atol=1e-4)
 
 

@@ -24,9 +24,7 @@ def tokenizer() -> transformers.CLIPTokenizer:
     return train_tokenizer(CAPTIONS * 3, 600, 24)
 
 
-def test_saved_and_loaded_it_gives_the_same_ids(
-    tokenizer: transformers.CLIPTokenizer, tmp_path: pathlib.Path
-) -> None:
+def test_saved_and_loaded_it_gives_the_same_ids(tokenizer: transformers.CLIPTokenizer, tmp_path: pathlib.Path) -> None:
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     ids = tokenize(tokenizer, CAPTIONS + STRANGE)
     assert ids.dtype == np.int32 and ids.shape == (len(CAPTIONS + STRANGE), 24)
