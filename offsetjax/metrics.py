@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -21,7 +22,7 @@ class MetricsWriter:
     def __init__(self, workdir: epath.PathLike, start_step: int, num_steps: int):
         self._file = epath.Path(workdir) / "metrics.jsonl"
         lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
-        self._kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+        self._kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= start_step]
         self._is_local = "://" not in str(workdir)
         self._file.write_text("".join(self._kept))
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
@@ -82,6 +83,13 @@ class StepClock:
             "step_seconds": round(seconds, 5),
             "data_wait_seconds": round(waited, 5),
         }
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a crash of the machine can leave anything
+        return math.inf
 
 
 def format_duration(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """What is learned: the noise with its offset, drawn from streams of its own, and weighted example by example.
 
 The networks are stand-ins whose outputs the test chooses, so that every draw can be read off: an encoder that returns
-given moments, a text encoder that returns the ids, a denoiser that returns its parameters. With L = mean (p - n)² over N
-elements, the gradient at p = 0 is -2 n / N, so that the target n is read from it, exactly where N is a power of two.
+given moments, a text encoder that returns the ids, a denoiser that returns its parameters p. The loss is then the mean
+of (p - n)² over N elements, whose gradient at p = 0 is -2 n / N: it gives the target n, exactly if N is a power of two.
 """
 
 from dataclasses import dataclass, field
@@ -187,7 +187,7 @@ def test_v_is_the_target_of_v_prediction() -> None:
         _look(_config(schedule__prediction_type=kind, noise__offset_strength=0.2), log_variance=0.0)
         for kind in ("epsilon", "v_prediction")
     )
-    # T. Salimans and J. Ho, arXiv 2202.00512: with x = cos φ x0 + sin φ n, v = cos φ n - sin φ x0 = (n - sin φ x) / cos φ.
+    # T. Salimans and J. Ho, arXiv 2202.00512: x = cos φ x0 + sin φ n, v = cos φ n - sin φ x0; so cos φ v = n - sin φ x.
     signal, sigma = (
         np.asarray(scale)[:, None, None, None]
         for scale in signal_and_noise_scale(make_schedule(**default_config().schedule), v.timesteps)

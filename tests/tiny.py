@@ -1,18 +1,31 @@
 """The smallest model and data set that train: seconds on two CPU cores, for whatever test needs a real run."""
 
+import contextlib
+import functools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax.config import default_config
 from offsetjax.data.build import build
+from offsetjax.train import train
 
 CAPTIONS = ("a black square", "a white square", "a red boat", "a green hill")
 RESOLUTION = 16
+
+# Compiling takes nearly all the time of a tiny training: do it with little care, and once for the same program.
+QUICK_COMPILATION = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 
 
 def tiny_config(data_path: pathlib.Path | str = "", **changes: Any) -> ConfigDict:
@@ -75,3 +88,42 @@ def build_data(folder: pathlib.Path, count: int = 16, seed: int = 0) -> pathlib.
     (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     build(pictures, folder / "data")
     return folder / "data"
+
+
+@contextlib.contextmanager
+def quick_compilation(base: pathlib.Path) -> Iterator[dict[str, str]]:
+    """Compiles quickly inside, with a cache in `base`; gives the environment in which another process does the same."""
+    options = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(base / "compiled")}
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # whether there is one is decided at the first compilation
+    try:
+        yield {name.upper(): str(value) for name, value in options.items()}
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def run_config(data_path: pathlib.Path | str, **changes: Any) -> ConfigDict:
+    """The config of `trained_workdir`: 6 steps on a mesh of 2 x 4, a checkpoint every 2, pictures every 3."""
+    config = tiny_config(data_path, train__steps=6, mesh__data=2, mesh__fsdp=4, checkpoint__every_steps=2)
+    config.sample.update(every_steps=3, prompts=CAPTIONS[:2])
+    config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
+    return config
+
+
+@functools.cache
+def data_path(base: pathlib.Path) -> pathlib.Path:
+    """One data set for all tests of a session."""
+    return build_data(base / "tiny data")
+
+
+@functools.cache
+def trained_workdir(base: pathlib.Path) -> pathlib.Path:
+    """One finished training for all tests of a session; they must leave it as it is."""
+    workdir = base / "tiny run"
+    with quick_compilation(base):
+        train(run_config(data_path(base)), workdir)
+    return workdir
