@@ -55,6 +55,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schedule.beta_end": (lambda value: 0 < value < 1, "between 0 and 1, exclusive"),
     "schedule.prediction_type": _one_of("epsilon", "v_prediction"),
     "loss.min_snr_gamma": _at_least(0),
+    "loss.min_timestep": _at_least(0),
     "loss.kl_weight": _at_least(0),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _at_least(0),
@@ -103,6 +104,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config: train.global_batch_size = {values['train.global_batch_size']} must be a multiple of "
             f"train.accumulate_steps = {values['train.accumulate_steps']}"
+        )
+    if values["loss.min_timestep"] >= values["schedule.num_train_timesteps"]:
+        raise UserError(
+            f"config: loss.min_timestep = {values['loss.min_timestep']} must be below "
+            f"schedule.num_train_timesteps = {values['schedule.num_train_timesteps']}"
         )
     if values["mesh.data"] == -1 and values["mesh.fsdp"] == -1:
         raise UserError("config: only one of mesh.data and mesh.fsdp can be -1 (all devices that are left)")

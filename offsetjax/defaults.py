@@ -16,6 +16,8 @@ FOREIGN_NAMES = {
     "lr_scheduler": "optimizer.decay",
     "lr_warmup_steps": "optimizer.warmup_steps",
     "timestep_spacing": "sample.spacing",
+    "min_timestep": "loss.min_timestep",
+    "timestep_bias_begin": "loss.min_timestep",
 }
 
 
@@ -81,7 +83,7 @@ def default_config() -> ConfigDict:
     config.schedule = ConfigDict(
         {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
     )
-    config.loss = ConfigDict({"min_snr_gamma": 0.0, "kl_weight": 1e-6})
+    config.loss = ConfigDict({"min_snr_gamma": 0.0, "min_timestep": 0, "kl_weight": 1e-6})
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-5,

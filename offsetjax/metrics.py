@@ -26,7 +26,8 @@ class MetricsWriter:
         self._is_local = "://" not in str(workdir)
         self._file.write_text("".join(self._kept))
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
-        self._first, self._num_steps, self._began = start_step, num_steps, time.monotonic()
+        self._num_steps, self._began = num_steps, time.monotonic()
+        self._first_written: tuple[int, float] | None = None
         self._seconds_before = json.loads(self._kept[-1])["time_seconds"] if self._kept else 0.0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -41,11 +42,14 @@ class MetricsWriter:
             self._file.write_text("".join(self._kept))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        left = (self._num_steps - step) * elapsed / max(1, step - self._first)
-        _log.info(
-            "step %d/%d  loss %.4f  %.1f images/s  %s left",
-            step, self._num_steps, values["loss"], values["images_per_second"], format_duration(left),
-        )  # fmt: skip
+        text = f"step {step}/{self._num_steps}  loss {values['loss']:.4f}"
+        if self._first_written is None:  # its time is that of the compilation, which says nothing of the rest
+            self._first_written = step, elapsed
+        else:
+            first_step, first_elapsed = self._first_written
+            left = (self._num_steps - step) * (elapsed - first_elapsed) / (step - first_step)
+            text += f"  {values['images_per_second']:.1f} images/s  {format_duration(left)} left"
+        _log.info(text)
 
     def close(self) -> None:
         """Flushes the events."""

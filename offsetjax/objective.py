@@ -47,7 +47,9 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         noise = jax.vmap(lambda key, latent: offset_noise(key, latent, config.noise.offset_strength))(
             keys("noise"), latents
         )
-        timesteps = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(keys("timestep"))
+        # A picture's mean is decided at the noisy end; a short fine-tuning may look there alone.
+        first, last = config.loss.min_timestep, schedule.num_train_timesteps
+        timesteps = jax.vmap(lambda key: jax.random.randint(key, (), first, last))(keys("timestep"))
         # loss
         noisy = jax.vmap(lambda x, n, t: add_noise(schedule, x, n, t))(latents, noise, timesteps)
         prediction = pipeline.unet.apply(params, noisy, timesteps, hidden)

@@ -87,6 +87,7 @@ def _loop(run: Run, state: TrainState, train_step: TrainStep, stream: Stream, ma
                     unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
             if sampler and (step % sample.every_steps == 0 or step == train.steps):
+                jax.block_until_ready(state)  # the steps under way are not the pictures' time
                 with clock.paused():
                     _draw(run, sampler, state, step)
     finally:
