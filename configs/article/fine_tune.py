@@ -23,13 +23,14 @@ def get_config() -> ConfigDict:
     config.model.pretrained = str(Path(__file__).parent / "pretrained")
     config.model.dtype = "float32"
     config.noise.offset_strength = 0.1
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 8e-4
     config.optimizer.warmup_steps = 20
     config.optimizer.ema_decay = 0.98
     config.checkpoint.every_steps = 300
     config.checkpoint.max_to_keep = 1
-    config.sample.every_steps = 100
+    config.sample.every_steps = 150
     config.sample.prompts = tuple(PROMPTS)
     config.sample.num_steps = 25
     config.sample.guidance_scale = 1.0
+    config.sample.start_noise = "plain"  # as the article samples: a prompt has to move the mean by itself
     return config
