@@ -18,7 +18,7 @@ def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
     side = str(config.data.resolution)
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.architecture": _architecture(config),
         "modelspec.implementation": "diffusers",
         "modelspec.title": "offsetjax",
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -34,6 +34,14 @@ def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
         "ss_seed": str(config.seed),
         "ss_resolution": f"({side}, {side})",
     }
+
+
+def _architecture(config: ConfigDict) -> str:
+    if config.model.unet.cross_attention_dim != 1024:  # the width of OpenCLIP ViT-H, which 2.x has
+        return "stable-diffusion-v1"
+    return {"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"}[
+        config.schedule.prediction_type
+    ]
 
 
 def export(

@@ -47,7 +47,7 @@ def own_velocity(_: pathlib.Path, data: pathlib.Path) -> Any:
     return config
 
 
-@pytest.fixture(scope="module", params=[pretrained_epsilon, pytest.param(own_velocity, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pretrained_epsilon, own_velocity])
 def workdir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("export")
     config = request.param(folder / "model", tiny.build_data(folder))

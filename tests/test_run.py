@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from tests.tiny import build_data, tiny_config
 
 from offsetjax.data.stream import open_source
 from offsetjax.encode import to_unit_range
 from offsetjax.models.autoencoder import standardised
 from offsetjax.models.pipeline import build, load_frozen
 from offsetjax.run import open_run, open_stream
+from tests.tiny import build_data, tiny_config
 
 
 def test_standardising_changes_the_latents_and_not_the_pictures():

@@ -13,9 +13,7 @@ STAMPS = pathlib.Path("/usr/share/tuxpaint/stamps")
 SHORT = ("--config.train.steps=6", "--config.train.log_every_steps=2", "--config.data.resolution=64")
 
 
-@pytest.mark.skipif(
-    not STAMPS.exists() and not os.environ.get("CI"), reason="apt-get install tuxpaint-stamps-default"
-)
+@pytest.mark.skipif(not STAMPS.exists() and not os.environ.get("CI"), reason="apt-get install tuxpaint-stamps-default")
 def test_stamps_train_as_the_config_s_docstring_says(tmp_path):
     script = [sys.executable, ROOT / "launch" / "stamps.py", "--out=runs/stamps_pictures", "--size=64"]
     subprocess.run(script, check=True, cwd=tmp_path)
