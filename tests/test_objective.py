@@ -5,6 +5,7 @@ given moments, a text encoder that returns the ids, a denoiser that returns its 
 of (p - n)² over N elements, whose gradient at p = 0 is -2 n / N: it gives the target n, exactly if N is a power of two.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,17 @@ from offsetjax.config import default_config
 from offsetjax.diffusion.schedule import make_schedule, signal_and_noise_scale
 from offsetjax.objective import add_position, autoencoder_objective, diffusion_objective, make_objective
 from offsetjax.random import stream_key
+from tests.tiny import quick_compilation
 
 EMPTY = np.zeros(3, np.int32)
 LATENT = (4, 4, 4)
 MANY = 1 << 17  # the correlation of independent draws has a standard deviation of 0.003
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory.getbasetemp()):
+        yield
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The step: the same numbers on any mesh, in any number of parts, and unmoved by a batch that is not finite."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,16 @@ from offsetjax.objective import add_position, batch_keys, diffusion_objective
 from offsetjax.run import Run
 from offsetjax.step import TrainState, accumulate, init_state, make_train_step
 from offsetjax.train import jit_train_step
-from tests.tiny import tiny_config
+from tests.tiny import quick_compilation, tiny_config
 
 SIZE = 3 * 4 * 4
-MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 8), (2, 4))
+MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (2, 4))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory.getbasetemp()):
+        yield
 
 
 @dataclass(frozen=True)

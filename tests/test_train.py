@@ -132,7 +132,7 @@ def test_pictures_are_drawn_before_during_and_after(straight: pathlib.Path) -> N
         assert [record["prompt"] for record in about["records"]] == list(CAPTIONS[:2])
 
 
-@pytest.mark.parametrize("stop_at", [2, 4])
+@pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_training_that_fails_between_checkpoints_goes_on_as_if_it_had_not(
     stop_at: int, data: pathlib.Path, straight: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +328,7 @@ def test_a_transfer_inside_the_step_cannot_hide(
         train(run_config(data, **{"sample.every_steps": 0}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_without_pictures_or_an_average_the_training_is_the_same(
     data: pathlib.Path, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

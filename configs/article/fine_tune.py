@@ -16,19 +16,19 @@ from offsetjax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.train.steps = 300
+    config.train.steps = 350
     config.train.global_batch_size = 4
     config.train.log_every_steps = 25
     config.data.resolution = 128
     config.model.pretrained = str(Path(__file__).parent / "pretrained")
     config.model.dtype = "float32"
     config.noise.offset_strength = 0.1
-    config.optimizer.learning_rate = 8e-4
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 20
     config.optimizer.ema_decay = 0.98
-    config.checkpoint.every_steps = 300
+    config.checkpoint.every_steps = 350
     config.checkpoint.max_to_keep = 1
-    config.sample.every_steps = 150
+    config.sample.every_steps = 175
     config.sample.prompts = tuple(PROMPTS)
     config.sample.num_steps = 25
     config.sample.guidance_scale = 1.0

@@ -36,8 +36,8 @@ class Arm:
 
 _BLACK = (("sample.prompts", repr((BLACK_PROMPT,))), ("sample.every_steps", "25"))
 ARMS = (
-    Arm("plain", "forty", 300, (("noise.offset_strength", "0.0"),)),
-    Arm("offset", "forty", 300, (("noise.offset_strength", "0.1"),)),
+    Arm("plain", "forty", 350, (("noise.offset_strength", "0.0"),)),
+    Arm("offset", "forty", 350, (("noise.offset_strength", "0.1"),)),
     Arm("black_plain", "black", 100, (("noise.offset_strength", "0.0"), *_BLACK)),
     Arm("black_offset", "black", 100, (("noise.offset_strength", "0.1"), *_BLACK)),
 )
