@@ -34,12 +34,12 @@ class Arm:
     overrides: tuple[tuple[str, str], ...]
 
 
-_BLACK = (("sample.prompts", repr((BLACK_PROMPT,))), ("sample.every_steps", "25"))
+_BLACK = (("sample.prompts", repr((BLACK_PROMPT,))), ("sample.every_steps", "5"))
 ARMS = (
     Arm("plain", "forty", 350, (("noise.offset_strength", "0.0"),)),
     Arm("offset", "forty", 350, (("noise.offset_strength", "0.1"),)),
-    Arm("black_plain", "black", 100, (("noise.offset_strength", "0.0"), *_BLACK)),
-    Arm("black_offset", "black", 100, (("noise.offset_strength", "0.1"), *_BLACK)),
+    Arm("black_plain", "black", 40, (("noise.offset_strength", "0.0"), *_BLACK)),
+    Arm("black_offset", "black", 40, (("noise.offset_strength", "0.1"), *_BLACK)),
 )
 UNCONDITIONAL_SEEDS = range(16)
 
