@@ -43,6 +43,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "schedule.beta_end": (0.0, 1.0),
     "schedule.prediction_type": ("v", "sample"),
     "loss.min_snr_gamma": (-1.0,),
+    "loss.min_timestep": (-1,),
     "loss.kl_weight": (-1.0,),
     "optimizer.learning_rate": (0.0, -1.0, float("nan")),
     "optimizer.warmup_steps": (-1,),
@@ -118,6 +119,7 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ({"optimizer.ema_decay": 0.0}, ("sample.params = 'ema'", "sample.params = 'raw'")),
         ({"task": "autoencoder", "noise.offset_strength": 0.1}, ("noise.offset_strength", "set it to 0")),
         ({"schedule.num_train_timesteps": 40}, ("sample.num_steps = 50", "at most 40", "trailing")),
+        ({"loss.min_timestep": 1000}, ("loss.min_timestep = 1000", "below", "1000")),
         ({"sample.num_steps": 1000, "sample.spacing": "leading"}, ("sample.num_steps = 1000", "at most 999")),
     ],
 )

@@ -170,6 +170,12 @@ def test_time_steps_are_uniform_from_the_first_to_the_last() -> None:
     assert timesteps.mean() == pytest.approx(499.5, abs=4.0)
 
 
+def test_time_steps_begin_at_the_least_that_is_asked_for() -> None:
+    timesteps = np.asarray(_look(_config(loss__min_timestep=600), MANY, (1, 1, 1)).timesteps)
+    assert (timesteps.min(), timesteps.max()) == (600, 999)
+    assert timesteps.mean() == pytest.approx(799.5, abs=2.0)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_the_share_of_captions_is_dropped_whole(share: float) -> None:
     ids = np.asarray(_look(_config(encode__caption_dropout=share), MANY, (1, 1, 1)).input_ids)

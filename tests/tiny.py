@@ -40,11 +40,11 @@ def tiny_config(data_path: pathlib.Path | str = "", **changes: Any) -> ConfigDic
     config.model.dtype = "float32"
     config.model.unet.update(
         sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(16,),
         layers_per_block=1,
-        attention_head_dim=(2, 2),
+        attention_head_dim=(2,),
         cross_attention_dim=16,
         norm_num_groups=4,
     )
