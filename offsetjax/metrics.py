@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 
+import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
@@ -16,7 +17,8 @@ _log = logging.getLogger("offsetjax")
 class MetricsWriter:
     """A line of JSON, and TensorBoard scalars, for each logged step.
 
-    Lines of steps after `start_step` are dropped when it opens: a resumed run writes them again.
+    Lines of steps after `start_step` are dropped when it opens: a resumed run writes them again. Of several processes
+    the first writes.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int, num_steps: int):
@@ -24,14 +26,18 @@ class MetricsWriter:
         lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
         self._kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= start_step]
         self._is_local = "://" not in str(workdir)
-        self._file.write_text("".join(self._kept))
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._file.write_text("".join(self._kept))
+            self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
         self._num_steps, self._began = num_steps, time.monotonic()
         self._first_written: tuple[int, float] | None = None
         self._seconds_before = json.loads(self._kept[-1])["time_seconds"] if self._kept else 0.0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one step's values; `time_seconds` is the training's wall-clock, resumptions included."""
+        if not self._writes:
+            return
         elapsed = time.monotonic() - self._began
         line = json.dumps({"step": step, **values, "time_seconds": round(self._seconds_before + elapsed, 3)}) + "\n"
         if self._is_local:
@@ -42,6 +48,7 @@ class MetricsWriter:
             self._file.write_text("".join(self._kept))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        self._events.flush()  # a killed process leaves what it logged
         self._events.flush()
         text = f"step {step}/{self._num_steps}  loss {values['loss']:.4f}"
         if self._first_written is None:  # its time is that of the compilation, which says nothing of the rest
@@ -54,7 +61,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes the events."""
-        self._events.close()
+        if self._writes:
+            self._events.close()
 
 
 class StepClock:

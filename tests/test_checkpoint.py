@@ -1,9 +1,7 @@
 """A checkpoint holds the state bit for bit, on any mesh, with the data's position; a damaged one is refused."""
 
-import gc
 import pathlib
 import shutil
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +12,7 @@ from jaxtyping import PyTree
 from offsetjax import checkpoint, sharding
 from offsetjax.errors import UserError
 
-# Where one array of a checkpoint cannot be read, orbax drops its reads of the others unawaited.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
-
 DATA = {"next_batch": 4, "fingerprint": {"seed": 0, "split": "train"}}
-
-
-@pytest.fixture(autouse=True)
-def _dropped_reads() -> Iterator[None]:
-    yield
-    gc.collect()  # here rather than in a test of another file
 
 
 def _state(seed: int = 0) -> PyTree:

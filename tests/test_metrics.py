@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -71,6 +72,14 @@ def test_a_torn_line_is_dropped(tmp_path: pathlib.Path, torn: str) -> None:
         file.write(torn)
     _write(tmp_path, 2, (3,))
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+
+
+def test_of_several_processes_the_first_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path, 0, (1, 2))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    _write(tmp_path, 0, (1, 2, 3))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_values_that_are_not_finite_are_written(tmp_path: pathlib.Path) -> None:

@@ -126,7 +126,7 @@ def test_what_cannot_be_drawn_is_refused(
     workdir: pathlib.Path, tmp_path: pathlib.Path, choice: dict[str, object], words: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        sample_workdir(workdir, tmp_path / "out", ["a cat"], choice.pop("seeds", (0,)), **choice)
+        sample_workdir(workdir, tmp_path / "out", ["a cat"], **{"seeds": (0,), **choice})
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
 
