@@ -49,7 +49,6 @@ class MetricsWriter:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()  # a killed process leaves what it logged
-        self._events.flush()
         text = f"step {step}/{self._num_steps}  loss {values['loss']:.4f}"
         if self._first_written is None:  # its time is that of the compilation, which says nothing of the rest
             self._first_written = step, elapsed
