@@ -50,8 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
     sub.add_argument("--seed", action="append", type=int, help="may be given several times; 0 without it")
     sub.add_argument("--start_noise", choices=("matched", "plain"), help="the sampler's start; the config's without it")
+    sub.add_argument("--sampler", help="the config's sample.sampler without it; so with those below")
     sub.add_argument("--guidance_scale", type=float)
+    sub.add_argument("--guidance_rescale", type=float)
     sub.add_argument("--num_steps", type=int)
+    sub.add_argument(
+        "--brightness",
+        action="append",
+        type=float,
+        help="of the start, in standard deviations, from dark (-2) to bright (2); may be given several times",
+    )
     sub.add_argument("--out", required=True, help="a folder for the pictures")
 
     sub = command("export", _export, "write a model that PyTorch diffusers loads")
@@ -113,9 +121,11 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     settings = {
         key: getattr(options, key)
-        for key in ("start_noise", "guidance_scale", "num_steps", "params")
+        for key in ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "params")
         if getattr(options, key) is not None
     }
+    if options.brightness:
+        settings["brightness"] = tuple(options.brightness)
     sample_workdir(options.workdir, options.out, options.prompt, options.seed or [0], step=options.step, **settings)
 
 

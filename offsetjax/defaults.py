@@ -5,6 +5,16 @@ from ml_collections import ConfigDict
 # The names that other trainers use for our fields, so that an error can translate them.
 FOREIGN_NAMES = {
     "noise_offset": "noise.offset_strength",
+    "offset_noise_weight": "noise.offset_strength",
+    "noise_offset_random_strength": "noise.random_strength",
+    "noise_offset_probability": "noise.probability",
+    "adaptive_noise_scale": "noise.adaptive_scale",
+    "multires_noise_discount": "noise.pyramid_discount",
+    "multires_noise_iterations": "noise.pyramid_levels",
+    "ip_noise_gamma": "noise.input_perturbation",
+    "input_perturbation": "noise.input_perturbation",
+    "zero_terminal_snr": "schedule.zero_terminal_snr",
+    "rescale_betas_zero_snr": "schedule.zero_terminal_snr",
     "min_snr_gamma": "loss.min_snr_gamma",
     "snr_gamma": "loss.min_snr_gamma",
     "v_parameterization": "schedule.prediction_type",
@@ -16,6 +26,8 @@ FOREIGN_NAMES = {
     "lr_scheduler": "optimizer.decay",
     "lr_warmup_steps": "optimizer.warmup_steps",
     "timestep_spacing": "sample.spacing",
+    "sample_sampler": "sample.sampler",
+    "guidance_rescale": "sample.guidance_rescale",
     "min_timestep": "loss.min_timestep",
     "timestep_bias_begin": "loss.min_timestep",
 }
@@ -79,9 +91,32 @@ def default_config() -> ConfigDict:
             },
         }
     )
-    config.noise = ConfigDict({"offset_strength": 0.0})
+    config.noise = ConfigDict(
+        {
+            "kind": "offset",  # or "pyramid", "spectral", "adjusted"
+            "offset_strength": 0.0,  # 0: plain noise
+            "channel_strengths": (),  # instead, one for each latent channel
+            "random_strength": False,  # an example's strength is uniform from 0 to the one given
+            "probability": 1.0,  # the share of the examples that have an offset
+            "adaptive_scale": 0.0,  # times the absolute mean of a latent's channel, is added to the strength
+            "pyramid_discount": 0.0,
+            "pyramid_levels": 0,
+            "spectrum": (),  # a formula of the frequency, or one for each latent channel
+            "input_perturbation": 0.0,  # further noise in the network's input alone
+            "reference_resolution": 0,  # the strength is for pictures of this size, and c √N is kept; 0: for all
+            "calibration": "",  # a file of `offsetjax calibrate`, which fills in strengths or spectrum
+            "data_mean": (),  # of the latents' channels, and its deviation over pictures, for a matched
+            "data_mean_std": (),  # start with adaptive_scale; noise.calibration fills them in
+        }
+    )
     config.schedule = ConfigDict(
-        {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
+        {
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "epsilon",
+            "zero_terminal_snr": False,
+        }
     )
     config.loss = ConfigDict({"min_snr_gamma": 0.0, "min_timestep": 0, "kl_weight": 1e-6})
     config.optimizer = ConfigDict(
@@ -106,10 +141,17 @@ def default_config() -> ConfigDict:
             "negative_prompt": "",
             "seeds_per_prompt": 4,
             "num_steps": 50,
+            "sampler": "ddim",
             "guidance_scale": 7.5,
+            "guidance_rescale": 0.0,
             "spacing": "trailing",
             "start_noise": "matched",
+            "brightness": (),  # of the start, in standard deviations; a picture each; none: drawn at random
             "params": "ema",
         }
     )
+    config.validation = ConfigDict(
+        {"every_steps": 0, "split": "", "num_examples": 64, "timesteps": (100, 300, 500, 700, 900, 999)}
+    )
+    config.probe = ConfigDict({"every_steps": 0, "prompts": ("",), "seeds_per_prompt": 32})
     return config.lock()

@@ -2,14 +2,18 @@
 
 import dataclasses
 import datetime
+import json
 import os
 
+import numpy as np
+import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
 
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
-from offsetjax.models.pipeline import TRAINED, save_frozen, save_part
+from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card, training_noise
+from offsetjax.models.pipeline import TRAINED, Pipeline, save_frozen, save_part
 from offsetjax.workdir import Trained, load_trained
 
 
@@ -24,7 +28,9 @@ def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config.schedule.prediction_type],
-        "ss_noise_offset": repr(config.noise.offset_strength),
+        "offsetjax.noise": json.dumps(config.noise.to_dict()),
+        **_noise_names(config),
+        "ss_zero_terminal_snr": str(config.schedule.zero_terminal_snr),
         "ss_v_parameterization": str(config.schedule.prediction_type == "v_prediction"),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
         "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
@@ -33,6 +39,19 @@ def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
         "ss_steps": str(step),
         "ss_seed": str(config.seed),
         "ss_resolution": f"({side}, {side})",
+    }
+
+
+def _noise_names(config: ConfigDict) -> dict[str, str]:
+    """The noise by kohya's names; those that are not in use are None."""
+    noise = config.noise
+    return {
+        "ss_noise_offset": repr(noise.offset_strength),
+        "ss_noise_offset_random_strength": str(noise.random_strength),
+        "ss_adaptive_noise_scale": repr(noise.adaptive_scale or None),
+        "ss_multires_noise_iterations": repr(noise.pyramid_levels or None),
+        "ss_multires_noise_discount": repr(noise.pyramid_discount or None),
+        "ss_ip_noise_gamma": repr(noise.input_perturbation or None),
     }
 
 
@@ -83,5 +102,20 @@ def _write(out: epath.Path, trained: Trained, dtype: str) -> None:
     save_part(out, part, model, trained.params, dtype=dtype, **metadata)
     save_frozen(out, pipeline, trained.frozen, dtype=dtype)
     if is_diffusion:
-        files.write_scheduler(out, config.schedule.to_dict(), config.sample.spacing)
-        files.write_index(out)
+        scheduler = files.scheduler_config(
+            config.schedule.to_dict(), matched_sampler(pipeline, config), config.sample.spacing
+        )
+        files.write_scheduler(out, scheduler)
+        (out / "README.md").write_text(model_card(pipeline, config, trained.step))
+        _write_spectrum(out, pipeline, config)
+        files.write_index(out, scheduler["_class_name"])
+
+
+def _write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:
+    """The deviation of each mode of coloured noise, which the card's recipe reads; an offset comes on top."""
+    noise, size = training_noise(pipeline, config), config.data.resolution // pipeline.vae.downscale
+    if noise.spectrum is None:
+        return
+    root = np.ascontiguousarray(np.sqrt(noise.spectrum(size, size)), np.float32)
+    (out / SPECTRUM_FILE).parent.mkdir()
+    (out / SPECTRUM_FILE).write_bytes(safetensors.numpy.save({"root_spectrum": root}))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion import loss as losses
-from offsetjax.diffusion.noise import offset_noise
+from offsetjax.diffusion.noise import make_noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
 from offsetjax.encode import drop_captions, encode_pixels, sample_latent, to_unit_range
 from offsetjax.models.pipeline import Pipeline
@@ -30,9 +30,12 @@ def batch_keys(seed: int, name: str, step: Int[Array, ""], batch: Batch) -> Key[
 def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     """The weighted error of ε or v, with the noise of `config.noise`.
 
+    Each draw has a stream of its own: vae, caption_dropout, timestep, noise and input_perturbation.
+
     The batch holds `pixels` uint8 [b, H, W, 3], `input_ids` int32 [b, n] and `position` int32 [b].
     """
     schedule = make_schedule(**config.schedule)
+    noises = make_noise(config.noise, schedule, pipeline.vae.downscale)
     empty_ids = pipeline.tokenize([""])[0]
 
     def objective(params: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
@@ -44,23 +47,32 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
         hidden = pipeline.text_encoder.apply(frozen["text_encoder"], input_ids)
         # noise
-        noise = jax.vmap(lambda key, latent: offset_noise(key, latent, config.noise.offset_strength))(
-            keys("noise"), latents
-        )
         # A picture's mean is decided at the noisy end; a short fine-tuning may look there alone.
         first, last = config.loss.min_timestep, schedule.num_train_timesteps
         timesteps = jax.vmap(lambda key: jax.random.randint(key, (), first, last))(keys("timestep"))
+        noise = jax.vmap(noises.draw)(keys("noise"), latents, timesteps)
+        # In the input alone (arXiv 2301.11706): the target stays the noise without it.
+        perturbed = perturb(keys("input_perturbation"), noise, config.noise.input_perturbation)
+        variances = jnp.asarray(noises.variance(*latents.shape[2:]), jnp.float32)
         # loss
-        noisy = jax.vmap(lambda x, n, t: add_noise(schedule, x, n, t))(latents, noise, timesteps)
+        noisy = jax.vmap(lambda x, n, t: add_noise(schedule, x, n, t))(latents, perturbed, timesteps)
         prediction = pipeline.unet.apply(params, noisy, timesteps, hidden)
 
         def example_loss(prediction, latent, noise, timestep):
             error = losses.mean_squared_error(prediction, target(schedule, latent, noise, timestep))
-            return losses.min_snr_weight(schedule, timestep, config.loss.min_snr_gamma) * error
+            variance = variances[jnp.minimum(timestep, len(variances) - 1)]
+            return losses.min_snr_weight(schedule, timestep, config.loss.min_snr_gamma, variance) * error
 
         return jax.vmap(example_loss)(prediction, latents, noise, timesteps)
 
     return objective
+
+
+def perturb(keys: Key[Array, " b"], noise: Float[Array, "b c h w"], gamma: float) -> Float[Array, "b c h w"]:
+    """The noise with `gamma` of plain noise added to it; with 0, the noise itself."""
+    if gamma == 0:
+        return noise
+    return noise + gamma * jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
 
 
 def autoencoder_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:

@@ -1,9 +1,7 @@
-"""Pictures from prompts: encode the prompt → draw the start noise → DDIM → decode. One jitted function."""
+"""Pictures from prompts: encode the prompt → draw the start noise → solve → decode. One jitted function."""
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +12,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from offsetjax.config import validate
-from offsetjax.diffusion.noise import batch_noise
-from offsetjax.diffusion.sampler import ddim
+from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline
+from offsetjax.pictures import Picture, write_png, write_samples
 from offsetjax.random import stream_key
 from offsetjax.workdir import load_trained
 
@@ -32,45 +31,87 @@ Sampler = Callable[..., UInt8[Array, "b H W 3"]]
 PixelSampler = Callable[..., Float[Array, "b 3 H W"]]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One sample: `image` uint8 [H, W, 3]; `brightness` is the mean of all values, 0 black and 1 white."""
-
-    prompt: str
-    seed: int
-    image: np.ndarray
-
-    @property
-    def brightness(self) -> float:
-        return float(self.image.mean() / 255.0)
-
-
 def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> Sampler:
-    """A jitted `(params, frozen, input_ids [b, n], negative_ids [n], keys [b]) → pictures uint8 [b, H, W, 3]`.
+    """A jitted `(params, frozen, input_ids [b, n], negative_ids [n], keys [b], shifts [b]) → uint8 [b, H, W, 3]`.
 
-    The start is drawn from the noise of training (`sample.start_noise = "matched"`) or is plain.
+    The start is drawn from the noise of training (`sample.start_noise = "matched"`) or is plain; `shifts` are values of
+    `sample.brightness`, and are not read where it is empty.
     """
     draw = pixel_sampler(pipeline, config)
 
     def draw_levels(
-        params: PyTree, frozen: PyTree, input_ids: Array, negative_ids: Array, keys: Key[Array, " b"]
+        params: PyTree,
+        frozen: PyTree,
+        input_ids: Array,
+        negative_ids: Array,
+        keys: Key[Array, " b"],
+        shifts: Float[Array, " b"],
     ) -> UInt8[Array, "b H W 3"]:
-        pixels = draw(params, frozen, input_ids, negative_ids, start_noise(pipeline, config, keys))
+        start = start_noise(pipeline, config, keys)
+        if config.sample.brightness:
+            start = set_brightness(pipeline, config, frozen["vae"], start, shifts)
+        pixels = draw(params, frozen, input_ids, negative_ids, start, keys)
         return jnp.transpose(jnp.round(pixels * 255.0).astype(jnp.uint8), (0, 2, 3, 1))
 
     return jax.jit(draw_levels, out_shardings=NamedSharding(mesh, P()) if mesh else None)
 
 
-def start_noise(pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
-    """The `x_T` that sampling starts from, one for each key, by `sample.start_noise`."""
+def sampling_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
+    """The noise that sampling starts from and injects: that of training, or plain noise by `sample.start_noise`."""
+    if config.sample.start_noise == "plain":
+        return Noise("offset", np.zeros(1))
+    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
+
+
+def latent_shape(pipeline: Pipeline, config: ConfigDict) -> tuple[int, int, int]:
+    """`(c, h, w)` of the pictures that a config is for."""
     size = config.data.resolution // pipeline.vae.downscale
-    strength = config.noise.offset_strength if config.sample.start_noise == "matched" else 0.0
-    return batch_noise(keys, (pipeline.vae.config["latent_channels"], size, size), strength)
+    return pipeline.vae.config["latent_channels"], size, size
+
+
+def start_noise(pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
+    """The `x_T` that sampling starts from, one for each key."""
+    noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
+    return jax.vmap(lambda key: noise.start(key, shape))(keys)
+
+
+def set_brightness(
+    pipeline: Pipeline,
+    config: ConfigDict,
+    vae_params: PyTree,
+    start: Float[Array, "b c h w"],
+    shifts: Float[Array, " b"],
+) -> Float[Array, "b c h w"]:
+    """The same start with its mean moved to a given place between dark and bright.
+
+    A start's channel means are independent normal values. Their component along the direction in which the
+    autoencoder's latents go from a black picture to a white one becomes `shifts`, in standard deviations; the others,
+    and all that is not the mean, stay. A deterministic sampler takes a brighter start to a brighter picture.
+    """
+    channels, height, width = latent_shape(pipeline, config)
+    power = sampling_noise(pipeline, config).power(height, width)[:, 0, 0]
+    deviation = jnp.asarray(np.sqrt(np.broadcast_to(power, channels) / (height * width)), jnp.float32)
+    black_and_white = jnp.stack([jnp.full((3, config.data.resolution, config.data.resolution), x) for x in (-1.0, 1.0)])
+    black, white = pipeline.vae.encode(vae_params, black_and_white)[0].mean((2, 3))
+    direction = (white - black) / deviation
+    direction /= jnp.linalg.norm(direction)
+    place = (start.mean((2, 3)) / deviation) @ direction
+    return start + ((shifts - place)[:, None] * direction * deviation)[..., None, None]
 
 
 def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
-    """The pure `(params, frozen, input_ids [b, n], negative_ids [n], start [b, c, h, w]) → pixels in [0, 1]`."""
+    """The pure `(params, frozen, input_ids [b, n], negative_ids [n], start [b, c, h, w], keys [b]) → pixels in [0, 1]`.
+
+    The keys are those of the noise that ancestral samplers inject; the others have no use for them.
+    """
     schedule, sample = make_schedule(**config.schedule), config.sample
+    noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
+    is_ancestral = sample.sampler in ANCESTRAL
+    table = coefficients(sample.sampler, schedule, sample.num_steps, sample.spacing)
+    mean_table = None
+    if noise.psi is not None and not is_ancestral:
+        power = np.stack([noise.power(*shape[1:], t)[:, 0, 0] for t in range(schedule.num_train_timesteps)])
+        mean_table = coefficients(sample.sampler, schedule, sample.num_steps, sample.spacing, np.sqrt(power))
 
     def draw(
         params: PyTree,
@@ -78,21 +119,24 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
         input_ids: Int[Array, "b n"],
         negative_ids: Int[Array, " n"],
         start: Float[Array, "b c h w"],
+        keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b 3 H W"]:
         count = len(input_ids)
-        guided = sample.guidance_scale != 1.0
-        ids = jnp.concatenate([jnp.broadcast_to(negative_ids, input_ids.shape), input_ids]) if guided else input_ids
+        is_guided = sample.guidance_scale != 1.0
+        ids = jnp.concatenate([jnp.broadcast_to(negative_ids, input_ids.shape), input_ids]) if is_guided else input_ids
         hidden = pipeline.text_encoder.apply(frozen["text_encoder"], ids)
 
         def denoiser(noisy, timestep):
-            inputs = jnp.concatenate([noisy, noisy]) if guided else noisy
+            inputs = jnp.concatenate([noisy, noisy]) if is_guided else noisy
             prediction = pipeline.unet.apply(params, inputs, jnp.full(len(inputs), timestep), hidden)
-            if not guided:
+            if not is_guided:
                 return prediction
-            unconditional, conditional = prediction[:count], prediction[count:]
-            return unconditional + sample.guidance_scale * (conditional - unconditional)
+            return guided(prediction[:count], prediction[count:], sample.guidance_scale, sample.guidance_rescale)
 
-        latents = ddim(denoiser, schedule, start, sample.num_steps, sample.spacing)
+        def inject(index):
+            return jax.vmap(lambda key: noise.inject(jax.random.fold_in(key, index + 1), shape))(keys)
+
+        latents = solve(denoiser, schedule, table, start, inject if is_ancestral else None, mean_table)
         pixels = pipeline.vae.decode(frozen["vae"], latents / pipeline.vae.config["scaling_factor"])
         return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
 
@@ -108,8 +152,12 @@ def draw_pictures(
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> list[Picture]:
-    """A picture for each prompt and seed; one seed starts from the same noise for every prompt."""
-    requests = [(prompt, seed) for prompt in prompts for seed in seeds]
+    """A picture for each prompt, seed and value of `sample.brightness`.
+
+    One seed starts from the same noise for every prompt; with `sample.brightness`, but for its mean.
+    """
+    shifts = config.sample.brightness or (None,)
+    requests = [(prompt, seed, shift) for prompt in prompts for seed in seeds for shift in shifts]
     negative_ids = pipeline.tokenize([config.sample.negative_prompt])[0]
     key = stream_key(config.seed, "sample")
     pictures: list[Picture] = []
@@ -117,25 +165,17 @@ def draw_pictures(
         chunk = requests[begin : begin + _BATCH]
         # The last chunk is filled up so that one compiled program serves all.
         padded = chunk + [chunk[-1]] * (min(_BATCH, len(requests)) - len(chunk))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([seed for _, seed in padded], jnp.uint32))
-        input_ids = pipeline.tokenize([prompt for prompt, _ in padded])
-        images = jax.device_get(sampler(params, frozen, input_ids, negative_ids, keys))
-        pictures += [Picture(prompt, seed, image) for (prompt, seed), image in zip(chunk, images, strict=False)]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([seed for _, seed, _ in padded], jnp.uint32))
+        input_ids = pipeline.tokenize([prompt for prompt, *_ in padded])
+        moved = np.array([shift or 0.0 for *_, shift in padded], np.float32)
+        images = jax.device_get(sampler(params, frozen, input_ids, negative_ids, keys, moved))
+        pictures += [Picture(*request[:2], image, request[2]) for request, image in zip(chunk, images, strict=False)]
     return pictures
-
-
-def write_samples(directory: epath.PathLike, name: str, pictures: Sequence[Picture], about: Mapping[str, Any]) -> None:
-    """Writes `name.png`, a row a prompt and a column a seed, and `name.json` with each picture's brightness."""
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    records = [{"prompt": p.prompt, "seed": p.seed, "brightness": round(p.brightness, 5)} for p in pictures]
-    write_png(directory / f"{name}.png", grid(pictures))
-    (directory / f"{name}.json").write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
 
 
 def about_samples(config: ConfigDict, step: int, params: str) -> dict[str, Any]:
     """How pictures were drawn, for the record beside them."""
-    keys = ("start_noise", "guidance_scale", "num_steps", "spacing")
+    keys = ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "spacing")
     return {"step": step, "params": params, **{key: config.sample[key] for key in keys}}
 
 
@@ -174,27 +214,3 @@ def sample_workdir(
         write_png(out / f"{name}_{index:03}_seed_{picture.seed}.png", Image.fromarray(picture.image))
         _log.info("%s  seed %d  brightness %.3f", picture.prompt or "(no prompt)", picture.seed, picture.brightness)
     return pictures
-
-
-def grid(pictures: Sequence[Picture]) -> Image.Image:
-    """The pictures, a row a prompt, each row under its prompt."""
-    rows: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        rows.setdefault(picture.prompt, []).append(picture)
-    height, width = pictures[0].image.shape[:2]
-    gap, text = 4, 16
-    columns = max(len(row) for row in rows.values())
-    canvas = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap + text) - gap), "white")
-    ink = ImageDraw.Draw(canvas)
-    for y, (prompt, row) in enumerate(rows.items()):
-        top = y * (height + gap + text)
-        ink.text((1, top + 1), prompt or "(no prompt)", fill="black")
-        for x, picture in enumerate(row):
-            canvas.paste(Image.fromarray(picture.image), (x * (width + gap), top + text))
-    return canvas
-
-
-def write_png(path: epath.Path, image: Image.Image) -> None:
-    """Writes a PNG, to remote paths too."""
-    with path.open("wb") as file:
-        image.save(file, "PNG")

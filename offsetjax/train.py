@@ -20,8 +20,9 @@ from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Stream, open_source
 from offsetjax.metrics import MetricsWriter, StepClock
 from offsetjax.objective import make_objective
+from offsetjax.pictures import write_samples
 from offsetjax.run import Run, first_state, open_run, open_stream
-from offsetjax.sample import Sampler, about_samples, draw_pictures, make_sampler, write_samples
+from offsetjax.sample import Sampler, about_samples, draw_pictures, make_sampler
 from offsetjax.step import TrainState, TrainStep, make_train_step
 
 _log = logging.getLogger("offsetjax")

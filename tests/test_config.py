@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
+from offsetjax.checks import CHECKS
 from offsetjax.config import (
-    _CHECKS,
     default_config,
     digest,
     flatten,
@@ -38,6 +38,17 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float16",),
     "model.vae.scaling_factor": (-1.0, float("inf")),
     "noise.offset_strength": (-0.1, float("nan"), float("inf")),
+    "noise.kind": ("plain", "multires"),
+    "noise.channel_strengths": ((-0.1,), ("a",), (float("nan"),)),
+    "noise.probability": (0.0, 1.1),
+    "noise.adaptive_scale": (float("nan"),),
+    "noise.pyramid_discount": (-0.1, 1.0),
+    "noise.pyramid_levels": (-1, 17),
+    "noise.spectrum": ((1.0,),),
+    "noise.input_perturbation": (-0.1,),
+    "noise.reference_resolution": (-1,),
+    "noise.data_mean": ((float("inf"),), ("a",)),
+    "noise.data_mean_std": ((-0.1,),),
     "schedule.num_train_timesteps": (1,),
     "schedule.beta_start": (0.0, 1.0),
     "schedule.beta_end": (0.0, 1.0),
@@ -63,10 +74,25 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "sample.seeds_per_prompt": (0,),
     "sample.num_steps": (0,),
     "sample.guidance_scale": (-1.0,),
+    "sample.sampler": ("DDIMScheduler", "plms"),
+    "sample.guidance_rescale": (-0.1, 1.1),
+    "sample.brightness": (("dark",), (float("nan"),)),
     "sample.spacing": ("linspace",),
     "sample.start_noise": ("offset",),
     "sample.params": ("average",),
+    "validation.every_steps": (-1,),
+    "validation.num_examples": (0,),
+    "validation.timesteps": ((-1,), (0.5,)),
+    "probe.every_steps": (-1,),
+    "probe.prompts": ((1,),),
+    "probe.seeds_per_prompt": (0,),
 }
+
+
+ZERO_SNR = {"schedule.zero_terminal_snr": True, "schedule.prediction_type": "v_prediction"}
+SPECTRAL = {"noise.kind": "spectral", "noise.spectrum": ("1 + 1 / (f + 0.1)",)}
+ADJUSTED = {"noise.kind": "adjusted", "noise.offset_strength": 0.1}
+VALIDATED = {"validation.every_steps": 1, "validation.split": "train[90%:]"}
 
 
 def _config(path: str, value: Any) -> ConfigDict:
@@ -103,7 +129,7 @@ def test_the_defaults_are_valid() -> None:
     validate(default_config())
 
 
-@pytest.mark.parametrize("path", _CHECKS)
+@pytest.mark.parametrize("path", CHECKS)
 def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
     for value in OUT_OF_RANGE[path]:
         with pytest.raises(UserError, match=re.escape(f"config: {path} = {value!r} must be ")):
@@ -117,10 +143,46 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ({"mesh.data": -1, "mesh.fsdp": -1}, ("only one of mesh.data and mesh.fsdp",)),
         ({"schedule.beta_start": 0.02, "schedule.beta_end": 0.01}, ("beta_start must be below",)),
         ({"optimizer.ema_decay": 0.0}, ("sample.params = 'ema'", "sample.params = 'raw'")),
-        ({"task": "autoencoder", "noise.offset_strength": 0.1}, ("noise.offset_strength", "set it to 0")),
+        ({"task": "autoencoder", "noise.offset_strength": 0.1}, ("noise.offset_strength", "set it back")),
         ({"schedule.num_train_timesteps": 40}, ("sample.num_steps = 50", "at most 40", "trailing")),
         ({"loss.min_timestep": 1000}, ("loss.min_timestep = 1000", "below", "1000")),
         ({"sample.num_steps": 1000, "sample.spacing": "leading"}, ("sample.num_steps = 1000", "at most 999")),
+        (
+            {"sample.num_steps": 999, "sample.spacing": "leading", "sample.sampler": "dpmpp_2m"},
+            ("sample.num_steps = 999", "at most 998"),
+        ),
+        ({"schedule.zero_terminal_snr": True}, ("zero_terminal_snr", "v_prediction")),
+        ({**ZERO_SNR, "sample.spacing": "leading"}, ("zero_terminal_snr", "trailing", "never visits")),
+        ({**ZERO_SNR, "loss.min_snr_gamma": 5.0}, ("loss.min_snr_gamma", "no weight")),
+        ({**ZERO_SNR, "noise.kind": "adjusted"}, ("adjusted", "zero_terminal_snr", "ψ_t")),
+        ({"noise.pyramid_discount": 0.3}, ("noise.pyramid_discount cannot apply", "'offset'")),
+        ({"noise.spectrum": ("1",)}, ("noise.spectrum cannot apply", "'offset'")),
+        ({"noise.kind": "pyramid"}, ("needs noise.pyramid_discount and noise.pyramid_levels",)),
+        ({"noise.kind": "pyramid", "noise.pyramid_levels": 6}, ("needs noise.pyramid_discount",)),
+        ({"noise.kind": "spectral"}, ("needs noise.spectrum",)),
+        ({"noise.kind": "spectral", "noise.spectrum": ("1", "2")}, ("2 formulas", "4 channels")),
+        ({**SPECTRAL, "noise.offset_strength": 0.1}, ("noise.offset_strength cannot apply", "'spectral'")),
+        ({**SPECTRAL, "noise.probability": 0.5}, ("noise.probability cannot apply", "'spectral'")),
+        ({**SPECTRAL, "noise.reference_resolution": 512}, ("noise.reference_resolution cannot apply",)),
+        ({**ADJUSTED, "noise.random_strength": True}, ("noise.random_strength cannot apply", "'adjusted'")),
+        ({**ADJUSTED, "noise.adaptive_scale": 0.1}, ("noise.adaptive_scale cannot apply", "'adjusted'")),
+        ({"noise.random_strength": True}, ("noise.random_strength needs a strength",)),
+        ({"noise.probability": 0.25}, ("noise.probability needs a strength",)),
+        ({"noise.reference_resolution": 512}, ("noise.reference_resolution needs a strength",)),
+        ({"noise.channel_strengths": (0.1, 0.2)}, ("2 values", "4 channels")),
+        ({"noise.channel_strengths": (0.1,) * 4, "noise.offset_strength": 0.1}, ("both say how strong",)),
+        ({"noise.calibration": "a.json", "noise.offset_strength": 0.1}, ("both say how strong",)),
+        ({"noise.offset_strength": 0.1, "noise.adaptive_scale": 0.1}, ("matched start", "noise.calibration")),
+        ({"noise.data_mean": (0.0,) * 4}, ("belong together",)),
+        ({"noise.data_mean": (0.0,) * 4, "noise.data_mean_std": (1.0,) * 4}, ("noise.adaptive_scale alone",)),
+        ({"noise.offset_strength": 0.1, "noise.random_strength": True, "sample.sampler": "ddpm"}, ("to be normal",)),
+        ({"sample.brightness": (1.0,), "sample.sampler": "euler_ancestral"}, ("euler_ancestral", "forgets")),
+        ({"validation.every_steps": 100}, ("validation.split", "not trained on")),
+        ({**VALIDATED, "validation.timesteps": ()}, ("validation.timesteps is empty",)),
+        ({**VALIDATED, "validation.timesteps": (1000,)}, ("validation.timesteps", "1000")),
+        ({"probe.every_steps": 100, "probe.prompts": ()}, ("probe.prompts is empty",)),
+        ({"task": "autoencoder", "probe.every_steps": 1}, ("probe.every_steps cannot apply",)),
+        ({"task": "autoencoder", "noise.kind": "adjusted"}, ("noise.kind cannot apply",)),
     ],
 )
 def test_combinations_that_contradict_each_other_are_refused(changes: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -37,6 +37,7 @@ class StandInEncoder:
     """Moments are the parameters; pictures have latents of any shape."""
 
     config: dict[str, Any] = field(default_factory=lambda: {"scaling_factor": 1.0})
+    downscale: int = 8
 
     def encode(self, params: Any, pixels: jax.Array) -> Any:
         return params

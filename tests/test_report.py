@@ -15,9 +15,10 @@ from PIL import Image
 
 from offsetjax.config import default_config, to_json
 from offsetjax.errors import UserError
+from offsetjax.pictures import Picture, write_samples
 from offsetjax.report import read, report
 from offsetjax.report.headline import cells
-from offsetjax.sample import Picture, about_samples, write_samples
+from offsetjax.sample import about_samples
 
 SQUARE, SKI, LOGO = "a town square by torchlight", "a ski slope in the sun", "a line-art logo"
 Brightness = Mapping[str, Sequence[float]]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from offsetjax.errors import UserError
-from offsetjax.sample import Picture, draw_pictures, grid, make_sampler, sample_workdir
+from offsetjax.pictures import Picture, grid
+from offsetjax.sample import draw_pictures, make_sampler, sample_workdir
 from offsetjax.workdir import Trained, load_trained
 from tests.tiny import CAPTIONS, RESOLUTION, quick_compilation, trained_workdir
 

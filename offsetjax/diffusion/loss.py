@@ -2,8 +2,12 @@ r"""One loss value an example.
 
     L = w_t · mean (prediction - target)²
 
-Min-SNR weighting (T. Hang et al., arXiv 2303.09556): `w_t = min(SNR_t, γ) / SNR_t` for ε; for v the weight is divided
-by `SNR_t + 1`, since an error of v is an error of x0 times `√(SNR_t + 1)`.
+Min-SNR weighting (T. Hang et al., arXiv 2303.09556) gives an error of x0 the weight `min(SNR_t, γ)`. An error of ε is
+one of x0 divided by √SNR_t, an error of v one divided by √(SNR_t + 1), both of plain noise: so
+
+    w_t = min(SNR_t / s², γ) / SNR_t  for ε,    min(SNR_t / s², γ) / (SNR_t + 1)  for v
+
+where s² is the variance of a pixel's noise: 1 for plain noise, 1 + c² with an offset of strength c.
 """
 
 import jax.numpy as jnp
@@ -12,12 +16,19 @@ from jaxtyping import Array, Float, Int
 from offsetjax.diffusion.schedule import Schedule, snr
 
 
-def min_snr_weight(schedule: Schedule, timestep: Int[Array, ""], gamma: float) -> Float[Array, ""]:
-    """The weight of one example's loss; `gamma` 0 turns weighting off (1 everywhere), 5 is the paper's value."""
+def min_snr_weight(
+    schedule: Schedule, timestep: Int[Array, ""], gamma: float, noise_variance: float | Float[Array, ""] = 1.0
+) -> Float[Array, ""]:
+    """The weight of one example's loss; `gamma` 0 turns weighting off (1 everywhere), 5 is the paper's value.
+
+    Args:
+        noise_variance: `s²`, at this time step.
+    """
     if gamma == 0:
         return jnp.ones(())
     ratio = snr(schedule, timestep)
-    return jnp.minimum(ratio, gamma) / (ratio + (schedule.prediction_type == "v_prediction"))
+    divisor = ratio + (schedule.prediction_type == "v_prediction")
+    return jnp.minimum(ratio / noise_variance, gamma) / divisor
 
 
 def mean_squared_error(prediction: Float[Array, "*s"], target: Float[Array, "*s"]) -> Float[Array, ""]:

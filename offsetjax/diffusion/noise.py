@@ -1,26 +1,40 @@
-r"""Offset noise: training noise that also shifts the mean of each channel.
+r"""The noise of a training: what its latents are noised with, what its sampler starts from and injects.
 
-For one latent `x0` of shape `[c, h, w]`, with `N = h w`:
+For one latent `x0` of shape `[c, h, w]`, with `N = h w`, at time step t:
 
-    n = ε + c ξ,    ε ~ N(0, I) for each pixel,    ξ ~ N(0, 1) for each channel, the same for all its pixels
+    n_t = √Σ ε + ψ_t c ξ,    ε ~ N(0, I) for each pixel,    ξ ~ N(0, 1) for each channel, the same for all its pixels
 
-so the covariance of a channel is `I + c² 11ᵀ`: the zero-frequency mode has variance `1 + c² N`, all others 1. `c` is
-`offset_strength`, called `noise_offset` by kohya's scripts and diffusers. `n` is also the target of the loss, and the
-sampler must start from the same distribution.
+`n_t` is also the target of the loss. `c` is `offset_strength`, called `noise_offset` by kohya's scripts and diffusers.
 
-Source: N. Guttenberg, "Diffusion with Offset Noise", CrossLabs, 2023.
+    offset      Σ = I, ψ = 1: a channel's mean has the variance (1 + c² N) / N, all other modes are those of plain noise
+    pyramid     Σ of multi-resolution noise, with or without an offset               (spectrum.py)
+    spectral    Σ of any power spectrum                                              (spectrum.py)
+    adjusted    Σ = I, ψ_t = σ_t / σ_T with σ² = (1-ᾱ)/ᾱ: the shift grows with time   (adjusted_coefficients)
+
+Sources: N. Guttenberg, "Diffusion with Offset Noise", CrossLabs, 2023; T. Kutsuna, "Generalized Diffusion Model with
+Adjusted Offset Noise", arXiv 2412.03134.
 """
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from offsetjax.diffusion.schedule import Schedule
+from offsetjax.diffusion.spectrum import colour, formula_spectrum, mean_power, pyramid_spectrum
+
+Kind = Literal["offset", "pyramid", "spectral", "adjusted"]
 
 
 @jax.jit
 def offset_noise(
-    key: Key[Array, ""], latent: Float[Array, "c h w"], strength: float | Float[Array, ""]
+    key: Key[Array, ""], latent: Float[Array, "c h w"], strength: float | Float[Array, ""] | Float[Array, "c 1 1"]
 ) -> Float[Array, "c h w"]:
     """Noise for ONE latent; use `jax.vmap` with one key an example for a batch.
 
@@ -39,13 +53,179 @@ def offset_noise(
     """
     pixel_key, offset_key = jax.random.split(key)
     pixels = jax.random.normal(pixel_key, latent.shape, latent.dtype)
-    shift = jax.random.normal(offset_key, (latent.shape[0], 1, 1), latent.dtype)
-    return pixels + jnp.asarray(strength, latent.dtype) * shift
+    return pixels + jnp.asarray(strength, latent.dtype) * _shift(offset_key, latent)
+
+
+def _shift(key: Key[Array, ""], latent: Float[Array, "c h w"]) -> Float[Array, "c 1 1"]:
+    return jax.random.normal(key, (latent.shape[0], 1, 1), latent.dtype)
 
 
 @partial(jax.jit, static_argnames="shape")
 def batch_noise(
     keys: Key[Array, " b"], shape: tuple[int, int, int], strength: float | Float[Array, ""]
 ) -> Float[Array, "b c h w"]:
-    """`offset_noise` for each key, float32: the noise of a training batch, or the start of its sampler."""
+    """`offset_noise` for each key, float32."""
     return jax.vmap(lambda key: offset_noise(key, jnp.zeros(shape), strength))(keys)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One noise for training and sampling; `make_noise` makes it from a config.
+
+    `draw`, `start` and `inject` are for one example: `jax.vmap` them over keys.
+    """
+
+    kind: Kind
+    strengths: Float[np.ndarray, " c"]  # c of each channel (or one for all), for a latent of `reference_pixels`
+    reference_pixels: int = 0  # 0: whatever the latent's size
+    random_strength: bool = False
+    probability: float = 1.0
+    adaptive_scale: float = 0.0
+    data_mean: tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]] | None = None
+    spectrum: Callable[[int, int], Float[np.ndarray, "#c h w2"]] | None = None  # of √Σ; None: white
+    psi: Float[np.ndarray, " T"] | None = None  # None: 1 at every time step
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether `n` is normal; a strength that differs by example makes it a mixture."""
+        return not self.random_strength and self.probability == 1.0 and self.adaptive_scale == 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `n` is white."""
+        return self.spectrum is None and not self.strengths.any() and not self.adaptive_scale
+
+    def strengths_at(self, pixels: int) -> Float[np.ndarray, " c"]:
+        """The strengths for a latent of that many pixels: `c √N` is what stays the same."""
+        return self.strengths * (np.sqrt(self.reference_pixels / pixels) if self.reference_pixels else 1.0)
+
+    def draw(
+        self, key: Key[Array, ""], latent: Float[Array, "c h w"], timestep: Int[Array, ""]
+    ) -> Float[Array, "c h w"]:
+        """`n_t`, the noise of training at `timestep` and the target there, in float32."""
+        pixel_key, offset_key = jax.random.split(key)
+        pixels = self._coloured(pixel_key, latent.shape)
+        strength = self._strength(offset_key, latent)
+        if self.psi is not None:
+            strength = strength * jnp.asarray(self.psi, jnp.float32)[timestep]
+        return pixels + strength * _shift(offset_key, pixels)
+
+    def start(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
+        """What sampling starts from: the noise of the last time step, for a latent that is not known yet."""
+        latent = jnp.zeros(shape)
+        if self.adaptive_scale and self.data_mean is not None:  # its mean is then drawn from the data's
+            mean, deviation = (jnp.asarray(value, jnp.float32)[:, None, None] for value in self.data_mean)
+            latent = latent + mean + deviation * _shift(jax.random.fold_in(key, 3), latent)
+        return self.draw(key, latent, jnp.int32(-1))
+
+    def inject(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
+        """What one step of an ancestral sampler adds, before its scale.
+
+        `adjusted` noise has one shift for the whole chain, which the start has drawn: its steps add plain noise.
+        """
+        if self.kind == "adjusted":
+            return jax.random.normal(jax.random.split(key)[0], shape)
+        return self.draw(key, jnp.zeros(shape), jnp.int32(-1))
+
+    def power(self, height: int, width: int, timestep: int = -1) -> Float[np.ndarray, "c h w2"]:
+        """The expected power spectrum of `n_t`, a channel."""
+        spectrum = np.ones((1, height, width // 2 + 1)) if self.spectrum is None else self.spectrum(height, width)
+        variance = self._shift_variance(height * width) * (1.0 if self.psi is None else self.psi[timestep] ** 2)
+        power = np.repeat(spectrum, max(len(variance), len(spectrum)) // len(spectrum), 0)
+        power[:, 0, 0] += variance * height * width
+        return power
+
+    def variance(self, height: int, width: int) -> Float[np.ndarray, " T"]:
+        """The expected variance of a pixel at each time step (one entry where time does not matter), over channels."""
+        psi = np.ones(1) if self.psi is None else self.psi
+        colours = 1.0 if self.spectrum is None else mean_power(self.spectrum(height, width), width).mean()
+        return colours + psi**2 * self._shift_variance(height * width).mean()
+
+    def _coloured(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "c h w"]:
+        white = jax.random.normal(key, shape)
+        if self.spectrum is None:
+            return white
+        return colour(white, jnp.asarray(np.sqrt(self.spectrum(*shape[1:])), jnp.float32))
+
+    def _strength(self, key: Key[Array, ""], latent: Float[Array, "c h w"]) -> Float[Array, "#c 1 1"]:
+        strength = jnp.asarray(self.strengths_at(latent[0].size), jnp.float32)[:, None, None]
+        if self.random_strength:
+            strength = strength * jax.random.uniform(jax.random.fold_in(key, 1))
+        if self.adaptive_scale:
+            means = jnp.abs(latent.mean((1, 2), keepdims=True))
+            strength = jnp.maximum(strength + self.adaptive_scale * means, 0.0)
+        if self.probability < 1.0:
+            strength = strength * jax.random.bernoulli(jax.random.fold_in(key, 2), self.probability)
+        return strength
+
+    def _shift_variance(self, pixels: int) -> Float[np.ndarray, " c"]:
+        """E[c²] of each channel: over the random strengths, and over the data's means where they are known."""
+        strength = self.strengths_at(pixels)[:, None, None]
+        nodes, weights = np.polynomial.legendre.leggauss(16)
+        if self.random_strength:
+            strength = strength * (0.5 + 0.5 * nodes)[:, None]
+        weight = (weights / 2)[:, None] if self.random_strength else np.ones((1, 1))
+        if self.adaptive_scale:
+            quantiles = np.linspace(-5.0, 5.0, 201)
+            density = np.exp(-(quantiles**2) / 2)
+            mean, deviation = self.data_mean or (np.zeros(1), np.zeros(1))
+            means = mean[:, None, None] + deviation[:, None, None] * quantiles
+            strength = np.maximum(strength + self.adaptive_scale * np.abs(means), 0.0)
+            weight = weight * density / density.sum()
+        return self.probability * (strength**2 * weight).sum((1, 2))
+
+
+def make_noise(config: ConfigDict, schedule: Schedule, downscale: int) -> Noise:
+    """The noise of `config.noise`, whose fields have been checked.
+
+    Args:
+        downscale: pixels of a picture a latent pixel, on a side.
+    """
+    spectra: dict[str, Callable[[int, int], Float[np.ndarray, "#c h w2"]]] = {
+        "pyramid": lambda h, w: pyramid_spectrum(h, w, config.pyramid_discount, config.pyramid_levels)[None],
+        "spectral": lambda h, w: np.stack([formula_spectrum(formula, h, w) for formula in config.spectrum]),
+    }
+    spectrum = spectra.get(config.kind)
+    return Noise(
+        kind=config.kind,
+        strengths=np.array(config.channel_strengths or (config.offset_strength,), np.float64),
+        reference_pixels=(config.reference_resolution // downscale) ** 2,
+        random_strength=config.random_strength,
+        probability=config.probability,
+        adaptive_scale=config.adaptive_scale,
+        data_mean=(np.array(config.data_mean), np.array(config.data_mean_std)) if config.data_mean else None,
+        spectrum=cache(spectrum) if spectrum else None,
+        psi=balanced_psi(schedule.alphas_cumprod) if config.kind == "adjusted" else None,
+    )
+
+
+def balanced_psi(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    """`ψ_t = σ_t / σ_T`, for which `φ_t = ψ_t`: noise and target of adjusted offset noise then agree."""
+    kept = np.asarray(alphas_cumprod, np.float64)
+    sigma = np.sqrt((1.0 - kept) / kept)
+    return sigma / sigma[-1]
+
+
+def balanced_gamma(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    """`γ_t`, the share of the shift that enters at step t, for the balanced form."""
+    kept = np.asarray(alphas_cumprod, np.float64)
+    before = np.concatenate([[1.0], kept[:-1]])
+    return np.sqrt(before) * (1.0 / kept - 1.0 / before) * np.sqrt(kept[-1] / (1.0 - kept[-1]))
+
+
+def adjusted_coefficients(
+    alphas_cumprod: Float[np.ndarray, " T"], gamma: Float[np.ndarray, " T"]
+) -> tuple[Float[np.ndarray, " T"], Float[np.ndarray, " T"]]:
+    r"""`ψ_t` and `φ_t` of the chain `x_t = √α_t (x_{t-1} + γ_t ξ) + √(1-α_t) ε_t`.
+
+        x_t = √ᾱ_t x0 + √(1-ᾱ_t) (ε + ψ_t ξ),    ψ_t = √ᾱ_t Σ_{i≤t} γ_i/√ᾱ_{i-1} / √(1-ᾱ_t)
+        target ε + φ_t ξ,                         φ_t = γ_t √α_t √(1-ᾱ_t) / (1-α_t)
+
+    Source: T. Kutsuna, arXiv 2412.03134.
+    """
+    kept = np.asarray(alphas_cumprod, np.float64)
+    before = np.concatenate([[1.0], kept[:-1]])
+    alpha = kept / before
+    psi = np.sqrt(kept) * np.cumsum(gamma / np.sqrt(before)) / np.sqrt(1.0 - kept)
+    phi = gamma * np.sqrt(alpha) * np.sqrt(1.0 - kept) / (1.0 - alpha)
+    return psi, phi

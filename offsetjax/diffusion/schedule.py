@@ -3,8 +3,9 @@ r"""The forward process and its parameterisations.
     x_t = √ᾱ_t x0 + √(1-ᾱ_t) n            ᾱ_t = Π_{i≤t} (1-β_i)      SNR_t = ᾱ_t / (1-ᾱ_t)
     v_t = √ᾱ_t n - √(1-ᾱ_t) x0
 
-β is "scaled linear", linear in √β, as in Stable Diffusion. Sources: J. Ho et al., arXiv 2006.11239; R. Rombach et al.,
-arXiv 2112.10752; T. Salimans and J. Ho, arXiv 2202.00512 (v).
+β is "scaled linear", linear in √β, as in Stable Diffusion. With a zero terminal SNR nothing of the picture is left at
+the last step. Sources: J. Ho et al., arXiv 2006.11239; R. Rombach et al., arXiv 2112.10752; T. Salimans and J. Ho,
+arXiv 2202.00512 (v); S. Lin et al., arXiv 2305.08891 (zero terminal SNR).
 """
 
 from typing import Literal
@@ -30,11 +31,22 @@ class Schedule:
 
 
 def make_schedule(
-    num_train_timesteps: int, beta_start: float, beta_end: float, prediction_type: PredictionType
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    prediction_type: PredictionType,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
-    """Scaled-linear β from `beta_start` to `beta_end`, computed in float64 and rounded once."""
+    """Scaled-linear β from `beta_start` to `beta_end`, computed in float64 and rounded once.
+
+    Args:
+        zero_terminal_snr: shift and scale `√ᾱ` such that its last value is 0 and its first one stays.
+    """
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64) ** 2
-    return Schedule(np.cumprod(1.0 - betas).astype(np.float32), prediction_type)
+    signal = np.sqrt(np.cumprod(1.0 - betas))
+    if zero_terminal_snr:
+        signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    return Schedule((signal**2).astype(np.float32), prediction_type)
 
 
 def signal_and_noise_scale(schedule: Schedule, timestep: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:

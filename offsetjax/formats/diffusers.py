@@ -78,25 +78,40 @@ def write_part(
     (folder / WEIGHTS[part]).write_bytes(safetensors.numpy.save(converted, {"format": "pt", **(metadata or {})}))
 
 
-def write_scheduler(directory: epath.PathLike, schedule: Mapping[str, Any], spacing: str) -> None:
-    """Writes the DDIM scheduler's configuration, and with it what a PyTorch pipeline samples by."""
-    config = {
-        "_class_name": "DDIMScheduler",
+# The PyTorch scheduler of each of our samplers, and what makes it follow the same table of coefficients.
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+
+
+def scheduler_config(schedule: Mapping[str, Any], sampler: str, spacing: str) -> dict[str, Any]:
+    """`scheduler_config.json` of PyTorch diffusers' counterpart of `sampler`."""
+    name, settings = _SCHEDULERS[sampler]
+    return {
+        "_class_name": name,
         "_diffusers_version": diffusers.__version__,
-        **schedule,
+        **{key: value for key, value in schedule.items() if key != "zero_terminal_snr"},
+        "rescale_betas_zero_snr": schedule["zero_terminal_snr"],
         "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
         "steps_offset": 1,
         "timestep_spacing": spacing,
+        **settings,
     }
+
+
+def write_scheduler(directory: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Writes the scheduler's configuration, and with it what a PyTorch pipeline samples by."""
     folder = epath.Path(directory) / "scheduler"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_index(directory: epath.PathLike) -> None:
-    """Writes `model_index.json`: which class loads which folder."""
+def write_index(directory: epath.PathLike, scheduler: str) -> None:
+    """Writes `model_index.json`: which class loads which folder; `scheduler` is that of the scheduler."""
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -104,7 +119,7 @@ def write_index(directory: epath.PathLike) -> None:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

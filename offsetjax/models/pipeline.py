@@ -12,7 +12,7 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from offsetjax.config import default_config, flatten
+from offsetjax.config import default_config, flatten, validate
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import params_to_tensors, tensors_to_params
@@ -56,7 +56,6 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     "scheduler": {
         "beta_schedule": ("scaled_linear",),
         "prediction_type": ("epsilon", "v_prediction"),
-        "rescale_betas_zero_snr": (False,),
         "trained_betas": (None,),
     },
 }
@@ -128,6 +127,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
                 )
             with section.ignore_type():
                 section[key] = value
+        if part == "scheduler" and stored.get("rescale_betas_zero_snr"):
+            section.zero_terminal_snr = True
+    validate(config)  # what was read may not go with what was set
     return config
 
 

@@ -11,7 +11,7 @@ import torch
 
 from offsetjax.config import default_config, validate
 from offsetjax.diffusion.noise import batch_noise
-from offsetjax.diffusion.sampler import ddim, timestep_grid
+from offsetjax.diffusion.sampler import coefficients, solve, timestep_grid
 from offsetjax.diffusion.schedule import Schedule, make_schedule, signal_and_noise_scale
 from offsetjax.errors import UserError
 
@@ -67,7 +67,8 @@ def test_the_path_is_that_of_diffusers(prediction_type: str, spacing: str, num_s
     def denoiser(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
         return jnp.einsum("oc,bchw->bohw", mix, noisy) + drift * timestep / 1000
 
-    ours = ddim(denoiser, make_schedule(1000, 0.00085, 0.012, prediction_type), start, num_steps, spacing)
+    schedule = make_schedule(1000, 0.00085, 0.012, prediction_type)
+    ours = solve(denoiser, schedule, coefficients("ddim", schedule, num_steps, spacing), start)
     assert np.abs(ours - theirs.numpy()).max() <= 1e-5 * np.abs(theirs.numpy()).max()
 
 
@@ -97,13 +98,14 @@ def test_only_the_matched_start_gives_brightness_its_spread(prediction_type: str
     schedule = make_schedule(1000, 0.00085, 0.012, prediction_type)
     denoiser = optimal_denoiser(schedule, data, noise)
     keys = jax.random.split(jax.random.key(0), 256)
-    solve = jax.jit(lambda start: ddim(denoiser, schedule, start, 200, "trailing"))
+    table = coefficients("ddim", schedule, 200, "trailing")
+    path = jax.jit(lambda start: solve(denoiser, schedule, table, start))
 
     kept = float(schedule.alphas_cumprod[-1])
     gain = (data[0] / (kept * data[0] + (1 - kept) * noise[0])) ** 0.5
     for start_strength, measured_elsewhere in ((strength, 0.32), (0.0, 0.050)):
         start = batch_noise(keys, (1, side, side), start_strength)
-        latents = np.asarray(solve(start))
+        latents = np.asarray(path(start))
         np.testing.assert_allclose(latents.mean((1, 2, 3)), gain * start.mean((1, 2, 3)), rtol=0.01, atol=1e-5)
         predicted = gain * ((1 + start_strength**2 * pixels) / pixels) ** 0.5
         assert predicted == pytest.approx(measured_elsewhere, rel=0.02)
