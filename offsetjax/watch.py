@@ -1,0 +1,116 @@
+"""What a training looks at now and then: sample grids, validation losses and the brightness of what it draws.
+
+Each watch is a function of the train state alone, with fixed pictures, prompts, seeds and noise, so that its values
+compare between steps and between runs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from offsetjax import sharding
+from offsetjax.brightness import compare, data_brightness
+from offsetjax.data.stream import Source, open_source
+from offsetjax.pictures import Picture, write_samples
+from offsetjax.run import Run, open_stream
+from offsetjax.sample import Sampler, about_samples, draw_pictures, make_sampler
+from offsetjax.step import TrainState
+from offsetjax.validation import check_apart, make_losses, validate
+
+
+@dataclass(frozen=True)
+class Watch:
+    """`look(state, step)` gives named values, for the metrics; at each multiple of `every_steps` and at the end."""
+
+    every_steps: int
+    look: Callable[[TrainState, int], dict[str, float]]
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        return step % self.every_steps == 0 or step == num_steps
+
+
+def open_watches(run: Run, source: Source) -> list[Watch]:
+    """The watches that a config asks for.
+
+    Raises:
+        UserError: a hold-out that cannot be read, or that shares pictures with the training data.
+    """
+    return [] if run.config.task == "autoencoder" else list(_open(run, source))
+
+
+def _open(run: Run, source: Source) -> Iterator[Watch]:
+    config = run.config
+    sampler = make_sampler(run.pipeline, config, run.mesh)  # nothing is compiled before its first use
+    if config.sample.every_steps and config.sample.prompts:
+        yield Watch(config.sample.every_steps, _sample(run, sampler))
+    if config.validation.every_steps:
+        yield Watch(config.validation.every_steps, _validation(run, source))
+    if config.probe.every_steps:
+        if config.sample.brightness:  # a probe asks what comes by itself
+            run = dataclasses.replace(run, config=config.copy_and_resolve_references())
+            run.config.sample.brightness = ()
+            sampler = make_sampler(run.pipeline, run.config, run.mesh)
+        yield Watch(config.probe.every_steps, _probe(run, sampler, source))
+
+
+def _watched(run: Run, state: TrainState) -> PyTree:
+    return state.ema_params if run.config.sample.params == "ema" else state.params
+
+
+def _draw(run: Run, sampler: Sampler, state: TrainState, prompts: tuple[str, ...], num_seeds: int) -> list[Picture]:
+    params = _watched(run, state)
+    return draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, prompts, range(num_seeds))
+
+
+def _write(run: Run, name: str, step: int, pictures: list[Picture]) -> None:
+    if jax.process_index() == 0:
+        write_samples(
+            run.workdir / "samples", name, pictures, about_samples(run.config, step, run.config.sample.params)
+        )
+
+
+def _sample(run: Run, sampler: Sampler) -> Callable[[TrainState, int], dict[str, float]]:
+    sample = run.config.sample
+
+    def look(state: TrainState, step: int) -> dict[str, float]:
+        _write(run, f"step_{step}", step, _draw(run, sampler, state, sample.prompts, sample.seeds_per_prompt))
+        return {}
+
+    return look
+
+
+def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
+    probe, data = run.config.probe, data_brightness(source, run.config.data.resolution)
+
+    def look(state: TrainState, step: int) -> dict[str, float]:
+        pictures = _draw(run, sampler, state, probe.prompts, probe.seeds_per_prompt)
+        _write(run, f"probe_{step}", step, pictures)
+        values = compare([picture.brightness for picture in pictures], data)
+        return {f"brightness_{name}": value for name, value in values.items()}
+
+    return look
+
+
+def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
+    config = run.config.copy_and_resolve_references()
+    held_out = open_source(config.data.path, config.validation.split)
+    check_apart(source, held_out)
+    config.seed, config.data.random_flip = 0, False  # the same pictures in every run
+    stream = open_stream(config, run.pipeline, held_out)
+    frozen, replicated = sharding.shardings(run.mesh, run.frozen), NamedSharding(run.mesh, P())
+    losses = jax.jit(
+        make_losses(run.pipeline, config),
+        in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated),
+        out_shardings=replicated,
+    )
+
+    def look(state: TrainState, step: int) -> dict[str, float]:
+        del step
+        return validate(losses, config, stream, run.mesh, _watched(run, state), run.frozen)
+
+    return look

@@ -1,0 +1,149 @@
+"""Validation losses compare: they depend on the weights alone, whatever noise, seed, batch or mesh the training has."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from offsetjax.data.stream import open_source
+from offsetjax.errors import UserError
+from offsetjax.models.pipeline import build, load_frozen
+from offsetjax.run import open_stream
+from offsetjax.sharding import mesh_of
+from offsetjax.train import train
+from offsetjax.validation import check_apart, make_losses, validate
+from tests.tiny import data_path, quick_compilation, run_config, tiny_config, trained_workdir
+
+TIMESTEPS = (100, 999)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    base = tmp_path_factory.getbasetemp()
+    with quick_compilation(base):
+        yield base
+
+
+def _validate(base: pathlib.Path, *, devices: int = 1, unet: Any = None, **changes: Any) -> dict[str, float]:
+    """The losses of one fixed model on 5 pictures."""
+    settings = {"validation__num_examples": 5, "validation__timesteps": TIMESTEPS, "data__random_flip": False}
+    config = tiny_config(data_path(base), **settings, **changes)
+    stored = tiny_config(data_path(base))
+    pipeline, frozen = load_frozen(trained_workdir(base) / "frozen", stored)
+    pipeline = (
+        pipeline if unet is None else type(pipeline)(pipeline.vae, unet, pipeline.text_encoder, pipeline.tokenizer)
+    )
+    params = jax.jit(build(stored).unet.init)(jax.random.key(3))
+    stream_config = config.copy_and_resolve_references()
+    stream_config.seed = 0
+    stream = open_stream(stream_config, pipeline, open_source(config.data.path))
+    mesh = mesh_of(data=devices, fsdp=1)
+    losses = jax.jit(make_losses(pipeline, config))
+    return validate(losses, config, stream, mesh, params, frozen)
+
+
+@pytest.fixture(scope="module")
+def plain(base: pathlib.Path) -> dict[str, float]:
+    return _validate(base, noise__offset_strength=0.0)
+
+
+def test_a_plain_training_has_one_curve(plain: dict[str, float]) -> None:
+    assert set(plain) == {"validation_plain", "validation_plain_t100", "validation_plain_t999"}
+    assert plain["validation_plain"] == pytest.approx(
+        (plain["validation_plain_t100"] + plain["validation_plain_t999"]) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"noise__offset_strength": 0.5},
+        {"noise__kind": "pyramid", "noise__pyramid_discount": 0.8, "noise__pyramid_levels": 4},
+        {"noise__offset_strength": 0.0, "noise__input_perturbation": 0.5},
+        {"loss__min_snr_gamma": 1.0, "loss__min_timestep": 900},
+    ],
+)
+def test_no_offset_leaks_into_the_plain_curve(
+    base: pathlib.Path, plain: dict[str, float], noise: dict[str, Any]
+) -> None:
+    seen = _validate(base, **{"noise__offset_strength": 0.0, **noise})
+    assert {name: seen[name] for name in plain} == plain
+    training = {name for name in seen if name.startswith("validation_training")}
+    assert bool(training) == (noise.get("noise__offset_strength", 0) > 0 or "noise__kind" in noise)
+    if training:
+        assert seen["validation_training"] != plain["validation_plain"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"train__global_batch_size": 2}, {"train__global_batch_size": 16}, {"seed": 7}, {"devices": 8}]
+)
+def test_the_losses_do_not_depend_on_how_they_are_computed(
+    base: pathlib.Path, plain: dict[str, float], other: dict[str, Any]
+) -> None:
+    assert _validate(base, noise__offset_strength=0.0, **other) == pytest.approx(plain, rel=2e-5)
+
+
+@dataclass(frozen=True)
+class PredictsNothing:
+    def apply(self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array) -> jax.Array:
+        return jnp.zeros_like(noisy)
+
+
+def test_the_losses_are_unweighted_errors_of_the_noise_that_they_name(base: pathlib.Path) -> None:
+    """Where nothing is predicted, the loss is the variance of the noise: 1, and 1 + c² with an offset."""
+    settings = {"noise__offset_strength": 2.0, "loss__min_snr_gamma": 5.0, "validation__num_examples": 16}
+    config = tiny_config(data_path(base), **settings, validation__timesteps=tuple(range(0, 1000, 50)))
+    pipeline, frozen = load_frozen(trained_workdir(base) / "frozen", tiny_config())
+    pipeline = type(pipeline)(pipeline.vae, PredictsNothing(), pipeline.text_encoder, pipeline.tokenizer)
+    stream = open_stream(config, pipeline, open_source(config.data.path))
+    mesh = mesh_of(data=1, fsdp=1)
+    seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, None, frozen)
+    assert seen["validation_plain"] == pytest.approx(1.0, abs=0.03)
+    assert seen["validation_training"] == pytest.approx(1 + 2.0**2, rel=0.15)  # 1,280 shifts
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "is_apart"),
+    [
+        ("train[:75%]", "train[75%:]", True),
+        ("train[:4]+train[8:12]", "train[4:8]", True),
+        ("train", "train[75%:]", False),
+        ("train[:13]", "train[12:]", False),
+    ],
+)
+def test_a_hold_out_shares_no_picture_with_the_training(
+    base: pathlib.Path, training: str, held_out: str, is_apart: bool
+) -> None:
+    sources = [open_source(data_path(base), split) for split in (training, held_out)]
+    if is_apart:
+        check_apart(*sources)
+    else:
+        with pytest.raises(UserError, match=r"validation\.split = .* has pictures of data\.split"):
+            check_apart(*sources)
+
+
+def test_a_run_logs_its_validation_and_its_probe(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = run_config(data_path(base), train__steps=2, sample__every_steps=0, data__split="train[:50%]")
+    config.validation.update(every_steps=1, split="train[50%:]", num_examples=3, timesteps=TIMESTEPS)
+    config.probe.update(every_steps=2, prompts=("", "a white square"), seeds_per_prompt=3)
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validated = [line for line in lines if "validation_plain" in line]
+    assert [line["step"] for line in validated] == [0, 1, 2]
+    assert all(np.isfinite(line["validation_training_t999"]) for line in validated)
+    assert len({line["validation_plain"] for line in validated}) == 3, "the weights change, and so must the losses"
+    probed = [line for line in lines if "brightness_mean" in line]
+    assert [line["step"] for line in probed] == [0, 2]
+    records = json.loads((tmp_path / "run" / "samples" / "probe_2.json").read_text())["records"]
+    drawn = [record["brightness"] for record in records]
+    assert len(drawn) == 6
+    assert probed[1]["brightness_mean"] == pytest.approx(np.mean(drawn), abs=1e-5)
+    assert probed[1]["brightness_std"] == pytest.approx(np.std(drawn), abs=1e-5)
+    assert 0 <= probed[1]["brightness_wasserstein"] <= 1
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
