@@ -11,6 +11,8 @@ from offsetjax.errors import UserError
 
 Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
+_OVERRIDES = "--config.path=value changes one field of the config, such as --config.noise.offset_strength=0.1"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
@@ -43,7 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train, or resume, what a config file describes")
     sub.add_argument("--config", required=True, help="a config file, such as configs/stamps.py")
     sub.add_argument("--workdir", required=True, help="where the run lives: a folder or gs://…")
-    sub.epilog = "--config.path=value changes one field of the config, such as --config.noise.offset_strength=0.1"
+    sub.epilog = _OVERRIDES
+
+    sub = command("calibrate", _calibrate, "measure the data's latents, and recommend a noise for them")
+    sub.add_argument("--config", required=True, help="the config file of the training to be")
+    sub.add_argument("--out", required=True, help="FILE.json, for noise.calibration; FILE.png is put beside it")
+    sub.add_argument(
+        "--target_snr",
+        type=float,
+        default=0.1,
+        help="what may be left of a picture's mean at the last step; %(default)s",
+    )
+    sub.epilog = _OVERRIDES
 
     sub = command("sample", _sample, "draw pictures from a work directory's checkpoint")
     _checkpoint_arguments(sub)
@@ -99,20 +112,34 @@ def _no_more(rest: Sequence[str]) -> None:
         raise UserError(f"unknown argument {rest[0]}; see --help")
 
 
-def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from offsetjax.config import digest, load_config
-
+def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """The fields that `--config.path=value` changes, with their values as text."""
     overrides = []
     for argument in rest:
         key, equals, text = argument.partition("=")
         if not key.startswith("--config.") or not equals:
             raise UserError(f"unknown argument {argument}; fields are given as --config.path=value")
         overrides.append((key.removeprefix("--config."), text))
-    config = load_config(options.config, overrides)
+    return overrides
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from offsetjax.config import digest, load_config
+
+    config = load_config(options.config, _overrides(rest))
     logging.getLogger("offsetjax").info("%s, sha256 %s", options.config, digest(options.config)[:16])
     from offsetjax.train import train
 
     train(config, options.workdir)
+
+
+def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from offsetjax.config import load_config
+
+    config = load_config(options.config, _overrides(rest))
+    from offsetjax.calibrate import calibrate
+
+    calibrate(config, options.out, options.target_snr)
 
 
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:

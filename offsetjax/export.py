@@ -46,7 +46,7 @@ def _noise_names(config: ConfigDict) -> dict[str, str]:
     """The noise by kohya's names; those that are not in use are None."""
     noise = config.noise
     return {
-        "ss_noise_offset": repr(noise.offset_strength),
+        "ss_noise_offset": repr(noise.offset_strength or max(noise.channel_strengths, default=0.0)),
         "ss_noise_offset_random_strength": str(noise.random_strength),
         "ss_adaptive_noise_scale": repr(noise.adaptive_scale or None),
         "ss_multires_noise_iterations": repr(noise.pyramid_levels or None),

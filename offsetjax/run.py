@@ -19,7 +19,8 @@ from orbax.checkpoint import CheckpointManager
 from transformers import CLIPTokenizer
 
 from offsetjax import checkpoint, sharding
-from offsetjax.config import default_config, flatten
+from offsetjax.calibration import FILLED, fill
+from offsetjax.config import default_config, flatten, validate
 from offsetjax.data.stream import Stream, captions, check_fingerprint, make_stream
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
@@ -43,7 +44,7 @@ _log = logging.getLogger("offsetjax")
 
 # What may change when a run resumes: nothing that the losses depend on, but for the number of steps and of devices.
 RESUMABLE_CHANGES = ("train.steps", "train.log_every_steps", "data.path", "data.num_workers", "model.pretrained")
-RESUMABLE_SECTIONS = ("mesh", "checkpoint", "sample")
+RESUMABLE_SECTIONS = ("mesh", "checkpoint", "sample", "validation", "probe")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
 def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, Pipeline, PyTree]:
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
-    config = resolve(config)
-    _check_resolution(config)
+    config = fill(resolve(config))
+    validate(config)  # what was filled in may not go with what was set
+    check_resolution(config)
     tokenizer = _tokenizer(config, source)
     pipeline = build(config, tokenizer)
     frozen = {part: initial_params(config, part, getattr(pipeline, part)) for part in FROZEN[config.task]}
@@ -90,7 +92,8 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Config
     return config, pipeline, frozen
 
 
-def _check_resolution(config: ConfigDict) -> None:
+def check_resolution(config: ConfigDict) -> None:
+    """Raises a UserError unless pictures of `data.resolution` can be halved as often as the networks do."""
     networks = ("vae", "unet") if config.task == "diffusion" else ("vae",)
     unit = 2 ** sum(len(config.model[part].block_out_channels) - 1 for part in networks)
     if config.data.resolution % unit:
@@ -104,13 +107,17 @@ def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     del source
     stored = read_config(workdir)
     is_gone = not epath.Path(config.model.pretrained or ".").exists()
-    given, defaults = dict(flatten(config if is_gone else resolve(config))), dict(flatten(default_config()))
+    is_uncalibrated = not epath.Path(config.noise.calibration or ".").exists()
+    config = config if is_gone else resolve(config)
+    config = config if is_uncalibrated else _refilled(config, stored)
+    given, defaults = dict(flatten(config)), dict(flatten(default_config()))
     if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
         given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
     for path, value in flatten(stored):
         may_change = path in RESUMABLE_CHANGES or path.split(".")[0] in RESUMABLE_SECTIONS
-        # Where model.pretrained is gone, what was left to it cannot be read again.
-        was_read = is_gone and path.split(".")[0] in ("model", "schedule") and given[path] == defaults[path]
+        # Where model.pretrained or noise.calibration is gone, what was left to it cannot be read again.
+        was_read = (is_gone and path.split(".")[0] in ("model", "schedule")) or (is_uncalibrated and path in FILLED)
+        was_read = was_read and given[path] == defaults[path]
         if given[path] != value and not may_change and not was_read:
             raise UserError(
                 f"config: {path} = {given[path]!r}, but {workdir} was begun with {value!r}; "
@@ -121,6 +128,15 @@ def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     if jax.process_index() == 0:
         write_config(workdir, stored)
     return stored, *load_frozen(workdir / "frozen", stored)
+
+
+def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
+    """The config with what its calibration fills in for the stored model and schedule, which a gone one had decided."""
+    config = config.copy_and_resolve_references()
+    like = stored.copy_and_resolve_references()
+    like.noise = config.noise
+    config.noise = fill(like).noise
+    return config
 
 
 def _tokenizer(config: ConfigDict, source: Any) -> CLIPTokenizer | None:

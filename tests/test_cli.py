@@ -144,6 +144,7 @@ def test_a_data_set_is_inspected(base: pathlib.Path, capsys: pytest.CaptureFixtu
         (),
         ("train",),
         ("sample",),
+        ("calibrate",),
         ("export",),
         ("data",),
         ("data", "build"),

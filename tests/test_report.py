@@ -129,8 +129,8 @@ def test_the_comparison_of_plain_and_offset_follows_the_figures(tmp_path: pathli
     wider = _workdir(tmp_path / "wider", 0.1, {0: GREY, 100: WIDE})
     same = _workdir(tmp_path / "same", 0.1, {0: GREY, 100: GREY})
     other = _workdir(tmp_path / "other", 0.1, {0: GREY, 100: WIDE}, changes={"optimizer.learning_rate": 0.5})
-    assert "so it is the offset that widened the range" in " ".join(_run(tmp_path, plain, wider)[0]["conclusions"])
-    assert "so the offset did not widen the range" in " ".join(_run(tmp_path, plain, same)[0]["conclusions"])
+    assert "so it is the noise that widened the range" in " ".join(_run(tmp_path, plain, wider)[0]["conclusions"])
+    assert "so the noise did not widen the range" in " ".join(_run(tmp_path, plain, same)[0]["conclusions"])
     numbers, html = _run(tmp_path, plain, other)
     assert "alone" not in " ".join(numbers["conclusions"]), "two fields differ: no controlled comparison"
     assert numbers["config_differences"] == {
@@ -277,3 +277,37 @@ def test_a_brightness_out_of_range_is_an_error(tmp_path: pathlib.Path, data: Any
 def test_out_must_be_a_page(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=re.escape("must end in .html")):
         report([str(tmp_path)], str(tmp_path / "page.pdf"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"noise.offset_strength": 0.0}, "plain noise"),
+        ({}, "offset_strength 0.1"),
+        ({"noise.offset_strength": 0.0, "noise.channel_strengths": (0.1, 0.25, 0.0, 0.0)}, "offset up to 0.25"),
+        ({"noise.kind": "adjusted"}, "adjusted, offset_strength 0.1"),
+        ({"noise.offset_strength": 0.0, "schedule.zero_terminal_snr": True}, "plain noise, zero terminal SNR"),
+    ],
+)
+def test_a_run_is_named_by_its_noise(tmp_path: pathlib.Path, data: Any, changes: Mapping[str, Any], words: str) -> None:
+    numbers, html = _run(tmp_path, _workdir(tmp_path / "run", 0.1, {0: GREY, 100: WIDE}, changes=changes))
+    assert numbers["arms"][0]["noise"] == words
+    assert f"<td>{words}</td>" in html
+
+
+def test_validation_and_probe_are_drawn_and_are_no_training_steps(tmp_path: pathlib.Path, data: Any) -> None:
+    workdir = _workdir(tmp_path / "run", 0.1, {0: GREY, 100: WIDE})
+    assert "Validation loss" not in _run(tmp_path, workdir)[1]
+    names = ("mean", "std", "near_black", "near_white", "wasserstein")
+    watched = [
+        {"step": step, "validation_plain": 0.5, "validation_plain_t100": 0.4, "validation_plain_t999": 0.6}
+        for step in (0, 100)
+    ] + [{"step": step, **{f"brightness_{name}": 0.3 for name in names}} for step in (0, 100)]
+    file = pathlib.Path(workdir) / "metrics.jsonl"
+    before = file.read_text()
+    lines = [json.dumps({**line, "time_seconds": 1.0}) + "\n" for line in watched]
+    file.write_text(lines[0] + lines[2] + before + lines[1] + lines[3])
+    numbers, html = _run(tmp_path, workdir)
+    assert "<h2>Validation loss</h2>" in html and "<h2>Brightness of a probe</h2>" in html
+    assert (numbers["arms"][0]["first_loss"], numbers["arms"][0]["last_loss"]) == (0.1, 0.01)
+    assert numbers["arms"][0]["wall_clock_seconds"] == 50.0

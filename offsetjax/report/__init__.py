@@ -56,6 +56,8 @@ def _pictures(arms: Sequence[Arm], summaries: Sequence[dict]) -> dict[str, bytes
         "curves": figures.curves(summaries),
         "unconditional": figures.unconditional_spread(summaries),
         "losses": figures.losses(arms),
+        "validation": figures.validation(arms),
+        "probe": figures.probe(arms),
     }
     pictures = {name: _png(figure) for name, figure in drawn.items() if figure}
     for index, arm in enumerate(arms):

@@ -32,8 +32,7 @@ def conclusions(numbers: Numbers) -> list[str]:
 
 def title(arm: Numbers) -> str:
     """`ski (plain noise)` or `ski (offset_strength 0.1)`."""
-    strength = arm["offset_strength"]
-    return f"{arm['name']} ({f'offset_strength {strength:g}' if strength else 'plain noise'})"
+    return f"{arm['name']} ({arm['noise']})"
 
 
 def _range(arm: Numbers) -> Iterator[str]:
@@ -68,7 +67,7 @@ def _controlled(numbers: Numbers) -> Iterator[str]:
     arms, differences = numbers["arms"], numbers["config_differences"]
     for i, plain in enumerate(arms):
         for j, offset in enumerate(arms):
-            if plain["offset_strength"] or not offset["offset_strength"] or trained_on_black(plain):
+            if plain["noise"] != "plain noise" or offset["noise"] == "plain noise" or trained_on_black(plain):
                 continue
             fields = [field for field, values in differences.items() if values[i] != values[j]]
             others = [field for field in fields if not field.startswith((*INDIFFERENT, "noise."))]
@@ -80,15 +79,12 @@ def _controlled(numbers: Numbers) -> Iterator[str]:
                 continue
             gain = ranges[1] - ranges[0]
             if gain > GREY_RANGE:
-                verdict = "so it is the offset that widened the range"
+                verdict = "so it is the noise that widened the range"
             else:
-                verdict = (
-                    "so the offset did not widen the range" if gain < 0.05 else "so the offset widened it a little"
-                )
+                verdict = "so the noise did not widen the range" if gain < 0.05 else "so the noise widened it a little"
             yield (
-                f"{plain['name']} and {offset['name']} differ in noise.offset_strength alone (0 and "
-                f"{offset['offset_strength']:g}): their ranges are {ranges[0]:.2f} and "
-                f"{ranges[1]:.2f}, {verdict}."
+                f"{plain['name']} and {offset['name']} differ in their noise alone ({plain['noise']} and "
+                f"{offset['noise']}): their ranges are {ranges[0]:.2f} and {ranges[1]:.2f}, {verdict}."
             )
 
 
@@ -135,7 +131,7 @@ def first_black_step(arm: Numbers) -> int | None:
 def _black(arms: list[Numbers]) -> Iterator[str]:
     fastest: dict[bool, int | None] = {}
     for arm in filter(trained_on_black, arms):
-        step, is_offset = first_black_step(arm), bool(arm["offset_strength"])
+        step, is_offset = first_black_step(arm), arm["noise"] != "plain noise"
         end = arm["after"]["prompts"][article.BLACK_PROMPT]["mean"]
         if step == arm["before"]["step"]:
             yield f"{title(arm)}: “all black” is below {BLACK} from the first samples on: this shows no learning."
@@ -189,7 +185,7 @@ def _unconditional(arm: Numbers) -> Iterator[str]:
     )
     text = f"{title(arm)}: the brightness of pictures drawn for no prompt has a standard deviation of {figures}"
     text += f"; that of its training data is {data:.2f}" if data else "; that of its training data is not known"
-    if not arm["offset_strength"]:
+    if arm["noise"] == "plain noise":
         if data:
             share = max(each["std"] for each in drawn.values()) / data
             lost = share < RESTORED_SHARE

@@ -138,7 +138,7 @@ def curves(arms: Sequence[Numbers]) -> Figure | None:
 
 
 def _arm_title(arm: Numbers) -> str:
-    return f"{prompt_label(arm['name'], 34)}, offset_strength {arm['offset_strength']:g}"
+    return f"{prompt_label(arm['name'], 34)}, {arm['noise']}"
 
 
 @style
@@ -164,6 +164,62 @@ def losses(arms: Sequence[Arm]) -> Figure | None:
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(color="#EEEEEE", which="both")
     axes.legend(fontsize=8)
+    return canvas
+
+
+@style
+def validation(arms: Sequence[Arm]) -> Figure | None:
+    """The validation loss of each arm for plain noise, which compares, and by time step at the end."""
+    series = [(arm, [line for line in arm.watched if "validation_plain" in line]) for arm in arms]
+    if not any(lines for _, lines in series):
+        return None
+    canvas = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    over_steps, by_time = canvas.subplots(1, 2)
+    for index, (arm, lines) in enumerate(series):
+        if not lines:
+            continue
+        label = prompt_label(arm.name, 34)
+        steps, values = zip(*((line["step"], line["validation_plain"]) for line in lines), strict=True)
+        over_steps.plot(steps, values, "o-", ms=3, color=colour(index), label=label)
+        own = [(line["step"], line["validation_training"]) for line in lines if "validation_training" in line]
+        if own:
+            over_steps.plot(*zip(*own, strict=True), "--", lw=1, color=colour(index), label=f"{label}, own noise")
+        times = sorted(int(name.rsplit("_t", 1)[1]) for name in lines[-1] if name.startswith("validation_plain_t"))
+        losses = [lines[-1][f"validation_plain_t{time}"] for time in times]
+        by_time.plot(times, losses, "o-", ms=3, color=colour(index))
+    over_steps.set(xlabel="step", ylabel="validation loss, plain noise", yscale="log")
+    by_time.set(xlabel="time step of the noise", title="After the last step", yscale="log")
+    for axes in (over_steps, by_time):
+        axes.grid(color="#EEEEEE", which="both")
+    over_steps.legend(fontsize=7)
+    return canvas
+
+
+@style
+def probe(arms: Sequence[Arm]) -> Figure | None:
+    """What a probe's pictures are like over the steps: brightness, its extremes, and its distance to the data's."""
+    series = [(arm, [line for line in arm.watched if "brightness_mean" in line]) for arm in arms]
+    if not any(lines for _, lines in series):
+        return None
+    canvas = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    panels = canvas.subplots(1, 3)
+    for index, (arm, lines) in enumerate(series):
+        if not lines:
+            continue
+        values = {name: np.array([line[name] for line in lines]) for name in lines[0] if name != "time_seconds"}
+        steps, mean, std = values["step"], values["brightness_mean"], values["brightness_std"]
+        panels[0].fill_between(steps, mean - std, mean + std, color=colour(index), alpha=0.15, lw=0)
+        panels[0].plot(steps, mean, "o-", ms=3, color=colour(index), label=prompt_label(arm.name, 34))
+        panels[1].plot(steps, values["brightness_near_black"], "o-", ms=3, color=colour(index))
+        panels[1].plot(steps, values["brightness_near_white"], "o--", ms=3, mfc="white", color=colour(index))
+        panels[2].plot(steps, values["brightness_wasserstein"], "o-", ms=3, color=colour(index))
+    panels[0].set(title="Brightness ± its spread", ylim=(0, 1))
+    panels[1].set(title="Share near black ●, near white ○", ylim=(-0.02, None))
+    panels[2].set(title="W1 to the data's brightness", ylim=(0, None))
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.grid(color="#EEEEEE")
+    panels[0].legend(fontsize=7)
     return canvas
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from offsetjax.report.figures import in_order, prompt_label, style
+from offsetjax.report.numbers import noise_name
 from offsetjax.report.read import Arm, Samples, read_picture
 
 SEEDS = 2  # pictures of each prompt that are shown
@@ -41,7 +42,7 @@ def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]
     alike = [arm for arm in shown if set(prompts) <= set(arm.steps[-1].prompts)]
     columns = [
         (
-            f"{prompt_label(arm.name, 24)}\noffset {arm.config['noise.offset_strength']:g}, step {arm.steps[-1].step}",
+            f"{prompt_label(arm.name, 24)}\n{noise_name(arm.config)}, step {arm.steps[-1].step}",
             arm.steps[-1],
         )
         for arm in alike

@@ -35,6 +35,7 @@ def _summarise_arm(arm: Arm) -> Numbers:
     sampled = [_summarise_samples(samples) for samples in arm.steps]
     return {
         "name": arm.name,
+        "noise": noise_name(arm.config),
         "offset_strength": float(arm.config["noise.offset_strength"]),
         "steps": int(last.get("step", 0)),
         "steps_configured": arm.config.get("train.steps"),
@@ -49,6 +50,18 @@ def _summarise_arm(arm: Arm) -> Numbers:
         "unconditional": unconditional(arm),
         "data": _summarise_data(arm),
     }
+
+
+def noise_name(config: Mapping[str, Any]) -> str:
+    """What a training's noise is, in a few words: `plain noise`, `offset_strength 0.1`, `pyramid`."""
+    strength, channels = config["noise.offset_strength"], config.get("noise.channel_strengths") or ()
+    kind = config.get("noise.kind", "offset")
+    words = [] if kind == "offset" else [kind]
+    if strength or channels:
+        words.append(f"offset_strength {strength:g}" if strength else f"offset up to {max(channels):.2g}")
+    words += ["adaptive"] if config.get("noise.adaptive_scale") else []
+    words = words or ["plain noise"]
+    return ", ".join(words + (["zero terminal SNR"] if config.get("schedule.zero_terminal_snr") else []))
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
@@ -72,7 +85,7 @@ def unconditional(arm: Arm) -> Numbers:
 
     Those of `samples/unconditional_*.json` come before the ones in the last grid of the training.
     """
-    others = sorted(arm.others, key=lambda samples: samples.name.startswith("unconditional"))
+    others = sorted(arm.others, key=lambda samples: (samples.name.startswith("unconditional"), samples.step))
     drawn = {samples.start_noise: samples for samples in arm.steps[-1:] if "" in samples.prompts}
     drawn |= {samples.start_noise: samples for samples in others if "" in samples.prompts}
     return {start: {"step": samples.step, **spread(samples.brightness(""))} for start, samples in drawn.items()}

@@ -60,11 +60,13 @@ def render(numbers: Numbers, sentences: Sequence[str], pictures: Pictures) -> st
             pictures, "curves", "Brightness over the steps", "A panel a run; bands: ± standard deviation over seeds."
         ),
         _section(pictures, "unconditional", "Spread of brightness without a prompt", _SPREAD_NOTE),
+        _section(pictures, "probe", "Brightness of a probe", _PROBE_NOTE),
         _grids(arms, pictures),
         "<h2>Runs</h2>" + _runs_table(arms),
         _section(
             pictures, "losses", "Loss", "Logged losses, and their running mean. Losses of unlike noise do not compare."
         ),
+        _section(pictures, "validation", "Validation loss", _VALIDATION_NOTE),
         _differences(numbers),
         _data_notes(arms),
         "</body></html>",
@@ -75,6 +77,16 @@ def render(numbers: Numbers, sentences: Sequence[str], pictures: Pictures) -> st
 _SPREAD_NOTE = (
     "How much the brightness of pictures drawn for the empty prompt varies, by the noise that sampling starts from: "
     "plain, or matched to the training's."
+)
+
+
+_PROBE_NOTE = (
+    "Fixed prompts and seeds; near black is a brightness below .1, near white one above .9; W1 is the Wasserstein "
+    "distance to the distribution of the training pictures."
+)
+_VALIDATION_NOTE = (
+    "Fixed pictures, time steps and noise. Solid: plain noise, which compares between runs; dashed: the noise of each "
+    "run's own training."
 )
 
 
@@ -154,11 +166,11 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _runs_table(arms: Sequence[Numbers]) -> str:
-    head = ["run", "offset_strength", "steps", "time", "images/s", "first loss", "last loss", "skipped"]
+    head = ["run", "noise", "steps", "time", "images/s", "first loss", "last loss", "skipped"]
     rows = [
         [
             arm["name"],
-            f"{arm['offset_strength']:g}",
+            arm["noise"],
             str(arm["steps"]),
             _NONE if arm["wall_clock_seconds"] is None else str(timedelta(seconds=round(arm["wall_clock_seconds"]))),
             _number(arm["images_per_second"], ".1f"),

@@ -68,11 +68,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: its config by field path, its metrics by logged step, its samples by step, and the others."""
+    """One training: its config by field path, its metrics by logged step, its samples by step, and the others.
+
+    `watched` are the lines of metrics.jsonl that hold validation losses or the brightness of a probe.
+    """
 
     name: str
     config: dict[str, Any]
     metrics: list[dict[str, float]]
+    watched: list[dict[str, float]]
     steps: list[Samples]
     others: list[Samples]
     data: Data | str  # or why it could not be measured
@@ -106,10 +110,12 @@ def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str], Data |
         data[where] = _measure(*where)
     samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
     by_step = [each for each in samples if re.fullmatch(r"step_\d+", each.name)]
+    lines = list(_read_metrics(workdir / "metrics.jsonl"))
     return Arm(
         name=name,
         config=config,
-        metrics=list(_read_metrics(workdir / "metrics.jsonl")),
+        metrics=[line for line in lines if not _is_watched(line)],
+        watched=[line for line in lines if _is_watched(line)],
         steps=sorted(by_step, key=lambda each: each.step),
         others=[each for each in samples if each not in by_step],
         data=data[where],
@@ -148,6 +154,10 @@ def _read_metrics(path: epath.Path) -> Iterator[dict[str, float]]:
             if not line.endswith("\n"):  # the last line of a training that is still writing
                 return
             raise UserError(f"report: {path}, line {number} is not a step's metrics; delete that line") from error
+
+
+def _is_watched(line: dict[str, float]) -> bool:
+    return any(name.startswith(("validation_", "brightness_")) for name in line)
 
 
 def _read_samples(path: epath.Path) -> Samples:

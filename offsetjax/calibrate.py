@@ -1,0 +1,299 @@
+"""`offsetjax calibrate`: measures how much of the data is legible at each frequency, and recommends a noise.
+
+Each picture is encoded once, without its flip, to the mean of its posterior; the mean and the variance over pictures of
+each mode of the latents are gathered over all devices. `calibration.py` says what follows from them.
+"""
+
+import dataclasses
+import io
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Complex, Float, Int, PyTree, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
+
+from offsetjax import sharding
+from offsetjax.calibration import (
+    Calibration,
+    band_means,
+    filled,
+    leak,
+    offset_strengths,
+    radial_bands,
+    replace_file,
+    snrs,
+    summarise,
+    write_calibration,
+)
+from offsetjax.data.devices import on_devices
+from offsetjax.data.stream import Source, open_source
+from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.schedule import Schedule, make_schedule
+from offsetjax.diffusion.spectrum import frequencies
+from offsetjax.encode import to_unit_range
+from offsetjax.errors import UserError
+from offsetjax.models.autoencoder import Autoencoder, standardised
+from offsetjax.models.pipeline import Pipeline, build, initial_params, resolve
+from offsetjax.report.figures import style
+from offsetjax.run import check_resolution, latent_statistics, open_stream
+
+_log = logging.getLogger("offsetjax")
+
+# Of the figure, at an SNR of 1 and at the target.
+_LINES: tuple[dict[str, Any], ...] = (
+    {"color": "#222222", "lw": 1.2, "ls": "-"},
+    {"color": "#222222", "lw": 1.2, "ls": "--"},
+)
+
+
+def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> Calibration:
+    """Measures the data of a config; writes `out` for `noise.calibration`, `NAME.png` beside it, and prints a table.
+
+    Args:
+        out: a path that ends in .json; what is there is replaced.
+        target: the terminal SNR that the mean of a channel may have.
+
+    Raises:
+        UserError: an argument out of range, or a mistake in the config or the data.
+    """
+    out = epath.Path(out)
+    if out.suffix != ".json":
+        raise UserError(f"calibrate: --out={out} must end in .json")
+    if not 0 < target < math.inf:
+        raise UserError(f"calibrate: --target_snr={target} must be above 0")
+    if config.task != "diffusion":
+        raise UserError(
+            f"calibrate: task = {config.task!r} noises no latents; give the config of the diffusion training"
+        )
+    mesh = sharding.make_mesh(config)
+    source = open_source(config.data.path, config.data.split)
+    if len(source) < 2:
+        raise UserError(f"calibrate: {source.path} ({source.split}) has one picture; a variance needs two or more")
+    config, pipeline, params = open_vae(config, source)
+    modes = measure(config, pipeline, params, source, mesh)
+    if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):
+        raise UserError("calibrate: the autoencoder's latents are not finite; check model.pretrained")
+    calibration = summarise(
+        modes.mean,
+        modes.variance,
+        config.data.resolution // pipeline.vae.downscale,
+        num_examples=len(source),
+        resolution=config.data.resolution,
+        schedule=config.schedule.to_dict(),
+        target_terminal_snr=target,
+    )
+    if jax.process_index() == 0:
+        noise = configured_noise(config, calibration, pipeline.vae.downscale)
+        for line in table(calibration, modes.variance, noise, make_schedule(**config.schedule)):
+            _log.info("%s", line)
+        write_calibration(out, calibration)
+        picture = out.parent / f"{out.stem}.png"
+        replace_file(picture, _png(leak_figure(calibration, noise, make_schedule(**config.schedule))))
+        _log.info("%s: give it as noise.calibration; the figure is %s", out, picture)
+    return calibration
+
+
+def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, PyTree]:
+    """The resolved config, the parts without a tokenizer, and the autoencoder's parameters, as a run begins with."""
+    config = resolve(config)
+    check_resolution(config)
+    pipeline = build(config)
+    params = initial_params(config, "vae", pipeline.vae)
+    if config.model.vae.scaling_factor == 0:
+        params = standardised(params, *latent_statistics(config, pipeline, params, source))
+        config.model.vae.scaling_factor = 1.0
+        pipeline = build(config)
+    return config, pipeline, params
+
+
+class Modes(NamedTuple):
+    """The mean and the variance over pictures of each mode of the latents, their orthonormal `rfft2`."""
+
+    mean: Complex[np.ndarray, "c h w2"]
+    variance: Float[np.ndarray, "c h w2"]
+
+
+def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Source, mesh: Mesh) -> Modes:
+    """The modes of all pictures of a source, each once; the same on any mesh and for any number of processes.
+
+    Sums of one batch are float32, on the devices; they are joined in float64, as T. Chan et al. (1979) do, for the
+    means of latents may be far from 0 and squares would cancel.
+    """
+    config = config.copy_and_resolve_references()
+    config.data.random_flip = False
+    config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
+    size, total = config.train.global_batch_size, len(source)
+    params = jax.device_put(params, sharding.shardings(mesh, params))
+    batch_modes = _jit_batch_modes(pipeline.vae, params, mesh)
+    host_batches = open_stream(config, pipeline, source).iterator(0)
+    batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH))
+    mean, squares = np.complex128(0), np.float64(0)
+    try:
+        for seen, batch in zip(range(0, total, size), _tracked(batches, -(-total // size)), strict=True):
+            # The stream begins anew after its last picture: what comes after it in the last batch counts for nothing.
+            count = min(size, total - seen)
+            batch_mean, batch_squares = jax.device_get(batch_modes(params, batch["pixels"], np.int32(count)))
+            step = batch_mean.astype(np.complex128) - mean
+            mean = mean + step * (count / (seen + count))
+            squares = squares + batch_squares + np.abs(step) ** 2 * (seen * count / (seen + count))
+    finally:
+        host_batches.close()
+    return Modes(np.asarray(mean), np.asarray(squares / total))
+
+
+def _tracked(batches: Iterator[Any], total: int) -> Iterator[Any]:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal or jax.process_index() != 0
+    yield from track(batches, "Measuring latents", total, console=console, disable=hidden, transient=True)
+
+
+def _jit_batch_modes(vae: Autoencoder, params: PyTree, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
+    def batch_modes(
+        params: PyTree, pixels: UInt8[Array, "b H W 3"], count: Int[Array, ""]
+    ) -> tuple[Complex[Array, "c h w2"], Float[Array, "c h w2"]]:
+        """Over the first `count` pictures: the mean of the modes, and the sum of their squared distances from it."""
+        latents = vae.encode(params, to_unit_range(pixels))[0] * vae.config["scaling_factor"]
+        modes = jnp.fft.rfft2(latents, norm="ortho")
+        counts = (jnp.arange(len(pixels)) < count)[:, None, None, None]
+        mean = jnp.where(counts, modes, 0).sum(0) / count
+        return mean, jnp.where(counts, jnp.abs(modes - mean) ** 2, 0).sum(0)
+
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(
+        batch_modes,
+        in_shardings=(sharding.shardings(mesh, params), NamedSharding(mesh, sharding.BATCH), everywhere),
+        out_shardings=everywhere,
+    )
+
+
+def configured_noise(config: ConfigDict, calibration: Calibration, downscale: int) -> Noise:
+    """The noise of a training with this config, whose `noise.calibration` will be this one."""
+    schedule = make_schedule(**config.schedule)
+    if config.noise.calibration:
+        try:
+            config = filled(config, calibration)
+        except UserError as refusal:  # the training will say so too; what was measured is of use still
+            _log.warning("%s; the tables show plain noise instead", refusal)
+            return Noise("offset", np.zeros(1))
+    noise = make_noise(config.noise, schedule, downscale)
+    if noise.adaptive_scale and noise.data_mean is None:
+        noise = dataclasses.replace(noise, data_mean=(calibration.mean, np.sqrt(calibration.mean_variance)))
+    return noise
+
+
+def table(
+    calibration: Calibration, variance: Float[np.ndarray, "c h w2"], noise: Noise, schedule: Schedule
+) -> Iterator[str]:
+    """The lines to print: a channel each, what is recommended, and a band of frequencies each."""
+    height, width, snr = calibration.height, calibration.width, snrs(schedule)[-1]
+    target, pixels = calibration.target_terminal_snr, height * width
+    yield (
+        f"{calibration.num_examples} pictures of {calibration.resolution} px, latents of {height}x{width}; "
+        f"the last step has an SNR of {snr:.5f} a pixel"
+    )
+    strengths = offset_strengths(calibration, schedule, target)
+    means = pixels * calibration.mean_variance
+    configured = leak(means, noise.power(height, width)[:, 0, 0], snr)
+    yield f"{'':9}{'variance of':>12}   {'terminal SNR of the mean':^28}{'offset strength for':>22}"
+    yield f"{'channel':>9}{'the mean':>12}{'plain noise':>15}{'this config':>14}{f'an SNR of {target:g}':>22}"
+    rows = zip(calibration.mean_variance, leak(means, np.ones(1), snr), configured, strengths, strict=True)
+    for channel, (variance_of_mean, plain, present, strength) in enumerate(rows):
+        yield f"{channel:9d}{variance_of_mean:12.4g}{plain:15.3g}{present:14.3g}{strength:22.4g}"
+    if strengths.any():
+        yield f"recommended: noise.offset_strength = {strengths.max():.3g}, the largest of the channels'"
+    else:
+        yield "recommended: noise.offset_strength = 0; without an offset the mean is below that SNR already"
+    bands, names = octaves(height, width)
+    power, noise_power = band_means(variance, bands, width), band_means(noise.power(height, width), bands, width)
+    ratios = leak(power, noise_power, snr)
+    yield f"{'wavelength in':>16}{'power of':>12}{'power of':>12}   {'terminal SNR, this config':^30}"
+    yield f"{'latent pixels':>16}{'the data':>12}{'the noise':>12}{'mean of channels':>20}{'worst channel':>15}"
+    octave_rows = zip(names, power.mean(0), noise_power.mean(0), ratios.mean(0), ratios.max(0), strict=True)
+    for name, data, noised, mean, worst in octave_rows:
+        yield f"{name:>16}{data:12.3g}{noised:12.3g}{mean:20.3g}{worst:15.3g}"
+
+
+def octaves(height: int, width: int) -> tuple[Int[np.ndarray, "h w2"], list[str]]:
+    """The octave of wavelengths of each mode, from 32 latent pixels down, and the names of those that the grid has."""
+    names = ["whole picture", "32 and more", *(f"{2 * side} - {side}" for side in (16, 8, 4, 2)), "under 2"]
+    edges = [0.0, *(1 / side for side in (32, 16, 8, 4, 2))]
+    # A hair less, so that a wavelength of 32 latent pixels is where it belongs whatever the rounding.
+    octave = np.digitize(np.hypot(*frequencies(height, width)) * (1 - 1e-9), edges, right=True)
+    found, bands = np.unique(octave, return_inverse=True)
+    return bands.reshape(octave.shape), [names[each] for each in found]
+
+
+@style
+def leak_figure(calibration: Calibration, noise: Noise, schedule: Schedule) -> Figure:
+    """The leak by wavelength and time step of the channel with the largest: plain, configured, recommended noise."""
+    strength = offset_strengths(calibration, schedule, calibration.target_terminal_snr).max()
+    noises = {"plain noise": Noise("offset", np.zeros(1))}
+    if not noise.is_plain:
+        noises[f"this config's noise ({noise.kind})"] = noise
+    if strength:
+        noises[f"recommended: offset strength {strength:.3g}"] = Noise("offset", np.array([strength]))
+    steps = np.unique(np.linspace(0, schedule.num_train_timesteps - 1, 201).round().astype(int))
+    canvas = Figure(figsize=(1.2 + 3.2 * len(noises), 4.2), layout="constrained")
+    panels = canvas.subplots(1, len(noises), sharey=True, squeeze=False)[0]
+    for axes, (name, each) in zip(panels, noises.items(), strict=True):
+        filling = _leak_panel(axes, calibration, _leaks(calibration, each, schedule, steps), steps)
+        axes.set(title=name, xlabel="wavelength (latent pixels)")
+    panels[0].set_ylabel("time step")
+    bar = canvas.colorbar(
+        filling, ax=panels, pad=0.02, ticks=[-4, -2, 0, 2, 4], format=lambda x, _: f"$10^{{{x:.0f}}}$"
+    )
+    bar.set_label("SNR of the band, the channel where it is largest")
+    canvas.suptitle("How legible the data is in noisy latents: red can be read, blue is buried in noise")
+    levels = ("SNR 1", f"the target, SNR {calibration.target_terminal_snr:g}")
+    lines = [Line2D([], [], label=label, **line) for label, line in zip(levels, _LINES, strict=True)]
+    canvas.legend(handles=lines, loc="outside lower center", ncols=2)
+    return canvas
+
+
+def _leaks(
+    calibration: Calibration, noise: Noise, schedule: Schedule, steps: Int[np.ndarray, " t"]
+) -> Float[np.ndarray, "t k"]:
+    """The logarithm to base 10 of the largest channel's leak."""
+    height, width = calibration.height, calibration.width
+    bands, _ = radial_bands(height, width)
+    noise_power = np.stack([band_means(noise.power(height, width, int(step)), bands, width) for step in steps])
+    ratios = leak(calibration.power, noise_power, snrs(schedule)[steps, None, None]).max(1)
+    return np.log10(np.maximum(ratios, 1e-12))
+
+
+def _leak_panel(axes: Axes, calibration: Calibration, leaks: Float[np.ndarray, "t k"], steps: np.ndarray) -> Any:
+    """Draws the whole picture as a column of its own left of the bands; returns what a colour bar needs."""
+    places = np.log2(calibration.frequency[1:])
+    gap = 0.12 * (places[-1] - places[0])
+    column = np.array([places[0] - 2 * gap, places[0] - 0.5 * gap])
+    for x, z in ((column, np.repeat(leaks[:, :1], 2, 1)), (places, leaks[:, 1:])):
+        filling = axes.contourf(x, steps, z, np.linspace(-4, 4, 17), cmap="RdBu_r", extend="both")
+        for level, line in zip((0.0, math.log10(calibration.target_terminal_snr)), _LINES, strict=True):
+            if z.min() < level < z.max():
+                axes.contour(x, steps, z, [level], colors=line["color"], linewidths=line["lw"], linestyles=line["ls"])
+    sides = [side for side in (64, 32, 16, 8, 4, 2) if places[0] <= -math.log2(side) <= places[-1]]
+    axes.xaxis.set_major_locator(FixedLocator([column.mean(), *(-math.log2(side) for side in sides)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels(["whole\npicture", *map(str, sides)])
+    return filling
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

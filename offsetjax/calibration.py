@@ -1,0 +1,299 @@
+r"""What the data says about the noise that it needs: a calibration file, and what follows from it.
+
+At time step t a band of frequencies f is legible in a noisy latent by its own signal-to-noise ratio,
+
+    leak_t(f) = SNR_t P(f) / S(f),    P the power of the data around its mean picture, S that of the noise
+
+in orthonormal units, where plain noise has S = 1 and the mean of a channel, of variance `Var(mean)` over pictures, is
+the mode f = 0 with `P(0) = N Var(mean)` for N latent pixels. A leak of at most τ at the last step T asks for
+
+    c² = max(0, SNR_T Var(mean) / τ - S(0) / N)    for an offset of strength c on top of noise of the spectrum S
+    S(f) = max(1, SNR_T P(f) / τ)                  for spectral noise
+
+`offsetjax calibrate` measures P and writes the file; `fill` puts into a config what follows. Sources: N. Guttenberg,
+"Diffusion with Offset Noise", CrossLabs, 2023, for the leak of the mean; S. Lin et al., arXiv 2305.08891, for SNR_T.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Complex, Float, Int
+from ml_collections import ConfigDict
+
+from offsetjax.diffusion.noise import make_noise
+from offsetjax.diffusion.schedule import Schedule, make_schedule
+from offsetjax.diffusion.spectrum import frequencies, multiplicity
+from offsetjax.errors import UserError
+
+# The fields of config.noise that a calibration may fill in.
+FILLED = ("noise.channel_strengths", "noise.spectrum", "noise.data_mean", "noise.data_mean_std")
+
+_FORMAT = "offsetjax calibration 1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The statistics of a data set's latents, times the scaling factor; and what they were reported for."""
+
+    num_examples: int
+    resolution: int  # of the pictures
+    height: int  # of the latents
+    width: int
+    schedule: Mapping[str, Any]  # config.schedule
+    target_terminal_snr: float  # τ
+    mean: Float[np.ndarray, " c"]
+    mean_variance: Float[np.ndarray, " c"]  # over pictures, of a channel's spatial mean
+    frequency: Float[np.ndarray, " k"]  # cycles a latent pixel: 0, then the mean of each radial band
+    power: Float[np.ndarray, "c k"]  # mean variance of a mode around the data's mean picture, orthonormal units
+
+
+def summarise(
+    mean: Complex[np.ndarray, "c h w2"], variance: Float[np.ndarray, "c h w2"], width: int, **about: Any
+) -> Calibration:
+    """The calibration of latents whose modes (their orthonormal `rfft2`) have this mean and variance over pictures.
+
+    Args:
+        about: `num_examples`, `resolution`, `schedule` and `target_terminal_snr`.
+    """
+    height = mean.shape[1]
+    bands, frequency = radial_bands(height, width)
+    return Calibration(
+        height=height,
+        width=width,
+        mean=mean[:, 0, 0].real / math.sqrt(height * width),
+        mean_variance=variance[:, 0, 0] / (height * width),
+        frequency=frequency,
+        power=band_means(variance, bands, width),
+        **about,
+    )
+
+
+def radial_bands(height: int, width: int) -> tuple[Int[np.ndarray, "h w2"], Float[np.ndarray, " k"]]:
+    """The radial band of each mode, and the mean frequency of each band; band 0 is f = 0 alone.
+
+    The others are one frequency step of the grid wide, and from where that is finer an eighth of an octave.
+    """
+    radius = np.hypot(*frequencies(height, width))
+    step = 1.0 / max(height, width)
+    edges = [0.5 * step]
+    while edges[-1] <= radius.max():
+        edges.append(max(edges[-1] + step, edges[-1] * 2.0**0.125))
+    bands = np.unique(np.digitize(radius, edges), return_inverse=True)[1].reshape(radius.shape)
+    return bands, band_means(radius, bands, width)
+
+
+def band_means(
+    spectrum: Float[np.ndarray, "*c h w2"], bands: Int[np.ndarray, "h w2"], width: int
+) -> Float[np.ndarray, "*c k"]:
+    """The mean over the modes of each band, of which an entry of a half spectrum stands for one or two."""
+    weight = (bands == np.arange(bands.max() + 1)[:, None, None]) * multiplicity(len(bands), width)
+    return np.einsum("...hw,khw->...k", spectrum, weight) / weight.sum((1, 2))
+
+
+def snrs(schedule: Schedule) -> Float[np.ndarray, " T"]:
+    """`SNR_t` of a pixel at every time step, in float64."""
+    kept = np.asarray(schedule.alphas_cumprod, np.float64)
+    return kept / (1.0 - kept)
+
+
+def leak(
+    power: Float[np.ndarray, "*s"], noise_power: Float[np.ndarray, "*s"], snr: float | Float[np.ndarray, "*s"]
+) -> Float[np.ndarray, "*s"]:
+    """The signal-to-noise ratio of bands of the data's power `P` under noise of the power `S`, where a pixel has `snr`.
+
+    The three are broadcast. Noise of no power at all hides nothing: the ratio there is some 10³⁰.
+    """
+    return snr * power / np.maximum(noise_power, 1e-30)
+
+
+def offset_strengths(
+    calibration: Calibration, schedule: Schedule, target: float, pixels: int = 0, floor: Any = 1.0
+) -> Float[np.ndarray, " c"]:
+    """The least strength for each channel with which the terminal SNR of its mean is at most `target`.
+
+    Args:
+        pixels: of the latents that are noised; 0: of those that were measured. The variance of the mean hardly
+            depends on it.
+        floor: power of the mode f = 0 without an offset, a channel or for all; 1 for white noise.
+    """
+    pixels = pixels or calibration.height * calibration.width
+    return np.sqrt(np.maximum(0.0, snrs(schedule)[-1] * calibration.mean_variance / target - floor / pixels))
+
+
+def noise_spectrum(calibration: Calibration, schedule: Schedule, target: float) -> tuple[str, ...]:
+    """For each channel the formula of `S(f) = max(1, SNR_T P(f) / target)`, for `formula_spectrum`, to 6 digits."""
+    # The first band's value begins half a step of the grid above f = 0: no mode of that grid mixes the two.
+    half = 0.5 / max(calibration.height, calibration.width)
+    places = np.insert(calibration.frequency, 1, half)
+    powers = np.maximum(1.0, snrs(schedule)[-1] * calibration.power / target)
+    return tuple(_interpolation(places, np.insert(each, 1, each[1])) for each in powers)
+
+
+def _interpolation(places: Float[np.ndarray, " k"], values: Float[np.ndarray, " k"]) -> str:
+    """A formula in `f`, without the places inside of a level stretch, of which the powers under the floor make one."""
+    is_level = np.diff(values) == 0
+    kept = np.concatenate([[True], ~(is_level[:-1] & is_level[1:]), [True]])
+    return f"interp(f, {_numbers(places[kept])}, {_numbers(values[kept])})"
+
+
+def _numbers(values: Float[np.ndarray, " k"]) -> tuple[float, ...]:
+    """Python's floats, rounded to 6 significant digits."""
+    return tuple(float(f"{value:.6g}") for value in values)
+
+
+def fill(config: ConfigDict) -> ConfigDict:
+    """The config with what `noise.calibration` fills in; the same config where that is empty.
+
+    Raises:
+        UserError: the file cannot be read, or `filled` refuses it.
+    """
+    path = config.noise.calibration
+    return filled(config, read_calibration(path)) if path else config
+
+
+def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
+    """The config with what is empty in `config.noise` and follows from the data, for the calibration's target.
+
+    - `channel_strengths`, where neither they nor `offset_strength` are set and the kind has an offset. They are those
+      of an offset that every example has: `random_strength` and `probability` weaken it.
+    - `spectrum`, for spectral noise.
+    - `data_mean` and `data_mean_std`, with an `adaptive_scale`.
+
+    Raises:
+        UserError: nothing is empty, nothing is needed, or the statistics are those of other latents.
+    """
+    channels, noise = config.model.vae.latent_channels, config.noise
+    if len(calibration.mean) != channels:
+        raise UserError(
+            f"config: noise.calibration = {noise.calibration!r} has {len(calibration.mean)} channels, but the latents "
+            f"have {channels}; calibrate with this config"
+        )
+    fields: dict[str, tuple[Any, ...]] = {}
+    given = [name for name in ("spectrum", "channel_strengths", "offset_strength") if noise[name]]
+    if not given:
+        compute = _spectrum if noise.kind == "spectral" else _strengths
+        downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)  # pixels a latent pixel, on a side
+        fields |= compute(config, calibration, make_schedule(**config.schedule), downscale)
+    if noise.adaptive_scale and not noise.data_mean:
+        mean, deviation = calibration.mean, np.sqrt(calibration.mean_variance)
+        fields |= {"data_mean": _numbers(mean), "data_mean_std": _numbers(deviation)}
+    if not fields:
+        raise UserError(
+            f"config: noise.calibration cannot apply: noise.{given[0]} is set, which leaves nothing for it to fill in; "
+            "leave one of the two out"
+        )
+    config = config.copy_and_resolve_references()
+    with config.noise.ignore_type():
+        for name, value in fields.items():
+            config.noise[name] = value
+    return config
+
+
+def _strengths(
+    config: ConfigDict, calibration: Calibration, schedule: Schedule, downscale: int
+) -> dict[str, tuple[float, ...]]:
+    side = config.data.resolution // downscale
+    noise = make_noise(config.noise, schedule, downscale)  # as yet without an offset
+    floor = np.ones(1) if noise.spectrum is None else noise.spectrum(side, side)[:, 0, 0]
+    strengths = offset_strengths(calibration, schedule, calibration.target_terminal_snr, side**2, floor)
+    present = leak(side**2 * calibration.mean_variance, floor, snrs(schedule)[-1])
+    _check_needed(config, calibration, schedule, bool(strengths.any()), present, "mean")
+    if noise.reference_pixels:  # the config's strengths are for another size, and c √N is kept
+        strengths = strengths * side / math.sqrt(noise.reference_pixels)
+    return {"channel_strengths": _numbers(strengths)}
+
+
+def _spectrum(
+    config: ConfigDict, calibration: Calibration, schedule: Schedule, downscale: int
+) -> dict[str, tuple[str, ...]]:
+    side = config.data.resolution // downscale
+    if (calibration.height, calibration.width) != (side, side):
+        raise UserError(
+            f"config: noise.calibration = {config.noise.calibration!r} is of {calibration.height}x{calibration.width} "
+            f"latents, and a spectrum depends on their size, here {side}x{side}; calibrate at data.resolution = "
+            f"{config.data.resolution}"
+        )
+    present = leak(calibration.power, np.ones(1), snrs(schedule)[-1])
+    is_needed = bool(present.max() > calibration.target_terminal_snr)
+    _check_needed(config, calibration, schedule, is_needed, present, "most legible frequency")
+    return {"spectrum": noise_spectrum(calibration, schedule, calibration.target_terminal_snr)}
+
+
+def _check_needed(
+    config: ConfigDict, calibration: Calibration, schedule: Schedule, is_needed: bool, present: np.ndarray, what: str
+) -> None:
+    if snrs(schedule)[-1] == 0:
+        raise UserError(
+            "config: noise.calibration cannot apply with schedule.zero_terminal_snr: nothing of a picture leaks into "
+            "its last step, and no offset is needed; leave noise.calibration out"
+        )
+    if not is_needed:
+        raise UserError(
+            f"config: noise.calibration = {config.noise.calibration!r} has nothing to mend: without it the terminal "
+            f"SNR of the {what} is {present.max():.3g}, and the file's target {calibration.target_terminal_snr:g}; "
+            "leave it out, or calibrate with a lower --target_snr"
+        )
+
+
+def write_calibration(path: epath.PathLike, calibration: Calibration) -> None:
+    """Writes the file, with the strengths that follow from it for whoever reads it."""
+    strengths = offset_strengths(calibration, make_schedule(**calibration.schedule), calibration.target_terminal_snr)
+    recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
+    content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
+    text = json.dumps(content, indent=1, allow_nan=False, default=np.ndarray.tolist)
+    replace_file(path, f"{text}\n".encode())
+
+
+def replace_file(path: epath.PathLike, content: bytes) -> None:
+    """Writes under a temporary name and renames it: no reader finds half a file.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.unfinished"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"calibrate: cannot write {path} ({error.strerror}); give another --out") from error
+
+
+def read_calibration(path: epath.PathLike) -> Calibration:
+    """What `write_calibration` wrote.
+
+    Raises:
+        UserError: no such file, or one that is damaged or something else.
+    """
+    remedy = "write it anew with `offsetjax calibrate`"
+    try:
+        content = json.loads(epath.Path(path).read_text())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        return _checked(content)
+    except OSError as error:
+        raise UserError(f"noise.calibration: {path} cannot be read ({error.strerror}); {remedy}") from error
+    except (ValueError, TypeError, KeyError) as error:  # half a file, one that was edited, or another's
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"noise.calibration: {path} is no calibration ({reason}); {remedy}") from error
+
+
+def _checked(content: Mapping[str, Any]) -> Calibration:
+    counts: Any = {name: int(content[name]) for name in ("num_examples", "resolution", "height", "width")}
+    arrays: Any = {name: np.array(content[name], float) for name in ("mean", "mean_variance", "frequency", "power")}
+    target, channels, bands = float(content["target_terminal_snr"]), arrays["mean"].size, arrays["frequency"].size
+    shapes = {"mean": (channels,), "mean_variance": (channels,), "frequency": (bands,), "power": (channels, bands)}
+    for name, array in arrays.items():
+        if array.shape != shapes[name] or array.size == 0 or not np.isfinite(array).all():
+            raise ValueError(f"{name} has the shape {array.shape} or is not finite")
+    is_power = min(arrays["mean_variance"].min(), arrays["power"].min()) >= 0
+    is_frequency = bands > 1 and arrays["frequency"][0] == 0 and (np.diff(arrays["frequency"]) > 0).all()
+    if not (is_power and is_frequency and min(counts.values()) >= 1 and 0 < target < math.inf):
+        raise ValueError("its values are out of range")
+    return Calibration(**counts, **arrays, schedule=dict(content["schedule"]), target_terminal_snr=target)
