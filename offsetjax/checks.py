@@ -123,7 +123,7 @@ def validate(config: ConfigDict) -> None:
     for path, (is_valid, requirement) in CHECKS.items():
         if not is_valid(values[path]):
             raise UserError(f"config: {path} = {values[path]!r} must be {requirement}")
-    for check in (_training, _schedule, _noise, _noise_extras, _sampling):
+    for check in (_training, _schedule, _adjusted, _noise, _noise_extras, _sampling):
         for is_wrong, reason in check(values):
             if is_wrong:
                 raise UserError(f"config: {reason}")
@@ -206,6 +206,14 @@ def _schedule(values: Values) -> Wrongs:
     yield (
         values["noise.kind"] == "adjusted",
         "noise.kind = 'adjusted' has no meaning with schedule.zero_terminal_snr: ψ_t = √(SNR_T / SNR_t) would be 0",
+    )
+
+
+def _adjusted(values: Values) -> Wrongs:
+    yield (
+        values["noise.kind"] == "adjusted" and values["sample.spacing"] == "leading",
+        "noise.kind = 'adjusted' needs sample.spacing = 'trailing': its shift is that of the last step, where leading "
+        "spacing does not begin",
     )
 
 

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
-from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card, training_noise
+from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.models.pipeline import TRAINED, Pipeline, save_frozen, save_part
+from offsetjax.objective import training_noise
 from offsetjax.workdir import Trained, load_trained
 
 

@@ -2,17 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.noise import Noise, describe
 from offsetjax.diffusion.sampler import ANCESTRAL
-from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.models.pipeline import Pipeline
+from offsetjax.objective import training_noise
 
 SPECTRUM_FILE = "noise/root_spectrum.safetensors"
-
-
-def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
-    """The noise that the model was trained with."""
-    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
 
 
 def matched_sampler(pipeline: Pipeline, config: ConfigDict) -> str:
@@ -38,7 +33,7 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
         step=step,
         resolution=config.data.resolution,
         prediction={"epsilon": "ε", "v_prediction": "v"}[config.schedule.prediction_type],
-        noise=_describe(noise, size),
+        noise=describe(noise, size, size),
         latents="\n".join(f"    {line}" for line in _latents(noise, channels, size)),
         advice=_ADVICE["plain" if noise.is_plain else noise.kind],
     )
@@ -81,21 +76,6 @@ _ADVICE = {
 }
 
 
-def _describe(noise: Noise, size: int) -> str:
-    if noise.is_plain:
-        return "plain"
-    strengths = noise.strengths_at(size * size)
-    text: str = noise.kind
-    if strengths.any():
-        text += ", strength " + ", ".join(f"{strength:.4g}" for strength in strengths)
-    text += ", uniform from 0 to that by example" * noise.random_strength
-    if noise.probability < 1:
-        text += f", for a share of {noise.probability:g} of the examples"
-    if noise.adaptive_scale:
-        text += f", and {noise.adaptive_scale:g} times the absolute mean of a latent's channel"
-    return text
-
-
 def _latents(noise: Noise, channels: int, size: int) -> list[str]:
     """Lines of PyTorch that draw `latents`, `[b, c, h, w]`."""
     lines = [f"latents = torch.randn(b, {channels}, {size}, {size})"]
@@ -115,11 +95,12 @@ def _latents(noise: Noise, channels: int, size: int) -> list[str]:
         if noise.random_strength:
             lines.append("strength = strength * torch.rand(b, 1, 1, 1)")
         if noise.adaptive_scale and noise.data_mean is not None:
+            scale = noise.adaptive_scale * noise.scale_at(size * size)
             mean, deviation = (", ".join(f"{x:.9g}" for x in values) for values in noise.data_mean)
             lines += [
                 f"mean, deviation = torch.tensor([[{mean}], [{deviation}]]).reshape(2, 1, -1, 1, 1)",
                 f"data_mean = mean + deviation * torch.randn(b, {channels}, 1, 1)",
-                f"strength = (strength + {noise.adaptive_scale:.9g} * data_mean.abs()).clamp(min=0)",
+                f"strength = (strength + {scale:.9g} * data_mean.abs()).clamp(min=0)",
             ]
         if noise.probability < 1:
             lines.append(f"strength = strength * (torch.rand(b, 1, 1, 1) < {noise.probability:.9g})")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion import loss as losses
-from offsetjax.diffusion.noise import make_noise
+from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
 from offsetjax.encode import drop_captions, encode_pixels, sample_latent, to_unit_range
 from offsetjax.models.pipeline import Pipeline
@@ -27,6 +27,11 @@ def batch_keys(seed: int, name: str, step: Int[Array, ""], batch: Batch) -> Key[
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
 
 
+def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
+    """The noise that a config trains with."""
+    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
+
+
 def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     """The weighted error of ε or v, with the noise of `config.noise`.
 
@@ -35,7 +40,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     The batch holds `pixels` uint8 [b, H, W, 3], `input_ids` int32 [b, n] and `position` int32 [b].
     """
     schedule = make_schedule(**config.schedule)
-    noises = make_noise(config.noise, schedule, pipeline.vae.downscale)
+    noises = training_noise(pipeline, config)
     empty_ids = pipeline.tokenize([""])[0]
 
     def objective(params: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:

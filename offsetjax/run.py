@@ -22,6 +22,7 @@ from offsetjax import checkpoint, sharding
 from offsetjax.calibration import FILLED, fill
 from offsetjax.config import default_config, flatten, validate
 from offsetjax.data.stream import Stream, captions, check_fingerprint, make_stream
+from offsetjax.diffusion.noise import describe
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import standardised
@@ -37,6 +38,7 @@ from offsetjax.models.pipeline import (
     save_frozen,
 )
 from offsetjax.models.text import load_tokenizer, train_tokenizer
+from offsetjax.objective import training_noise
 from offsetjax.step import TrainState, init_state
 from offsetjax.workdir import read_config, write_config
 
@@ -161,6 +163,9 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
         return state, shardings
     millions = sum(leaf.size for leaf in jax.tree.leaves(like.params)) / 1e6
     _log.info("%s: %.2f M parameters on mesh %s", part, millions, dict(run.mesh.shape))
+    if run.config.task == "diffusion":
+        side = run.config.data.resolution // run.pipeline.vae.downscale
+        _log.info("noise: %s", describe(training_noise(run.pipeline, run.config), side, side))
     params = initial_params(run.config, part, model)
     return jax.jit(lambda params: init_state(params, run.config), out_shardings=shardings)(params), shardings
 

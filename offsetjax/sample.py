@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax.config import validate
-from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.noise import Noise
 from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline
+from offsetjax.objective import training_noise
 from offsetjax.pictures import Picture, write_png, write_samples
 from offsetjax.random import stream_key
 from offsetjax.workdir import load_trained
@@ -60,7 +61,7 @@ def sampling_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
     """The noise that sampling starts from and injects: that of training, or plain noise by `sample.start_noise`."""
     if config.sample.start_noise == "plain":
         return Noise("offset", np.zeros(1))
-    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
+    return training_noise(pipeline, config)
 
 
 def latent_shape(pipeline: Pipeline, config: ConfigDict) -> tuple[int, int, int]:
@@ -134,7 +135,11 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
             return guided(prediction[:count], prediction[count:], sample.guidance_scale, sample.guidance_rescale)
 
         def inject(index):
-            return jax.vmap(lambda key: noise.inject(jax.random.fold_in(key, index + 1), shape))(keys)
+            def draw_one(key):
+                # fold_in(key, 0) and fold_in(key, 1) are what the start has split its key into.
+                return noise.inject(jax.random.fold_in(jax.random.fold_in(key, 2), index), shape)
+
+            return jax.vmap(draw_one)(keys)
 
         latents = solve(denoiser, schedule, table, start, inject if is_ancestral else None, mean_table)
         pixels = pipeline.vae.decode(frozen["vae"], latents / pipeline.vae.config["scaling_factor"])

@@ -17,12 +17,12 @@ from offsetjax import sharding
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Source, Stream
 from offsetjax.diffusion.loss import mean_squared_error
-from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.noise import Noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline
-from offsetjax.objective import Batch, add_position
+from offsetjax.objective import Batch, add_position, training_noise
 from offsetjax.random import stream_key
 
 # params, frozen, batch, its number, count of examples → the sum over the batch, for each noise and time step
@@ -33,7 +33,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict) -> Losses:
     """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count."""
     schedule = make_schedule(**config.schedule)
     noises = {"plain": Noise("offset", np.zeros(1))}
-    training = make_noise(config.noise, schedule, pipeline.vae.downscale)
+    training = training_noise(pipeline, config)
     if not training.is_plain:
         noises["training"] = training
 

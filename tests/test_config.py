@@ -155,6 +155,7 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ({**ZERO_SNR, "sample.spacing": "leading"}, ("zero_terminal_snr", "trailing", "never visits")),
         ({**ZERO_SNR, "loss.min_snr_gamma": 5.0}, ("loss.min_snr_gamma", "no weight")),
         ({**ZERO_SNR, "noise.kind": "adjusted"}, ("adjusted", "zero_terminal_snr", "ψ_t")),
+        ({**ADJUSTED, "sample.spacing": "leading"}, ("adjusted", "sample.spacing = 'trailing'")),
         ({"noise.pyramid_discount": 0.3}, ("noise.pyramid_discount cannot apply", "'offset'")),
         ({"noise.spectrum": ("1",)}, ("noise.spectrum cannot apply", "'offset'")),
         ({"noise.kind": "pyramid"}, ("needs noise.pyramid_discount and noise.pyramid_levels",)),

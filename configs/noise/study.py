@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.model.vae = default_config().model.vae  # that of the pretrained one
     config.model.pretrained = str(Path(__file__).parents[1] / "article" / "pretrained")
     config.model.from_scratch = ("unet", "text_encoder", "tokenizer")
-    config.train.steps = 800
+    config.train.steps = 600
     config.train.global_batch_size = 8
     config.data.split = "train[:95%]"
     config.data.resolution = 128
@@ -39,12 +39,12 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.ema_decay = 0.99
-    config.checkpoint.every_steps = 800
+    config.checkpoint.every_steps = 600
     config.checkpoint.max_to_keep = 1
     config.sample.every_steps = 0
     config.sample.num_steps = 25
     config.sample.guidance_scale = 1.0
-    config.validation.every_steps = 800
+    config.validation.every_steps = 600
     config.validation.split = "train[95%:]"
     config.validation.num_examples = 32
     return config

@@ -53,11 +53,15 @@ def offset_noise(
     """
     pixel_key, offset_key = jax.random.split(key)
     pixels = jax.random.normal(pixel_key, latent.shape, latent.dtype)
-    return pixels + jnp.asarray(strength, latent.dtype) * _shift(offset_key, latent)
+    return pixels + _shift(offset_key, latent, jnp.asarray(strength, latent.dtype))
 
 
-def _shift(key: Key[Array, ""], latent: Float[Array, "c h w"]) -> Float[Array, "c 1 1"]:
-    return jax.random.normal(key, (latent.shape[0], 1, 1), latent.dtype)
+def _shift(
+    key: Key[Array, ""], latent: Float[Array, "c h w"], strength: Float[Array, "#c 1 1"] | Float[Array, ""]
+) -> Float[Array, "c 1 1"]:
+    """`strength ξ`, rounded at each operation: fused in another way on another mesh, it would have other bits."""
+    xi = jax.lax.optimization_barrier(jax.random.normal(key, (latent.shape[0], 1, 1), latent.dtype))
+    return jax.lax.optimization_barrier(strength * xi)
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -77,7 +81,7 @@ class Noise:
 
     kind: Kind
     strengths: Float[np.ndarray, " c"]  # c of each channel (or one for all), for a latent of `reference_pixels`
-    reference_pixels: int = 0  # 0: whatever the latent's size
+    reference_pixels: float = 0.0  # 0: whatever the latent's size
     random_strength: bool = False
     probability: float = 1.0
     adaptive_scale: float = 0.0
@@ -95,9 +99,13 @@ class Noise:
         """Whether `n` is white."""
         return self.spectrum is None and not self.strengths.any() and not self.adaptive_scale
 
+    def scale_at(self, pixels: int) -> float:
+        """What strengths are multiplied by for a latent of that many pixels: `c √N` is what stays the same."""
+        return float(np.sqrt(self.reference_pixels / pixels)) if self.reference_pixels else 1.0
+
     def strengths_at(self, pixels: int) -> Float[np.ndarray, " c"]:
-        """The strengths for a latent of that many pixels: `c √N` is what stays the same."""
-        return self.strengths * (np.sqrt(self.reference_pixels / pixels) if self.reference_pixels else 1.0)
+        """The strengths in effect for a latent of that many pixels, without the adaptive part."""
+        return self.strengths * self.scale_at(pixels)
 
     def draw(
         self, key: Key[Array, ""], latent: Float[Array, "c h w"], timestep: Int[Array, ""]
@@ -108,14 +116,14 @@ class Noise:
         strength = self._strength(offset_key, latent)
         if self.psi is not None:
             strength = strength * jnp.asarray(self.psi, jnp.float32)[timestep]
-        return pixels + strength * _shift(offset_key, pixels)
+        return pixels + _shift(offset_key, pixels, strength)
 
     def start(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
         """What sampling starts from: the noise of the last time step, for a latent that is not known yet."""
         latent = jnp.zeros(shape)
         if self.adaptive_scale and self.data_mean is not None:  # its mean is then drawn from the data's
             mean, deviation = (jnp.asarray(value, jnp.float32)[:, None, None] for value in self.data_mean)
-            latent = latent + mean + deviation * _shift(jax.random.fold_in(key, 3), latent)
+            latent = latent + mean + _shift(jax.random.fold_in(key, 3), latent, deviation)
         return self.draw(key, latent, jnp.int32(-1))
 
     def inject(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
@@ -153,7 +161,7 @@ class Noise:
             strength = strength * jax.random.uniform(jax.random.fold_in(key, 1))
         if self.adaptive_scale:
             means = jnp.abs(latent.mean((1, 2), keepdims=True))
-            strength = jnp.maximum(strength + self.adaptive_scale * means, 0.0)
+            strength = jnp.maximum(strength + self.adaptive_scale * self.scale_at(latent[0].size) * means, 0.0)
         if self.probability < 1.0:
             strength = strength * jax.random.bernoulli(jax.random.fold_in(key, 2), self.probability)
         return strength
@@ -170,7 +178,7 @@ class Noise:
             density = np.exp(-(quantiles**2) / 2)
             mean, deviation = self.data_mean or (np.zeros(1), np.zeros(1))
             means = mean[:, None, None] + deviation[:, None, None] * quantiles
-            strength = np.maximum(strength + self.adaptive_scale * np.abs(means), 0.0)
+            strength = np.maximum(strength + self.adaptive_scale * self.scale_at(pixels) * np.abs(means), 0.0)
             weight = weight * density / density.sum()
         return self.probability * (strength**2 * weight).sum((1, 2))
 
@@ -189,7 +197,7 @@ def make_noise(config: ConfigDict, schedule: Schedule, downscale: int) -> Noise:
     return Noise(
         kind=config.kind,
         strengths=np.array(config.channel_strengths or (config.offset_strength,), np.float64),
-        reference_pixels=(config.reference_resolution // downscale) ** 2,
+        reference_pixels=(config.reference_resolution / downscale) ** 2,
         random_strength=config.random_strength,
         probability=config.probability,
         adaptive_scale=config.adaptive_scale,
@@ -197,6 +205,26 @@ def make_noise(config: ConfigDict, schedule: Schedule, downscale: int) -> Noise:
         spectrum=cache(spectrum) if spectrum else None,
         psi=balanced_psi(schedule.alphas_cumprod) if config.kind == "adjusted" else None,
     )
+
+
+def describe(noise: Noise, height: int, width: int) -> str:
+    """In words, with the strength that is in effect: `offset, strength 0.05 for 128x128 latents (c √N = 6.4)`."""
+    if noise.is_plain:
+        return "plain"
+    strengths = noise.strengths_at(height * width)
+    text: str = noise.kind
+    if strengths.any():
+        each, invariants = (
+            ", ".join(f"{value:.4g}" for value in values) for values in (strengths, strengths * np.sqrt(height * width))
+        )
+        text += f", strength {each} for {height}x{width} latents (c √N = {invariants})"
+    text += ", uniform from 0 to that by example" * noise.random_strength
+    if noise.probability < 1:
+        text += f", for a share of {noise.probability:g} of the examples"
+    if noise.adaptive_scale:
+        scale = noise.adaptive_scale * noise.scale_at(height * width)
+        text += f", and {scale:.4g} times the absolute mean of a latent's channel"
+    return text
 
 
 def balanced_psi(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:

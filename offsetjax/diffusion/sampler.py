@@ -60,10 +60,11 @@ def timestep_grid(
             offset of one step that its scheduler has (`steps_offset=1`), and never visits the noisiest steps.
     """
     if spacing == "trailing":
-        return np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)).astype(np.int32) - 1
+        grid = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)
+        return np.round(grid[:num_steps]).astype(np.int32) - 1  # for some n, such as 61 of 1,000, rounding adds one
     skipped = int(name == "dpmpp_2m")  # which leaves out the grid's cleanest step
-    stride = num_train_timesteps // (num_steps + skipped)
-    return ((np.arange(num_steps)[::-1] + skipped) * stride + 1).astype(np.int32)
+    whole_stride = num_train_timesteps // (num_steps + skipped)
+    return ((np.arange(num_steps)[::-1] + skipped) * whole_stride + 1).astype(np.int32)
 
 
 def coefficients(

@@ -89,13 +89,16 @@ def formula_spectrum(formula: str, height: int, width: int) -> Spectrum:
     names = {"f": np.hypot(fy, fx), "N": float(height * width), "pi": np.pi}
     try:
         with np.errstate(all="ignore"):
-            values = np.asarray(_evaluate(ast.parse(formula.strip(), mode="eval").body, names), np.float64)
-    except (SyntaxError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{formula!r} is no formula of f: {error}") from error
+            values = np.asarray(_evaluate(ast.parse(formula.strip(), mode="eval").body, names))
+        if values.dtype.kind not in "fb" or values.ndim not in (0, 2):
+            raise TypeError("its value is not a number for each frequency")
+        values = values.astype(np.float64)
+    except (SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{formula[:80]!r} is no formula of f: {error or type(error).__name__}") from error
     values = np.broadcast_to(values, names["f"].shape).copy()
     if not np.isfinite(values).all() or values.min() < 0 or values.max() == 0:
         raise ValueError(
-            f"{formula!r} has values from {values.min():g} to {values.max():g}; powers are finite and >= 0"
+            f"{formula[:80]!r} has values from {values.min():g} to {values.max():g}; powers are finite and >= 0"
         )
     return values
 
@@ -114,8 +117,24 @@ _OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.GtE: operator.ge,
     ast.Eq: operator.eq,
 }
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    name: getattr(np, name) for name in ("exp", "log", "sqrt", "abs", "minimum", "maximum", "where", "interp")
+
+
+def _interpolate(f: np.ndarray, places: list[float], values: list[float]) -> np.ndarray:
+    if not np.all(np.diff(places) > 0):
+        raise ValueError("the places of interp must rise")
+    return np.interp(f, places, values)
+
+
+# With the number of arguments: one more would be numpy's `out`.
+_FUNCTIONS: Mapping[str, tuple[int, Callable[..., Any]]] = {
+    "exp": (1, np.exp),
+    "log": (1, np.log),
+    "sqrt": (1, np.sqrt),
+    "abs": (1, np.abs),
+    "minimum": (2, np.minimum),
+    "maximum": (2, np.maximum),
+    "where": (3, np.where),
+    "interp": (3, _interpolate),
 }
 
 
@@ -136,8 +155,8 @@ def _evaluate(node: ast.AST, names: Mapping[str, Any]) -> Any:
             return _OPERATORS[type(op)](value(operand))
         case ast.Compare(left, [op], [right]) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](value(left), value(right))
-        case ast.Call(ast.Name(id=name), arguments, []) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*map(value, arguments))
+        case ast.Call(ast.Name(id=name), arguments, []) if len(arguments) == _FUNCTIONS.get(name, (-1,))[0]:
+            return _FUNCTIONS[name][1](*map(value, arguments))
         case ast.Tuple(elements) | ast.List(elements):
             return [value(element) for element in elements]
     raise TypeError(f"{ast.unparse(node)} is not allowed in it")

@@ -1,6 +1,8 @@
-"""DDIM step for step as in PyTorch diffusers; and what its start noise does to brightness."""
+"""Each sampler follows PyTorch diffusers' scheduler of that name, step for step and with the same injected noise."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Mapping
+from typing import Any
 
 import diffusers
 import jax
@@ -8,110 +10,210 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from offsetjax.config import default_config, validate
-from offsetjax.diffusion.noise import batch_noise
-from offsetjax.diffusion.sampler import coefficients, solve, timestep_grid
-from offsetjax.diffusion.schedule import Schedule, make_schedule, signal_and_noise_scale
+from offsetjax.diffusion.sampler import NAMES, Name, Spacing, coefficients, guided, solve, timestep_grid
+from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.errors import UserError
+from offsetjax.formats.diffusers import scheduler_config
 
-SPACINGS = ("trailing", "leading")
+SPACINGS: tuple[Spacing, ...] = ("trailing", "leading")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+SHAPE = (2, 4, 6, 6)
+
+# Name of the class, module, and what makes it the sampler of that name.
+COUNTERPARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", "ddim", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddpm": ("DDPMScheduler", "ddpm", {"clip_sample": False, "variance_type": "fixed_small"}),
+    "euler": ("EulerDiscreteScheduler", "euler_discrete", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", "euler_ancestral_discrete", {}),
+    "dpmpp_2m": (
+        "DPMSolverMultistepScheduler",
+        "dpmsolver_multistep",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    ),
+}
 
 
-def torch_scheduler(prediction_type: str, spacing: str) -> diffusers.DDIMScheduler:
-    return diffusers.DDIMScheduler(
-        1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-        prediction_type=prediction_type, timestep_spacing=spacing,
+def torch_scheduler(name: str, prediction_type: str, spacing: str, **settings: Any) -> Any:
+    kind, _, own = COUNTERPARTS[name]
+    return getattr(diffusers, kind)(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        prediction_type=prediction_type, timestep_spacing=spacing, **own, **settings,
     )  # fmt: skip
 
 
+class Problem:
+    """A denoiser that mixes channels and drifts with time, for both sides; a start and injected noise."""
+
+    def __init__(self, num_steps: int):
+        generator = np.random.default_rng(num_steps)
+        self.mix = (0.4 * generator.standard_normal((4, 4))).astype(np.float32)
+        self.drift = generator.standard_normal((4, 1, 1)).astype(np.float32)
+        self.start = generator.standard_normal(SHAPE).astype(np.float32)
+        self.injected = generator.standard_normal((num_steps, *SHAPE)).astype(np.float32)
+        self.num_steps = num_steps
+
+    def theirs(self, name: str, scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+        """All `x_t`, the start and the end included, in coordinates of unit variance."""
+        scheduler.set_timesteps(self.num_steps)
+        module = importlib.import_module(f"diffusers.schedulers.scheduling_{COUNTERPARTS[name][1]}")
+        sample = torch.from_numpy(self.start) * scheduler.init_noise_sigma
+        path = []
+        for number, timestep in enumerate(scheduler.timesteps):
+            noisy = scheduler.scale_model_input(sample, timestep)  # Euler's x/√ᾱ → x
+            path.append(noisy.numpy())
+            prediction = torch.einsum("oc,bchw->bohw", torch.from_numpy(self.mix), noisy)
+            prediction = prediction + torch.from_numpy(self.drift) * timestep / 1000
+            drawn = torch.from_numpy(self.injected[number])
+            monkeypatch.setattr(module, "randn_tensor", lambda *_, drawn=drawn, **__: drawn)
+            sample = scheduler.step(prediction, timestep, sample).prev_sample
+        return [*path, sample.numpy()]
+
+    def ours(self, name: Name, spacing: Spacing, schedule: Mapping[str, Any]) -> list[np.ndarray]:
+        made = make_schedule(**schedule)
+        path = []
+
+        def denoiser(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
+            path.append(np.asarray(noisy))
+            return jnp.einsum("oc,bchw->bohw", self.mix, noisy) + self.drift * timestep / 1000
+
+        def inject(index: jax.Array) -> jax.Array:
+            return jnp.asarray(self.injected[int(index)])
+
+        table = coefficients(name, made, self.num_steps, spacing)
+        with jax.disable_jit():  # the scan is then a loop, in which the values can be seen
+            end = solve(denoiser, made, table, self.start, inject)
+        return [*path, np.asarray(end)]
+
+
+def schedule_of(prediction_type: str, zero_terminal_snr: bool = False) -> dict[str, Any]:
+    return {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": prediction_type,
+        "zero_terminal_snr": zero_terminal_snr,
+    }
+
+
+def farthest(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """The largest difference of a step, relative to that step's largest value."""
+    assert len(ours) == len(theirs)
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_the_time_steps_are_those_of_diffusers_and_lie_in_the_schedule(spacing: str) -> None:
-    scheduler = torch_scheduler("epsilon", spacing)
-    for num_steps in (*range(1, 60), 99, 250, 333, 500, 999):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_time_steps_are_those_of_diffusers(name: Name, spacing: Spacing) -> None:
+    scheduler = torch_scheduler(name, "epsilon", spacing)
+    for num_steps in (*range(1, 61), 99, 250, 333, 500, 750):
         scheduler.set_timesteps(num_steps)
-        grid = timestep_grid(1000, num_steps, spacing)
+        grid = timestep_grid(1000, num_steps, spacing, name)
         np.testing.assert_array_equal(grid, scheduler.timesteps)
-        assert len(grid) == num_steps and grid.min() >= 0 and grid.max() < 1000
+        table = coefficients(name, make_schedule(**schedule_of("epsilon")), num_steps, spacing)
+        np.testing.assert_array_equal(table.timesteps, grid)
 
 
-@pytest.mark.parametrize(("spacing", "num_steps"), [("trailing", 1001), ("leading", 1000), ("leading", 1001)])
-def test_more_steps_than_the_schedule_has_are_refused(spacing: str, num_steps: int) -> None:
-    config = default_config()
-    config.sample.spacing, config.sample.num_steps = spacing, num_steps
-    with pytest.raises(UserError, match=r"sample\.num_steps = \d+ must be at most"):
-        validate(config)
-    config.sample.num_steps = {"trailing": 1000, "leading": 999}[spacing]
-    validate(config)
-
-
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+# At 61 steps, and at 99 other numbers up to 1000, diffusers visits one more: time step -1, which is the noisiest.
+@pytest.mark.parametrize("num_train_timesteps", [1000, 100])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("num_steps", [7, 10, 25, 50])
-def test_the_path_is_that_of_diffusers(prediction_type: str, spacing: str, num_steps: int) -> None:
-    generator = np.random.default_rng(num_steps)
-    start = generator.standard_normal((2, 4, 6, 6)).astype(np.float32)
-    mix = (0.4 * generator.standard_normal((4, 4))).astype(np.float32)
-    drift = generator.standard_normal((4, 1, 1)).astype(np.float32)
-
-    scheduler = torch_scheduler(prediction_type, spacing)
-    scheduler.set_timesteps(num_steps)
-    theirs = torch.from_numpy(start)
-    for timestep in scheduler.timesteps:
-        prediction = (
-            torch.einsum("oc,bchw->bohw", torch.from_numpy(mix), theirs) + torch.from_numpy(drift) * timestep / 1000
-        )
-        theirs = scheduler.step(prediction, timestep, theirs).prev_sample
-
-    def denoiser(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
-        return jnp.einsum("oc,bchw->bohw", mix, noisy) + drift * timestep / 1000
-
-    schedule = make_schedule(1000, 0.00085, 0.012, prediction_type)
-    ours = solve(denoiser, schedule, coefficients("ddim", schedule, num_steps, spacing), start)
-    assert np.abs(ours - theirs.numpy()).max() <= 1e-5 * np.abs(theirs.numpy()).max()
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_of_steps_is_kept_and_goes_down_within_the_schedule(
+    name: Name, spacing: Spacing, num_train_timesteps: int
+) -> None:
+    most = num_train_timesteps - (0 if spacing == "trailing" else 2 if name == "dpmpp_2m" else 1)
+    for num_steps in range(1, most + 1):
+        grid = timestep_grid(num_train_timesteps, num_steps, spacing, name)
+        assert len(grid) == num_steps, num_steps
+        assert grid[-1] >= 0 and grid[0] < num_train_timesteps
+        assert (np.diff(grid) < 0).all()
 
 
-def optimal_denoiser(schedule: Schedule, data: tuple[float, float], noise: tuple[float, float]) -> Callable:
-    """The conditional expectation of the target for normal data; variances are (of the DC mode, of each other one)."""
-
-    def denoiser(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
-        signal, sigma = signal_and_noise_scale(schedule, timestep)
-        mean = noisy.mean((2, 3), keepdims=True)
-
-        def predict(part: jax.Array, data: float, noise: float) -> jax.Array:
-            per_unit = part / (signal**2 * data + sigma**2 * noise)
-            latent, noise = signal * data * per_unit, sigma * noise * per_unit
-            return noise if schedule.prediction_type == "epsilon" else signal * noise - sigma * latent
-
-        return predict(mean, data[0], noise[0]) + predict(noisy - mean, data[1], noise[1])
-
-    return denoiser
+@pytest.mark.parametrize(
+    ("name", "spacing", "most"), [("ddim", "trailing", 1000), ("ddim", "leading", 999), ("dpmpp_2m", "leading", 998)]
+)
+def test_more_steps_than_the_schedule_has_are_refused(name: Name, spacing: Spacing, most: int) -> None:
+    config = default_config()
+    config.sample.update(sampler=name, spacing=spacing, num_steps=most)
+    validate(config)
+    grid = timestep_grid(1000, most, spacing, name)
+    assert grid[0] == 999 and grid[-1] >= 0
+    for too_many in (most + 1, most + 2):
+        config.sample.num_steps = too_many
+        with pytest.raises(UserError, match=r"sample\.num_steps = \d+ must be at most"):
+            validate(config)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 10, 25, 50])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_only_the_matched_start_gives_brightness_its_spread(prediction_type: str) -> None:
-    """Solved exactly, DDIM takes a start of variance V to V · data / (ᾱ_T data + (1-ᾱ_T) noise), a mode."""
-    strength, side, brightness_std = 0.1, 64, 0.33
-    pixels = side**2
-    data, noise = (pixels * brightness_std**2, 0.5), (1 + strength**2 * pixels, 1.0)
-    schedule = make_schedule(1000, 0.00085, 0.012, prediction_type)
-    denoiser = optimal_denoiser(schedule, data, noise)
-    keys = jax.random.split(jax.random.key(0), 256)
-    table = coefficients("ddim", schedule, 200, "trailing")
-    path = jax.jit(lambda start: solve(denoiser, schedule, table, start))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_is_that_of_diffusers(
+    name: Name, prediction_type: str, spacing: Spacing, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(num_steps)
+    theirs = problem.theirs(name, torch_scheduler(name, prediction_type, spacing), monkeypatch)
+    ours = problem.ours(name, spacing, schedule_of(prediction_type))
+    assert len(ours) == num_steps + 1
+    assert farthest(ours, theirs) < 2e-5  # of float32; the coefficients alone are 0.00001 apart in places
 
-    kept = float(schedule.alphas_cumprod[-1])
-    gain = (data[0] / (kept * data[0] + (1 - kept) * noise[0])) ** 0.5
-    for start_strength, measured_elsewhere in ((strength, 0.32), (0.0, 0.050)):
-        start = batch_noise(keys, (1, side, side), start_strength)
-        latents = np.asarray(path(start))
-        np.testing.assert_allclose(latents.mean((1, 2, 3)), gain * start.mean((1, 2, 3)), rtol=0.01, atol=1e-5)
-        predicted = gain * ((1 + start_strength**2 * pixels) / pixels) ** 0.5
-        assert predicted == pytest.approx(measured_elsewhere, rel=0.02)
-        standard_error = predicted / np.sqrt(2 * len(keys))
-        assert abs(latents.mean((1, 2, 3)).std() - predicted) < 4 * standard_error
-        # All other modes have their variance in either case.
-        residual = latents - latents.mean((2, 3), keepdims=True)
-        assert residual.var() == pytest.approx(data[1], rel=0.02)
-    assert gain * (noise[0] / pixels) ** 0.5 == pytest.approx(brightness_std, rel=0.03)
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 10, 50])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_from_a_zero_snr_is_that_of_diffusers(
+    name: Name, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(num_steps)
+    scheduler = torch_scheduler(name, "v_prediction", "trailing", rescale_betas_zero_snr=True)
+    theirs = problem.theirs(name, scheduler, monkeypatch)
+    ours = problem.ours(name, "trailing", schedule_of("v_prediction", zero_terminal_snr=True))
+    if name in ("ddim", "ddpm"):
+        assert farthest(ours, theirs) < 2e-5
+        return
+    # PyTorch's Euler and DPM-Solver++ need a last √ᾱ that is not 0, and set it to 2**-12: the first step then depends
+    # on x_T and on x̂0 by as much more; an ancestral step, by 2**-12 / √ᾱ_s.
+    kept = np.asarray(make_schedule(**schedule_of("v_prediction", zero_terminal_snr=True)).alphas_cumprod)
+    after = np.sqrt(kept[scheduler.timesteps[1].int()]) if num_steps > 1 else 1.0
+    bound = 2.0**-12 * (1 / after if name == "euler_ancestral" else 1.0)
+    assert farthest(ours, theirs) < 4 * bound
+    # With the same last value, the same steps, but for rounding: Euler's coordinates begin 4096 times as large.
+    kept[-1] = 2.0**-24
+    monkeypatch.setattr("tests.diffusion.test_sampler.make_schedule", lambda **_: Schedule(kept, "v_prediction"))
+    again = problem.ours(name, "trailing", {})
+    assert farthest(again, theirs) < (2 * 4096 * 2.0**-24 if name.startswith("euler") else 1e-4)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scheduler_that_an_export_writes_follows_our_table(
+    name: Name, spacing: Spacing, zero_terminal_snr: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if zero_terminal_snr and spacing == "leading":
+        pytest.skip("no config has them both")
+    problem = Problem(10)
+    schedule = schedule_of("v_prediction", zero_terminal_snr)
+    written = scheduler_config(schedule, name, spacing)
+    scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
+    assert type(scheduler).__name__ == COUNTERPARTS[name][0]
+    unknown = set(written) - set(scheduler.config) - {"_class_name", "_diffusers_version"}
+    assert not unknown, "it holds settings that the class does not have"
+    theirs = problem.theirs(name, scheduler, monkeypatch)
+    is_clamped = zero_terminal_snr and name not in ("ddim", "ddpm")
+    assert farthest(problem.ours(name, spacing, schedule), theirs) < (0.02 if is_clamped else 2e-5)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_guidance_is_rescaled_as_in_diffusers(scale: float, rescale: float) -> None:
+    generator = np.random.default_rng(1)
+    unconditional, conditional = generator.standard_normal((2, 3, 4, 6, 5)).astype(np.float32)
+    conditional[1] *= 3.0  # each example has a deviation of its own
+    plain = torch.from_numpy(unconditional) + scale * torch.from_numpy(conditional - unconditional)
+    theirs = rescale_noise_cfg(plain, torch.from_numpy(conditional), guidance_rescale=rescale)
+    ours = guided(jnp.asarray(unconditional), jnp.asarray(conditional), scale, rescale)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    if rescale == 1.0:
+        np.testing.assert_allclose(np.std(ours, (1, 2, 3)), conditional.std((1, 2, 3)), rtol=1e-5)
