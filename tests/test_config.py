@@ -1,5 +1,6 @@
 """Configurations: what is accepted, what is refused, and that each refusal is one line that helps."""
 
+import json
 import pathlib
 import re
 from typing import Any
@@ -311,3 +312,15 @@ def test_every_config_loads_and_says_how_to_run_it(file: pathlib.Path, monkeypat
     text = file.read_text()
     assert f"--config={file.relative_to(ROOT)}" in text
     assert "Hardware: " in text
+
+
+def test_a_config_that_was_stored_before_a_field_existed_has_its_default() -> None:
+    """A work directory of an earlier version goes on: its noise, its samples and its schedule are what they were."""
+    config = default_config()
+    config.noise.offset_strength = 0.1
+    stored = json.loads(to_json(config))
+    stored["noise"] = {"offset_strength": 0.1}
+    for field in ("sampler", "guidance_rescale", "brightness"):
+        del stored["sample"][field]
+    del stored["schedule"]["zero_terminal_snr"], stored["validation"], stored["probe"]
+    assert from_json(json.dumps(stored)) == config

@@ -127,6 +127,13 @@ def test_the_variance_of_a_channels_mean_is_that_of_offset_noise() -> None:
     assert means.var() == pytest.approx(1 / pixels + strength**2, rel=0.12)  # N. Guttenberg 2023: (1 + c² N) / N
 
 
+def test_a_strength_for_a_reference_resolution_keeps_c_root_n() -> None:
+    """Latents of 16 pixels are pictures of 32 px here; a strength that is for 64 px doubles there."""
+    fixed = _look(_config(noise__offset_strength=0.4))
+    scaled = _look(_config(noise__offset_strength=0.2, noise__reference_resolution=64))
+    assert np.asarray(scaled.target) == pytest.approx(np.asarray(fixed.target), abs=1e-6)
+
+
 def test_strength_0_is_plain_training_bit_for_bit() -> None:
     seen = _look(_config(noise__offset_strength=0.0))
     keys = jax.vmap(lambda i: jax.random.fold_in(stream_key(0, "noise", 0), i))(jnp.arange(256))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from etils import epath
 
+from offsetjax.checkpoint import open_checkpoints
 from offsetjax.data.stream import open_source
 from offsetjax.encode import to_unit_range
 from offsetjax.models.autoencoder import standardised
 from offsetjax.models.pipeline import build, load_frozen
-from offsetjax.run import open_run, open_stream
+from offsetjax.run import first_state, open_run, open_stream
 from tests.tiny import build_data, tiny_config
 
 
@@ -40,6 +41,16 @@ def test_a_scaling_factor_of_0_standardises_on_the_data(tmp_path):
     latents = pipeline.vae.encode(frozen["vae"], to_unit_range(pixels))[0]
     np.testing.assert_allclose(latents.mean((0, 2, 3)), 0.0, atol=0.02)
     np.testing.assert_allclose(latents.std((0, 2, 3)), 1.0, atol=0.02)
+
+
+def test_the_log_says_the_strength_that_is_in_effect(tmp_path, caplog):
+    config = tiny_config(build_data(tmp_path), noise__offset_strength=0.1, noise__reference_resolution=64)
+    source = open_source(config.data.path)
+    run = open_run(config, epath.Path(tmp_path / "run"), source)
+    with open_checkpoints(tmp_path / "run") as manager, caplog.at_level("INFO", "offsetjax"):
+        first_state(run, manager, open_stream(config, run.pipeline, source))
+    # Pictures of 16 px, a quarter of the reference's side: c √N = 0.1 · 32 = 0.4 · 8.
+    assert "noise: offset, strength 0.4 for 8x8 latents (c √N = 3.2)" in caplog.text
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1])
