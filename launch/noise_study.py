@@ -74,9 +74,9 @@ def run_one(out: Path, name: str, seed: int) -> None:
     overrides = [f"--config.{path}={value}" for path, value in changes.items()]
     offsetjax("train", f"--config={CONFIG}", f"--workdir={workdir}", *overrides, log=workdir.with_suffix(".log"))
     for arm_name, start in ARMS.values():
-        for prompts, count in (((""), UNCONDITIONAL_SEEDS), (PROMPTS, PROMPT_SEEDS)):
+        for prompts, count in (((), UNCONDITIONAL_SEEDS), (PROMPTS, PROMPT_SEEDS)):
             folder = drawn(out, name, seed, start, bool(prompts))
-            if arm_name != name or folder.exists():
+            if arm_name != name or (folder / "samples.json").exists():
                 continue
             wanted = [f"--prompt={prompt}" for prompt in prompts or ("",)] + [f"--seed={i}" for i in range(count)]
             arguments = [f"--workdir={workdir}", f"--start_noise={start}", f"--out={folder}", *wanted]

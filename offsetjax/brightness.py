@@ -1,6 +1,7 @@
 """The brightness of pictures, 0 black and 1 white: of a data set, of what a model draws, and how far they are apart."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float
@@ -22,9 +23,13 @@ def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_
     Raises:
         UserError: a record that cannot be read.
     """
+
+    def measure(index: int) -> float:
+        return float(resize_and_crop(source.decoded(index)["pixels"], resolution).mean() / 255.0)
+
     indices = np.linspace(0, len(source) - 1, min(len(source), at_most)).astype(int)
-    pictures = (resize_and_crop(source.decoded(int(index))["pixels"], resolution) for index in indices)
-    return np.array([picture.mean() / 255.0 for picture in pictures])
+    with ThreadPoolExecutor() as pool:  # decoding a picture lets other threads run
+        return np.array(list(pool.map(measure, indices.tolist())))
 
 
 def compare(drawn: Sequence[float], data: Float[np.ndarray, " n"]) -> dict[str, float]:

@@ -19,10 +19,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Complex, Float, Int, PyTree, UInt8
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
@@ -33,8 +30,7 @@ from offsetjax.calibration import (
     band_means,
     filled,
     leak,
-    offset_strengths,
-    radial_bands,
+    recommended_strengths,
     replace_file,
     snrs,
     summarise,
@@ -42,23 +38,17 @@ from offsetjax.calibration import (
 )
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Source, open_source
-from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
 from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import Autoencoder, standardised
 from offsetjax.models.pipeline import Pipeline, build, initial_params, resolve
-from offsetjax.report.figures import style
+from offsetjax.report.leak import leak_figure
 from offsetjax.run import check_resolution, latent_statistics, open_stream
 
 _log = logging.getLogger("offsetjax")
-
-# Of the figure, at an SNR of 1 and at the target.
-_LINES: tuple[dict[str, Any], ...] = (
-    {"color": "#222222", "lw": 1.2, "ls": "-"},
-    {"color": "#222222", "lw": 1.2, "ls": "--"},
-)
 
 
 def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> Calibration:
@@ -98,12 +88,15 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         target_terminal_snr=target,
     )
     if jax.process_index() == 0:
-        noise = configured_noise(config, calibration, pipeline.vae.downscale)
-        for line in table(calibration, modes.variance, noise, make_schedule(**config.schedule)):
+        schedule, downscale = make_schedule(**config.schedule), pipeline.vae.downscale
+        noise = configured_noise(config, calibration, downscale)
+        strengths, _ = recommended_strengths(config, calibration, schedule, downscale)
+        for line in table(calibration, modes.variance, noise, strengths, schedule):
             _log.info("%s", line)
         write_calibration(out, calibration)
         picture = out.parent / f"{out.stem}.png"
-        replace_file(picture, _png(leak_figure(calibration, noise, make_schedule(**config.schedule))))
+        recommended = _with_strength(config, strengths.max(), schedule, downscale)
+        replace_file(picture, _png(leak_figure(calibration, noise, recommended, schedule)))
         _log.info("%s: give it as noise.calibration; the figure is %s", out, picture)
     return calibration
 
@@ -189,15 +182,27 @@ def configured_noise(config: ConfigDict, calibration: Calibration, downscale: in
             config = filled(config, calibration)
         except UserError as refusal:  # the training will say so too; what was measured is of use still
             _log.warning("%s; the tables show plain noise instead", refusal)
-            return Noise("offset", np.zeros(1))
+            return PLAIN
     noise = make_noise(config.noise, schedule, downscale)
     if noise.adaptive_scale and noise.data_mean is None:
         noise = dataclasses.replace(noise, data_mean=(calibration.mean, np.sqrt(calibration.mean_variance)))
     return noise
 
 
+def _with_strength(config: ConfigDict, strength: float, schedule: Schedule, downscale: int) -> Noise:
+    """The config's noise with another strength of its offset; plain noise with it where the kind has none."""
+    noise = config.noise.copy_and_resolve_references()
+    noise.update(offset_strength=float(strength), channel_strengths=(), adaptive_scale=0.0, spectrum=())
+    noise.kind = "offset" if noise.kind == "spectral" else noise.kind
+    return make_noise(noise, schedule, downscale)
+
+
 def table(
-    calibration: Calibration, variance: Float[np.ndarray, "c h w2"], noise: Noise, schedule: Schedule
+    calibration: Calibration,
+    variance: Float[np.ndarray, "c h w2"],
+    noise: Noise,
+    strengths: Float[np.ndarray, " c"],
+    schedule: Schedule,
 ) -> Iterator[str]:
     """The lines to print: a channel each, what is recommended, and a band of frequencies each."""
     height, width, snr = calibration.height, calibration.width, snrs(schedule)[-1]
@@ -206,7 +211,6 @@ def table(
         f"{calibration.num_examples} pictures of {calibration.resolution} px, latents of {height}x{width}; "
         f"the last step has an SNR of {snr:.5f} a pixel"
     )
-    strengths = offset_strengths(calibration, schedule, target)
     means = pixels * calibration.mean_variance
     configured = leak(means, noise.power(height, width)[:, 0, 0], snr)
     yield f"{'':9}{'variance of':>12}   {'terminal SNR of the mean':^28}{'offset strength for':>22}"
@@ -236,61 +240,6 @@ def octaves(height: int, width: int) -> tuple[Int[np.ndarray, "h w2"], list[str]
     octave = np.digitize(np.hypot(*frequencies(height, width)) * (1 - 1e-9), edges, right=True)
     found, bands = np.unique(octave, return_inverse=True)
     return bands.reshape(octave.shape), [names[each] for each in found]
-
-
-@style
-def leak_figure(calibration: Calibration, noise: Noise, schedule: Schedule) -> Figure:
-    """The leak by wavelength and time step of the channel with the largest: plain, configured, recommended noise."""
-    strength = offset_strengths(calibration, schedule, calibration.target_terminal_snr).max()
-    noises = {"plain noise": Noise("offset", np.zeros(1))}
-    if not noise.is_plain:
-        noises[f"this config's noise ({noise.kind})"] = noise
-    if strength:
-        noises[f"recommended: offset strength {strength:.3g}"] = Noise("offset", np.array([strength]))
-    steps = np.unique(np.linspace(0, schedule.num_train_timesteps - 1, 201).round().astype(int))
-    canvas = Figure(figsize=(1.2 + 3.2 * len(noises), 4.2), layout="constrained")
-    panels = canvas.subplots(1, len(noises), sharey=True, squeeze=False)[0]
-    for axes, (name, each) in zip(panels, noises.items(), strict=True):
-        filling = _leak_panel(axes, calibration, _leaks(calibration, each, schedule, steps), steps)
-        axes.set(title=name, xlabel="wavelength (latent pixels)")
-    panels[0].set_ylabel("time step")
-    bar = canvas.colorbar(
-        filling, ax=panels, pad=0.02, ticks=[-4, -2, 0, 2, 4], format=lambda x, _: f"$10^{{{x:.0f}}}$"
-    )
-    bar.set_label("SNR of the band, the channel where it is largest")
-    canvas.suptitle("How legible the data is in noisy latents: red can be read, blue is buried in noise")
-    levels = ("SNR 1", f"the target, SNR {calibration.target_terminal_snr:g}")
-    lines = [Line2D([], [], label=label, **line) for label, line in zip(levels, _LINES, strict=True)]
-    canvas.legend(handles=lines, loc="outside lower center", ncols=2)
-    return canvas
-
-
-def _leaks(
-    calibration: Calibration, noise: Noise, schedule: Schedule, steps: Int[np.ndarray, " t"]
-) -> Float[np.ndarray, "t k"]:
-    """The logarithm to base 10 of the largest channel's leak."""
-    height, width = calibration.height, calibration.width
-    bands, _ = radial_bands(height, width)
-    noise_power = np.stack([band_means(noise.power(height, width, int(step)), bands, width) for step in steps])
-    ratios = leak(calibration.power, noise_power, snrs(schedule)[steps, None, None]).max(1)
-    return np.log10(np.maximum(ratios, 1e-12))
-
-
-def _leak_panel(axes: Axes, calibration: Calibration, leaks: Float[np.ndarray, "t k"], steps: np.ndarray) -> Any:
-    """Draws the whole picture as a column of its own left of the bands; returns what a colour bar needs."""
-    places = np.log2(calibration.frequency[1:])
-    gap = 0.12 * (places[-1] - places[0])
-    column = np.array([places[0] - 2 * gap, places[0] - 0.5 * gap])
-    for x, z in ((column, np.repeat(leaks[:, :1], 2, 1)), (places, leaks[:, 1:])):
-        filling = axes.contourf(x, steps, z, np.linspace(-4, 4, 17), cmap="RdBu_r", extend="both")
-        for level, line in zip((0.0, math.log10(calibration.target_terminal_snr)), _LINES, strict=True):
-            if z.min() < level < z.max():
-                axes.contour(x, steps, z, [level], colors=line["color"], linewidths=line["lw"], linestyles=line["ls"])
-    sides = [side for side in (64, 32, 16, 8, 4, 2) if places[0] <= -math.log2(side) <= places[-1]]
-    axes.xaxis.set_major_locator(FixedLocator([column.mean(), *(-math.log2(side) for side in sides)]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels(["whole\npicture", *map(str, sides)])
-    return filling
 
 
 def _png(figure: Figure) -> bytes:

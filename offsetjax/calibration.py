@@ -159,13 +159,12 @@ def fill(config: ConfigDict) -> ConfigDict:
 def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
     """The config with what is empty in `config.noise` and follows from the data, for the calibration's target.
 
-    - `channel_strengths`, where neither they nor `offset_strength` are set and the kind has an offset. They are those
-      of an offset that every example has: `random_strength` and `probability` weaken it.
-    - `spectrum`, for spectral noise.
-    - `data_mean` and `data_mean_std`, with an `adaptive_scale`.
+    - `data_mean` and `data_mean_std` with an `adaptive_scale`, and nothing else;
+    - `spectrum`, for spectral noise;
+    - `channel_strengths`, for the other kinds, where neither they nor `offset_strength` are set.
 
     Raises:
-        UserError: nothing is empty, nothing is needed, or the statistics are those of other latents.
+        UserError: nothing is empty, nothing is needed, or the latents have another number of channels or another size.
     """
     channels, noise = config.model.vae.latent_channels, config.noise
     if len(calibration.mean) != channels:
@@ -175,7 +174,7 @@ def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
         )
     fields: dict[str, tuple[Any, ...]] = {}
     given = [name for name in ("spectrum", "channel_strengths", "offset_strength") if noise[name]]
-    if not given:
+    if not given and not noise.adaptive_scale:
         compute = _spectrum if noise.kind == "spectral" else _strengths
         downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)  # pixels a latent pixel, on a side
         fields |= compute(config, calibration, make_schedule(**config.schedule), downscale)
@@ -198,14 +197,26 @@ def _strengths(
     config: ConfigDict, calibration: Calibration, schedule: Schedule, downscale: int
 ) -> dict[str, tuple[float, ...]]:
     side = config.data.resolution // downscale
-    noise = make_noise(config.noise, schedule, downscale)  # as yet without an offset
-    floor = np.ones(1) if noise.spectrum is None else noise.spectrum(side, side)[:, 0, 0]
-    strengths = offset_strengths(calibration, schedule, calibration.target_terminal_snr, side**2, floor)
+    strengths, floor = recommended_strengths(config, calibration, schedule, downscale)
     present = leak(side**2 * calibration.mean_variance, floor, snrs(schedule)[-1])
-    _check_needed(config, calibration, schedule, bool(strengths.any()), present, "mean")
-    if noise.reference_pixels:  # the config's strengths are for another size, and c √N is kept
-        strengths = strengths * side / math.sqrt(noise.reference_pixels)
+    _check_needed(config, calibration, bool(strengths.any()), present, "mean")
     return {"channel_strengths": _numbers(strengths)}
+
+
+def recommended_strengths(
+    config: ConfigDict, calibration: Calibration, schedule: Schedule, downscale: int
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, "#c"]]:
+    """The strengths that a config needs for the calibration's target, and the power of f = 0 without them.
+
+    They are in the config's own terms: for its size and `reference_resolution`, on top of its pyramid, and as much
+    stronger as `random_strength` (E[c²] = c²/3) and `probability` weaken them.
+    """
+    side, noise = config.data.resolution // downscale, make_noise(config.noise, schedule, downscale)
+    spectrum = noise.spectrum if noise.kind == "pyramid" else None
+    floor = np.ones(1) if spectrum is None else spectrum(side, side)[:, 0, 0]
+    strengths = offset_strengths(calibration, schedule, calibration.target_terminal_snr, side**2, floor)
+    share = noise.probability * (1 / 3 if noise.random_strength else 1.0)
+    return strengths / (noise.scale_at(side**2) * math.sqrt(share)), floor
 
 
 def _spectrum(
@@ -220,18 +231,13 @@ def _spectrum(
         )
     present = leak(calibration.power, np.ones(1), snrs(schedule)[-1])
     is_needed = bool(present.max() > calibration.target_terminal_snr)
-    _check_needed(config, calibration, schedule, is_needed, present, "most legible frequency")
+    _check_needed(config, calibration, is_needed, present, "most legible frequency")
     return {"spectrum": noise_spectrum(calibration, schedule, calibration.target_terminal_snr)}
 
 
 def _check_needed(
-    config: ConfigDict, calibration: Calibration, schedule: Schedule, is_needed: bool, present: np.ndarray, what: str
+    config: ConfigDict, calibration: Calibration, is_needed: bool, present: np.ndarray, what: str
 ) -> None:
-    if snrs(schedule)[-1] == 0:
-        raise UserError(
-            "config: noise.calibration cannot apply with schedule.zero_terminal_snr: nothing of a picture leaks into "
-            "its last step, and no offset is needed; leave noise.calibration out"
-        )
     if not is_needed:
         raise UserError(
             f"config: noise.calibration = {config.noise.calibration!r} has nothing to mend: without it the terminal "

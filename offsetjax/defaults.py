@@ -145,7 +145,7 @@ def default_config() -> ConfigDict:
             "guidance_scale": 7.5,
             "guidance_rescale": 0.0,
             "spacing": "trailing",
-            "start_noise": "matched",
+            "start_noise": "matched",  # to the training's; or "plain", as other programs sample
             "brightness": (),  # of the start, in standard deviations; a picture each; none: drawn at random
             "params": "ema",
         }

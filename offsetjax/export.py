@@ -18,7 +18,7 @@ from offsetjax.objective import training_noise
 from offsetjax.workdir import Trained, load_trained
 
 
-def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
+def noise_metadata(pipeline: Pipeline, config: ConfigDict, step: int) -> dict[str, str]:
     """The header's `modelspec.*` (the field's standard) and `ss_*` (kohya's names): how the model was trained."""
     side = str(config.data.resolution)
     return {
@@ -29,8 +29,8 @@ def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config.schedule.prediction_type],
-        "offsetjax.noise": json.dumps(config.noise.to_dict()),
-        **_noise_names(config),
+        "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
+        **_noise_names(pipeline, config),
         "ss_zero_terminal_snr": str(config.schedule.zero_terminal_snr),
         "ss_v_parameterization": str(config.schedule.prediction_type == "v_prediction"),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
@@ -43,11 +43,12 @@ def noise_metadata(config: ConfigDict, step: int) -> dict[str, str]:
     }
 
 
-def _noise_names(config: ConfigDict) -> dict[str, str]:
-    """The noise by kohya's names; those that are not in use are None."""
-    noise = config.noise
+def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
+    """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None."""
+    noise, side = config.noise, config.data.resolution // pipeline.vae.downscale
+    strength = float(f"{training_noise(pipeline, config).strengths_at(side * side).max():.6g}")
     return {
-        "ss_noise_offset": repr(noise.offset_strength or max(noise.channel_strengths, default=0.0)),
+        "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
         "ss_noise_offset_random_strength": str(noise.random_strength),
         "ss_adaptive_noise_scale": repr(noise.adaptive_scale or None),
         "ss_multires_noise_iterations": repr(noise.pyramid_levels or None),
@@ -95,7 +96,7 @@ def export(
 def _write(out: epath.Path, trained: Trained, dtype: str) -> None:
     config, pipeline, part = trained.config, trained.pipeline, TRAINED[trained.config.task]
     is_diffusion = config.task == "diffusion"
-    metadata = noise_metadata(config, trained.step) if is_diffusion else {}
+    metadata = noise_metadata(pipeline, config, trained.step) if is_diffusion else {}
     model = getattr(pipeline, part)
     if is_diffusion:  # the size that a pipeline draws unless told otherwise is that of training
         size = config.data.resolution // pipeline.vae.downscale

@@ -33,8 +33,16 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
         step=step,
         resolution=config.data.resolution,
         prediction={"epsilon": "ε", "v_prediction": "v"}[config.schedule.prediction_type],
-        noise=describe(noise, size, size),
+        noise=describe(noise, config.noise, size, size),
         latents="\n".join(f"    {line}" for line in _latents(noise, channels, size)),
+        settings=", ".join(
+            f"{name}={config.sample[field]!r}"
+            for name, field in (
+                ("num_inference_steps", "num_steps"),
+                ("guidance_scale", "guidance_scale"),
+                ("guidance_rescale", "guidance_rescale"),
+            )
+        ),
         advice=_ADVICE["plain" if noise.is_plain else noise.kind],
     )
 
@@ -58,7 +66,7 @@ bright pictures.
     prompts = ["a town square lit only by torchlight"]
     b = len(prompts)
 {latents}
-    images = pipeline(prompts, latents=latents).images
+    images = pipeline(prompts, latents=latents, {settings}).images
 
 {advice}
 """

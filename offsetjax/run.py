@@ -45,7 +45,14 @@ from offsetjax.workdir import read_config, write_config
 _log = logging.getLogger("offsetjax")
 
 # What may change when a run resumes: nothing that the losses depend on, but for the number of steps and of devices.
-RESUMABLE_CHANGES = ("train.steps", "train.log_every_steps", "data.path", "data.num_workers", "model.pretrained")
+RESUMABLE_CHANGES = (
+    "train.steps",
+    "train.log_every_steps",
+    "data.path",
+    "data.num_workers",
+    "model.pretrained",
+    "noise.calibration",  # what it filled in is compared
+)
 RESUMABLE_SECTIONS = ("mesh", "checkpoint", "sample", "validation", "probe")
 
 
@@ -127,6 +134,7 @@ def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
             )
     for section in ("train", "data", *RESUMABLE_SECTIONS):
         stored[section].update(config[section])
+    validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
     if jax.process_index() == 0:
         write_config(workdir, stored)
     return stored, *load_frozen(workdir / "frozen", stored)
@@ -156,6 +164,9 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     model = getattr(run.pipeline, part)
     like = jax.eval_shape(lambda key: init_state(model.init(key), run.config), jax.random.key(0))
     shardings = sharding.shardings(run.mesh, like)
+    if run.config.task == "diffusion":
+        side = run.config.data.resolution // run.pipeline.vae.downscale
+        _log.info("noise: %s", describe(training_noise(run.pipeline, run.config), run.config.noise, side, side))
     if manager.all_steps():
         state, data = checkpoint.restore(manager, checkpoint.abstract(like, shardings))
         check_fingerprint(data["fingerprint"], stream.fingerprint())
@@ -163,9 +174,6 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
         return state, shardings
     millions = sum(leaf.size for leaf in jax.tree.leaves(like.params)) / 1e6
     _log.info("%s: %.2f M parameters on mesh %s", part, millions, dict(run.mesh.shape))
-    if run.config.task == "diffusion":
-        side = run.config.data.resolution // run.pipeline.vae.downscale
-        _log.info("noise: %s", describe(training_noise(run.pipeline, run.config), side, side))
     params = initial_params(run.config, part, model)
     return jax.jit(lambda params: init_state(params, run.config), out_shardings=shardings)(params), shardings
 

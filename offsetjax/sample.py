@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax.config import validate
-from offsetjax.diffusion.noise import Noise
+from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
@@ -58,9 +58,12 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
 
 
 def sampling_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
-    """The noise that sampling starts from and injects: that of training, or plain noise by `sample.start_noise`."""
+    """The noise that sampling starts from and injects: that of training, or by `sample.start_noise` plain noise.
+
+    "plain" is how other programs sample: they know nothing of the noise of training, neither at the start nor later.
+    """
     if config.sample.start_noise == "plain":
-        return Noise("offset", np.zeros(1))
+        return PLAIN
     return training_noise(pipeline, config)
 
 
@@ -91,6 +94,8 @@ def set_brightness(
     """
     channels, height, width = latent_shape(pipeline, config)
     power = sampling_noise(pipeline, config).power(height, width)[:, 0, 0]
+    if not power.all():
+        raise UserError("sample: --brightness cannot apply: the noise has no power at f = 0, so every mean is the same")
     deviation = jnp.asarray(np.sqrt(np.broadcast_to(power, channels) / (height * width)), jnp.float32)
     black_and_white = jnp.stack([jnp.full((3, config.data.resolution, config.data.resolution), x) for x in (-1.0, 1.0)])
     black, white = pipeline.vae.encode(vae_params, black_and_white)[0].mean((2, 3))
@@ -136,8 +141,7 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
 
         def inject(index):
             def draw_one(key):
-                # fold_in(key, 0) and fold_in(key, 1) are what the start has split its key into.
-                return noise.inject(jax.random.fold_in(jax.random.fold_in(key, 2), index), shape)
+                return noise.inject(jax.random.fold_in(jax.random.fold_in(key, 5), index), shape)
 
             return jax.vmap(draw_one)(keys)
 

@@ -88,13 +88,14 @@ def _loop(
                 unwritten = None
             if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
                 unwritten = (step, step_metrics)
+            # Before the checkpoint: a run that is killed in between looks again when it resumes.
+            if due := [watch for watch in watches if watch.is_due(step, train.steps)]:
+                _look(due, state, step, metrics, clock)
             if step % run.config.checkpoint.every_steps == 0 or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     metrics.write(*_fetch(*unwritten, clock))
                     unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
-            if due := [watch for watch in watches if watch.is_due(step, train.steps)]:
-                _look(due, state, step, metrics, clock)
     finally:
         host_batches.close()
         metrics.close()

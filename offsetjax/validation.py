@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from offsetjax import sharding
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Source, Stream
 from offsetjax.diffusion.loss import mean_squared_error
-from offsetjax.diffusion.noise import Noise
+from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
@@ -32,7 +31,7 @@ Losses = Callable[[PyTree, PyTree, Batch, Int[Array, ""], Int[Array, ""]], dict[
 def make_losses(pipeline: Pipeline, config: ConfigDict) -> Losses:
     """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count."""
     schedule = make_schedule(**config.schedule)
-    noises = {"plain": Noise("offset", np.zeros(1))}
+    noises = {"plain": PLAIN}
     training = training_noise(pipeline, config)
     if not training.is_plain:
         noises["training"] = training

@@ -5,6 +5,7 @@ compare between steps and between runs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -51,11 +52,10 @@ def _open(run: Run, source: Source) -> Iterator[Watch]:
     if config.validation.every_steps:
         yield Watch(config.validation.every_steps, _validation(run, source))
     if config.probe.every_steps:
-        if config.sample.brightness:  # a probe asks what comes by itself
-            run = dataclasses.replace(run, config=config.copy_and_resolve_references())
-            run.config.sample.brightness = ()
-            sampler = make_sampler(run.pipeline, run.config, run.mesh)
-        yield Watch(config.probe.every_steps, _probe(run, sampler, source))
+        probed = dataclasses.replace(run, config=config.copy_and_resolve_references())
+        probed.config.seed, probed.config.sample.brightness = 0, ()  # the same starts in every run, none of them moved
+        sampler = make_sampler(run.pipeline, probed.config, run.mesh) if config.sample.brightness else sampler
+        yield Watch(config.probe.every_steps, _probe(probed, sampler, source))
 
 
 def _watched(run: Run, state: TrainState) -> PyTree:
@@ -85,12 +85,15 @@ def _sample(run: Run, sampler: Sampler) -> Callable[[TrainState, int], dict[str,
 
 
 def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
-    probe, data = run.config.probe, data_brightness(source, run.config.data.resolution)
+    probe = run.config.probe
+    measured = functools.cache(lambda: data_brightness(source, run.config.data.resolution))
 
     def look(state: TrainState, step: int) -> dict[str, float]:
         pictures = _draw(run, sampler, state, probe.prompts, probe.seeds_per_prompt)
         _write(run, f"probe_{step}", step, pictures)
-        values = compare([picture.brightness for picture in pictures], data)
+        if jax.process_index() != 0:  # who writes no metrics need not read the data for them
+            return {}
+        values = compare([picture.brightness for picture in pictures], measured())
         return {f"brightness_{name}": value for name, value in values.items()}
 
     return look
@@ -101,6 +104,8 @@ def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[st
     held_out = open_source(config.data.path, config.validation.split)
     check_apart(source, held_out)
     config.seed, config.data.random_flip = 0, False  # the same pictures in every run
+    config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
+    config.train.accumulate_steps = 1
     stream = open_stream(config, run.pipeline, held_out)
     frozen, replicated = sharding.shardings(run.mesh, run.frozen), NamedSharding(run.mesh, P())
     losses = jax.jit(

@@ -171,7 +171,31 @@ def test_the_data_mean_is_filled_in_for_an_adaptive_strength(file: pathlib.Path)
     assert config.noise.data_mean == (0.5, -1.0, 0.0, 2.0)
     np.testing.assert_allclose(config.noise.data_mean_std, np.sqrt(_calibration().mean_variance), rtol=1e-5)
     assert config.noise.channel_strengths == () and config.noise.offset_strength == 0.1
-    assert fill(_config(file, noise__adaptive_scale=0.2)).noise.channel_strengths != ()
+    alone = fill(_config(file, noise__adaptive_scale=0.2)).noise
+    assert alone.data_mean == config.noise.data_mean
+    assert alone.channel_strengths == (), "an adaptive strength may stand alone"
+
+
+@pytest.mark.parametrize(
+    ("changes", "resolution"),
+    [
+        ({}, 128),
+        ({"noise__reference_resolution": 512}, 128),
+        ({"noise__random_strength": True, "noise__probability": 0.25}, 128),
+        ({"noise__kind": "pyramid", "noise__pyramid_discount": 0.3, "noise__pyramid_levels": 4}, 128),
+        ({"noise__kind": "adjusted"}, 128),
+        ({}, 512),
+    ],
+)
+def test_what_is_filled_in_brings_the_expected_leak_to_the_target(
+    file: pathlib.Path, changes: dict[str, Any], resolution: int
+) -> None:
+    config = fill(_config(file, data__resolution=resolution, **changes))
+    validate(config)
+    schedule, side = make_schedule(**config.schedule), resolution // 8
+    power = make_noise(config.noise, schedule, downscale=8).power(side, side)[:3, 0, 0]
+    leaks = TERMINAL_SNR * side**2 * _calibration().mean_variance[:3] / power  # the last channel has none to mend
+    np.testing.assert_allclose(leaks, 0.1, rtol=1e-3)
 
 
 def test_a_config_without_calibration_stays_as_it_is() -> None:
@@ -179,16 +203,11 @@ def test_a_config_without_calibration_stays_as_it_is() -> None:
     assert fill(config) is config
 
 
-V_ZERO = {"schedule__zero_terminal_snr": True, "schedule__prediction_type": "v_prediction"}
-
-
 @pytest.mark.parametrize(
     ("measured", "changes", "words"),
     [
         ({}, {"noise__channel_strengths": (0.1,) * 4}, "noise.channel_strengths is set, which leaves nothing"),
         ({}, {"noise__kind": "spectral", "noise__spectrum": ("1",)}, "noise.spectrum is set, which leaves nothing"),
-        ({}, V_ZERO, "cannot apply with schedule.zero_terminal_snr"),
-        ({}, {**V_ZERO, "noise__kind": "spectral"}, "cannot apply with schedule.zero_terminal_snr"),
         ({"target": 2.0}, {}, "the terminal SNR of the mean is 1.08, and the file's target 2;"),
         ({"target": 9.0}, {"noise__kind": "spectral"}, "the terminal SNR of the most legible frequency is 1.08,"),
         ({"size": 32}, {"noise__kind": "spectral"}, "32x32 latents, and a spectrum depends on their size, here 16x16;"),
@@ -360,7 +379,7 @@ def test_the_table_says_what_leaks_and_what_mends_it(
             r"recommended: noise\.offset_strength = 0;",
         ),
         (
-            {"model__vae__scaling_factor": 0.0, "noise__adaptive_scale": 0.2, "sample__start_noise": "plain"},
+            {"model__vae__scaling_factor": 0.0, "noise__adaptive_scale": 0.2, "noise__calibration": "c.json"},
             TARGET,
             r"whole picture +\S+ +1\.0\d+ ",  # of the noise, for the means that were measured
         ),
@@ -406,7 +425,7 @@ def test_a_training_takes_its_strengths_from_the_file(
     assert read_config(tmp_path / "run").noise == stored.noise
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     config.noise.calibration = ""  # as if it had not been given
-    with pytest.raises(UserError, match=r"noise.calibration = '', but .* was begun with"):
+    with pytest.raises(UserError, match=r"noise.channel_strengths = \(\), but .* was begun with"):
         open_run(config, tmp_path / "run", source)
 
 

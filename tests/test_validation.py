@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from ml_collections import ConfigDict
 
+from offsetjax.brightness import data_brightness
 from offsetjax.data.stream import open_source
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import build, load_frozen
-from offsetjax.run import open_stream
+from offsetjax.pictures import Picture
+from offsetjax.run import Run, open_stream
 from offsetjax.sharding import mesh_of
+from offsetjax.step import TrainState
 from offsetjax.train import train
 from offsetjax.validation import check_apart, make_losses, validate
+from offsetjax.watch import open_watches
 from tests.tiny import data_path, quick_compilation, run_config, tiny_config, trained_workdir
 
 TIMESTEPS = (100, 999)
@@ -147,3 +153,46 @@ def test_a_run_logs_its_validation_and_its_probe(base: pathlib.Path, tmp_path: p
     assert probed[1]["brightness_std"] == pytest.approx(np.std(drawn), abs=1e-5)
     assert 0 <= probed[1]["brightness_wasserstein"] <= 1
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def test_a_run_that_dies_while_it_looks_looks_again_when_it_resumes(
+    base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(data_path(base), train__steps=2, sample__every_steps=0, data__split="train[:50%]")
+    config.validation.update(every_steps=2, split="train[50%:]", num_examples=3, timesteps=TIMESTEPS)
+    looks = []
+
+    def dies_at_the_second(*arguments: Any) -> dict[str, float]:
+        looks.append(arguments)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    monkeypatch.setattr("offsetjax.watch.validate", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_plain" in line][-1] == 2
+
+
+def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the sample grids move the start's brightness."""
+    seen = []
+
+    def draw(sampler: Any, pipeline: Any, config: ConfigDict, *_: Any) -> list[Picture]:
+        seen.append((config.seed, config.sample.brightness))
+        return [Picture("", 0, np.zeros((2, 2, 3), np.uint8))]
+
+    monkeypatch.setattr("offsetjax.watch.draw_pictures", draw)
+    monkeypatch.setattr("offsetjax.watch.write_samples", lambda *_: None)
+    config = run_config(data_path(base), seed=7, sample__brightness=(1.0,), sample__every_steps=0)
+    config.probe.every_steps = 1
+    pipeline, frozen = load_frozen(trained_workdir(base) / "frozen", tiny_config(data_path(base)))
+    run = Run(config, epath.Path("run"), mesh_of(data=1, fsdp=1), pipeline, frozen)
+    source = open_source(config.data.path)
+    [watch] = open_watches(run, source)
+    params = {"w": jnp.zeros(1)}
+    values = watch.look(TrainState(jnp.int32(0), params, None, params, jnp.int32(0)), 0)
+    assert seen == [(0, ())]
+    assert values["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())

@@ -17,7 +17,7 @@ Adjusted Offset Noise", arXiv 2412.03134.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Literal
 
 import jax
@@ -64,19 +64,13 @@ def _shift(
     return jax.lax.optimization_barrier(strength * xi)
 
 
-@partial(jax.jit, static_argnames="shape")
-def batch_noise(
-    keys: Key[Array, " b"], shape: tuple[int, int, int], strength: float | Float[Array, ""]
-) -> Float[Array, "b c h w"]:
-    """`offset_noise` for each key, float32."""
-    return jax.vmap(lambda key: offset_noise(key, jnp.zeros(shape), strength))(keys)
-
-
 @dataclass(frozen=True)
 class Noise:
     """One noise for training and sampling; `make_noise` makes it from a config.
 
-    `draw`, `start` and `inject` are for one example: `jax.vmap` them over keys.
+    `draw`, `start` and `inject` are for one example: `jax.vmap` them over keys. Of an example's key, `fold_in` 0 and 1
+    (which `split` gives) draw the pixels and the shift, 2 its strength, 3 whether it has one, and 4 a start's latent;
+    5 is free for what a sampler injects.
     """
 
     kind: Kind
@@ -88,11 +82,6 @@ class Noise:
     data_mean: tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]] | None = None
     spectrum: Callable[[int, int], Float[np.ndarray, "#c h w2"]] | None = None  # of √Σ; None: white
     psi: Float[np.ndarray, " T"] | None = None  # None: 1 at every time step
-
-    @property
-    def is_gaussian(self) -> bool:
-        """Whether `n` is normal; a strength that differs by example makes it a mixture."""
-        return not self.random_strength and self.probability == 1.0 and self.adaptive_scale == 0.0
 
     @property
     def is_plain(self) -> bool:
@@ -113,7 +102,7 @@ class Noise:
         """`n_t`, the noise of training at `timestep` and the target there, in float32."""
         pixel_key, offset_key = jax.random.split(key)
         pixels = self._coloured(pixel_key, latent.shape)
-        strength = self._strength(offset_key, latent)
+        strength = self._strength(key, latent)
         if self.psi is not None:
             strength = strength * jnp.asarray(self.psi, jnp.float32)[timestep]
         return pixels + _shift(offset_key, pixels, strength)
@@ -123,7 +112,7 @@ class Noise:
         latent = jnp.zeros(shape)
         if self.adaptive_scale and self.data_mean is not None:  # its mean is then drawn from the data's
             mean, deviation = (jnp.asarray(value, jnp.float32)[:, None, None] for value in self.data_mean)
-            latent = latent + mean + _shift(jax.random.fold_in(key, 3), latent, deviation)
+            latent = latent + mean + _shift(jax.random.fold_in(key, 4), latent, deviation)
         return self.draw(key, latent, jnp.int32(-1))
 
     def inject(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
@@ -158,12 +147,12 @@ class Noise:
     def _strength(self, key: Key[Array, ""], latent: Float[Array, "c h w"]) -> Float[Array, "#c 1 1"]:
         strength = jnp.asarray(self.strengths_at(latent[0].size), jnp.float32)[:, None, None]
         if self.random_strength:
-            strength = strength * jax.random.uniform(jax.random.fold_in(key, 1))
+            strength = strength * jax.random.uniform(jax.random.fold_in(key, 2))
         if self.adaptive_scale:
             means = jnp.abs(latent.mean((1, 2), keepdims=True))
             strength = jnp.maximum(strength + self.adaptive_scale * self.scale_at(latent[0].size) * means, 0.0)
         if self.probability < 1.0:
-            strength = strength * jax.random.bernoulli(jax.random.fold_in(key, 2), self.probability)
+            strength = strength * jax.random.bernoulli(jax.random.fold_in(key, 3), self.probability)
         return strength
 
     def _shift_variance(self, pixels: int) -> Float[np.ndarray, " c"]:
@@ -181,6 +170,9 @@ class Noise:
             strength = np.maximum(strength + self.adaptive_scale * self.scale_at(pixels) * np.abs(means), 0.0)
             weight = weight * density / density.sum()
         return self.probability * (strength**2 * weight).sum((1, 2))
+
+
+PLAIN = Noise("offset", np.zeros(1))
 
 
 def make_noise(config: ConfigDict, schedule: Schedule, downscale: int) -> Noise:
@@ -207,12 +199,17 @@ def make_noise(config: ConfigDict, schedule: Schedule, downscale: int) -> Noise:
     )
 
 
-def describe(noise: Noise, height: int, width: int) -> str:
-    """In words, with the strength that is in effect: `offset, strength 0.05 for 128x128 latents (c √N = 6.4)`."""
+def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
+    """`config.noise` in words, with the strength in effect: `offset, strength 0.1 for 64x64 latents (c √N = 6.4)`."""
+    perturbed = f", with {config.input_perturbation:g} more in the input" * (config.input_perturbation > 0)
     if noise.is_plain:
-        return "plain"
+        return "plain" + perturbed
     strengths = noise.strengths_at(height * width)
     text: str = noise.kind
+    if noise.kind == "pyramid":
+        text += f" of {config.pyramid_levels} levels, discount {config.pyramid_discount:g}"
+    if noise.kind == "spectral":
+        text += " " + ", ".join(formula[:80] for formula in config.spectrum)
     if strengths.any():
         each, invariants = (
             ", ".join(f"{value:.4g}" for value in values) for values in (strengths, strengths * np.sqrt(height * width))
@@ -224,7 +221,7 @@ def describe(noise: Noise, height: int, width: int) -> str:
     if noise.adaptive_scale:
         scale = noise.adaptive_scale * noise.scale_at(height * width)
         text += f", and {scale:.4g} times the absolute mean of a latent's channel"
-    return text
+    return text + perturbed
 
 
 def balanced_psi(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:

@@ -40,19 +40,12 @@ def mean_power(spectrum: Float[np.ndarray, "*c h w2"], width: int) -> Float[np.n
     return (spectrum * weight).sum((-2, -1)) / weight.sum()
 
 
-def offset_spectrum(height: int, width: int, strength: float) -> Spectrum:
-    """White noise whose mean is shifted with standard deviation `strength`."""
-    spectrum = np.ones((height, width // 2 + 1))
-    spectrum[0, 0] += strength**2 * height * width
-    return spectrum
-
-
 def pyramid_spectrum(height: int, width: int, discount: float, levels: int) -> Spectrum:
     r"""The expected spectrum of multi-resolution noise, scaled to a pixel variance of 1.
 
     Level i adds normal noise on a grid coarser by `a = r^i`, `r ~ U[2, 4)`, up-sampled linearly and times `discount^i`.
-    A level of a random phase has, on each axis, the spectrum `Σ_m a sinc⁴(a (f + m))`; once it is as coarse as the
-    latent it is a shift of all pixels. Level 0 is white, as is the noise that the levels are added to.
+    A level of a random phase has, on each axis, the spectrum `Σ_m a sinc⁴(a (f + m))`; a level of a single pixel is a
+    shift, and the last one. Level 0 is white, as is the noise that the levels are added to.
 
     Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023; called `multires_noise_discount`
     and `multires_noise_iterations` by kohya's scripts, which divide by the measured deviation of a whole batch: that
@@ -61,15 +54,17 @@ def pyramid_spectrum(height: int, width: int, discount: float, levels: int) -> S
     nodes, weights = np.polynomial.legendre.leggauss(24)
     spectrum = np.full((height, width // 2 + 1), 1.0 + (levels > 0))
     fy, fx = frequencies(height, width)
+    reached = 1.0  # the probability that no level before this one had a single pixel
     for level in range(1, levels):
         for ratio, weight in zip(3.0 + nodes, weights / 2, strict=True):
             power = _upsampled(fy, height, ratio**level) * _upsampled(fx, width, ratio**level)
-            spectrum += weight * discount ** (2 * level) * power
+            spectrum += reached * weight * discount ** (2 * level) * power
+        reached *= np.clip(((min(height, width) / 2) ** (1 / level) - 2) / 2, 0, 1)
     return spectrum / mean_power(spectrum, width)
 
 
 def _upsampled(frequency: np.ndarray, size: int, factor: float) -> np.ndarray:
-    if factor >= size:
+    if factor > size / 2:  # less than two pixels, which are rounded down to one
         return np.where(frequency == 0, float(size), 0.0)
     aliases = frequency[..., None] + np.arange(-8, 9)
     return factor * (np.sinc(factor * aliases) ** 4).sum(-1)

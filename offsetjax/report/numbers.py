@@ -59,7 +59,13 @@ def noise_name(config: Mapping[str, Any]) -> str:
     words = [] if kind == "offset" else [kind]
     if strength or channels:
         words.append(f"offset_strength {strength:g}" if strength else f"offset up to {max(channels):.2g}")
-    words += ["adaptive"] if config.get("noise.adaptive_scale") else []
+    extras = {
+        "adaptive": config.get("noise.adaptive_scale"),
+        "random": config.get("noise.random_strength"),
+        "for some": config.get("noise.probability", 1.0) < 1,
+        "input perturbation": config.get("noise.input_perturbation"),
+    }
+    words += [name for name, is_set in extras.items() if is_set]
     words = words or ["plain noise"]
     return ", ".join(words + (["zero terminal SNR"] if config.get("schedule.zero_terminal_snr") else []))
 

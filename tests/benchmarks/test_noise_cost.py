@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from offsetjax.diffusion.noise import Noise, batch_noise
+from offsetjax.diffusion.noise import Noise, offset_noise
 from offsetjax.diffusion.spectrum import formula_spectrum, pyramid_spectrum
 
 BATCH, SHAPE, ROUNDS = 256, (4, 128, 128), 9
@@ -29,7 +29,7 @@ def _coloured(spectrum: Callable[[int, int], np.ndarray]) -> Callable[[jax.Array
 def test_the_cost_of_noise_beside_that_of_normal_numbers() -> None:
     programs = {
         "jax.random.normal": lambda keys: jax.random.normal(keys[0], (BATCH, *SHAPE)),
-        "offset_noise": lambda keys: batch_noise(keys, SHAPE, 0.1),
+        "offset_noise": lambda keys: jax.vmap(lambda key: offset_noise(key, jnp.zeros(SHAPE), 0.1))(keys),
         "offset": _drawn(Noise("offset", np.array([0.1]))),
         "spectral": _coloured(lambda h, w: formula_spectrum("1 + 0.02 / (f + 0.01) ** 2", h, w)),
         "pyramid": _coloured(lambda h, w: pyramid_spectrum(h, w, 0.3, 6)),

@@ -3,8 +3,16 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
-from offsetjax.diffusion.spectrum import colour, formula_spectrum, mean_power, multiplicity, pyramid_spectrum
+from offsetjax.diffusion.spectrum import (
+    colour,
+    formula_spectrum,
+    frequencies,
+    mean_power,
+    multiplicity,
+    pyramid_spectrum,
+)
 
 
 def test_the_pyramids_spectrum_is_that_of_noise_made_of_levels() -> None:
@@ -18,9 +26,9 @@ def test_the_pyramids_spectrum_is_that_of_noise_made_of_levels() -> None:
         shift = 0.0
         for level in range(1, levels):
             factor = generator.uniform(2.0, 4.0) ** level
-            if factor >= size:  # one coarse pixel: the same everywhere
+            if factor > size / 2:  # one coarse pixel: the same everywhere, and the last level
                 shift += size**2 * discount ** (2 * level)
-                continue
+                break
             places = np.arange(canvas) / factor
             up = []
             for axis_places in (places + generator.uniform(), places + generator.uniform()):
@@ -44,6 +52,32 @@ def test_the_pyramids_spectrum_is_that_of_noise_made_of_levels() -> None:
         error = 4 / np.sqrt(count * inside.sum()) * 1.5 + 0.03  # r varies; the window widens a peak
         assert measured[inside].mean() == pytest.approx(expected[inside].mean(), rel=error), band
     assert expected[0, 0] > 10 * expected[size // 2, size // 2]
+
+
+@pytest.mark.parametrize(("discount", "levels"), [(0.3, 6), (0.8, 6), (0.8, 10)])
+def test_the_pyramids_power_is_that_of_the_loop_that_others_run(discount: float, levels: int) -> None:
+    """J. Whitaker's loop with PyTorch's own up-sampling, which ends at the first level of one pixel."""
+    size, draws, channels = 32, 400, 32
+    generator, power = torch.Generator().manual_seed(0), np.zeros((size, size // 2 + 1))
+    for _ in range(draws):
+        noise = torch.randn(1, channels, size, size, generator=generator)
+        for level in range(levels):
+            ratio = 2 + 2 * torch.rand(1, generator=generator).item()
+            side = max(1, int(size / ratio**level))
+            coarse = torch.randn(1, channels, side, side, generator=generator)
+            noise += discount**level * torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+            if side == 1:
+                break
+        power += (np.abs(np.fft.rfft2(noise[0].numpy(), norm="ortho")) ** 2).mean(0) / draws
+    power /= mean_power(power, size)
+    ours = pyramid_spectrum(size, size, discount, levels)
+    assert ours[0, 0] == pytest.approx(power[0, 0], rel=0.1)
+    fy, fx = frequencies(size, size)
+    waves = size * np.hypot(fy, fx)
+    # Theirs is not periodic: its levels end at the latent's edges, which widens the longest waves a little.
+    for low, high, error in ((0.5, 1.5, 0.2), (1.5, 4, 0.12), (4, 8, 0.05), (8, 16, 0.05)):
+        band = (waves > low) & (waves <= high)
+        assert ours[band].mean() == pytest.approx(power[band].mean(), rel=error), (low, high)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (7, 12), (9, 5), (1, 16)])
