@@ -3,7 +3,7 @@
     python launch/noise_study.py --out=runs/noise [--jobs=2] [--seeds=3]
 
 makes the pictures, trains `configs/noise/study.py` for each arm and seed (finished runs are kept), draws from each, and
-writes `study.json`, `study.md` and `study.png` into the folder. About an hour on two CPU cores.
+writes `study.json`, `study.md` and `study.png` into the folder. One to one and a half hours on two CPU cores.
 """
 
 import argparse

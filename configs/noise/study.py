@@ -7,8 +7,8 @@ trains every arm of `launch/noise_study.py` with three seeds. One run by itself,
     offsetjax train --config=configs/noise/study.py --workdir=DIR --config.data.path=runs/noise/data \
         --config.noise.offset_strength=0.1
 
-Hardware: 2 CPU cores, about 4 minutes a run. Expected: `configs/noise/study.json`, in words in the document beside
-`offsetjax/diffusion/noise.py`.
+Hardware: 2 CPU cores, 5 to 10 minutes a run, two at a time. Expected: `configs/noise/study.json`, in words in
+`offsetjax/diffusion/README.md`.
 """
 
 from pathlib import Path

@@ -33,6 +33,11 @@ def cells(samples: Samples) -> dict[str, list[Image.Image]]:
     return pictures
 
 
+def _short(noise: str) -> str:
+    """A noise in no more letters than a column is wide."""
+    return prompt_label(noise.replace("offset_strength", "offset"), 18)
+
+
 def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]:
     """The prompts that most arms share, and the columns: the first arm before, then each arm after."""
     shown = [arm for arm in arms if arm.steps and arm.steps[-1].picture]
@@ -42,7 +47,7 @@ def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]
     alike = [arm for arm in shown if set(prompts) <= set(arm.steps[-1].prompts)]
     columns = [
         (
-            f"{prompt_label(arm.name, 24)}\n{noise_name(arm.config)}, step {arm.steps[-1].step}",
+            f"{prompt_label(arm.name, 24)}\n{_short(noise_name(arm.config))}, step {arm.steps[-1].step}",
             arm.steps[-1],
         )
         for arm in alike
