@@ -35,6 +35,7 @@ class LinearPipeline:
     """Latents are the pixels; the denoiser is one matrix, large enough to be sharded. It compiles at once."""
 
     config: Mapping[str, Any] = field(default_factory=lambda: {"scaling_factor": 1.0})
+    downscale: int = 1
 
     @property
     def vae(self) -> "LinearPipeline":
