@@ -36,6 +36,7 @@ from offsetjax.calibration import (
     summarise,
     write_calibration,
 )
+from offsetjax.checks import validate
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Source, open_source
 from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
@@ -104,6 +105,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
 def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, PyTree]:
     """The resolved config, the parts without a tokenizer, and the autoencoder's parameters, as a run begins with."""
     config = resolve(config)
+    validate(config)  # what was read may not go with what was set
     check_resolution(config)
     pipeline = build(config)
     params = initial_params(config, "vae", pipeline.vae)

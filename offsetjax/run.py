@@ -83,7 +83,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Config
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
     config = fill(resolve(config))
-    validate(config)  # what was filled in may not go with what was set
+    validate(config)  # what was read and filled in may not go with what was set
     check_resolution(config)
     tokenizer = _tokenizer(config, source)
     pipeline = build(config, tokenizer)

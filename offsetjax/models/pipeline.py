@@ -12,7 +12,7 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from offsetjax.config import default_config, flatten, validate
+from offsetjax.config import default_config, flatten
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import params_to_tensors, tensors_to_params
@@ -129,7 +129,6 @@ def resolve(config: ConfigDict) -> ConfigDict:
                 section[key] = value
         if part == "scheduler" and stored.get("rescale_betas_zero_snr"):
             section.zero_terminal_snr = True
-    validate(config)  # what was read may not go with what was set
     return config
 
 

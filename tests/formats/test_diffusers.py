@@ -184,7 +184,6 @@ def test_a_setting_that_contradicts_the_checkpoint_is_refused(path: str, value: 
         ("vae", {"shift_factor": 0.1}),
         ("vae", {"latents_mean": [0.0, 0.1, 0.2, 0.3]}),
         ("scheduler", {"beta_schedule": "linear"}),
-        ("scheduler", {"rescale_betas_zero_snr": True}),
         ("scheduler", {"prediction_type": "sample"}),
     ],
 )
@@ -202,6 +201,9 @@ def test_the_schedule_and_the_architecture_are_those_of_the_checkpoint(copy: pat
     assert config.model.unet.block_out_channels == (16, 32)
     assert config.model.unet.attention_head_dim == (2, 4)
     assert config.model.text_encoder.hidden_size == 24
+    assert not config.schedule.zero_terminal_snr
+    change(copy / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    assert resolve(config_for(copy)).schedule.zero_terminal_snr
 
 
 def test_names_of_before_2023_are_understood(copy: pathlib.Path) -> None:
