@@ -44,7 +44,7 @@ def config_for(directory: pathlib.Path) -> ConfigDict:
     config = default_config()
     config.model.pretrained = str(directory)
     config.data.resolution = 16
-    config.optimizer.ema_decay = 0.0
+    config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     return config
 
 
