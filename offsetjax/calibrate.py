@@ -45,7 +45,9 @@ from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import Autoencoder, standardised
-from offsetjax.models.pipeline import Pipeline, build, initial_params, resolve
+from offsetjax.models.initial import initial_params
+from offsetjax.models.pipeline import Pipeline, build
+from offsetjax.models.resolve import resolve
 from offsetjax.report.leak import leak_figure
 from offsetjax.run import check_resolution, latent_statistics, open_stream
 

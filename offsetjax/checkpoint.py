@@ -1,24 +1,39 @@
-"""Checkpoints: the train state and the data position in one orbax step, saved in the background."""
+"""Checkpoints: the train state and the data position in one orbax step, saved in the background.
 
-from typing import Any
+What sampling and export need is a part of one, and is read alone: parameters straight into their shards, or tensor by
+tensor, never the optimizer's moments.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jaxtyping import PyTree
 
 from offsetjax.errors import UserError
+from offsetjax.formats.tensors import Tensor
+
+STATE = "state"
+Result = TypeVar("Result")
 
 
 def open_checkpoints(workdir: epath.PathLike, max_to_keep: int | None = None) -> ocp.CheckpointManager:
     """The manager of `workdir/checkpoints`; close it, or use it in a `with`, so that the last save ends."""
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager(epath.Path(workdir).resolve() / "checkpoints", options=options)
+    # Weights hardly shrink, and packing them would make saving, restoring and export several times slower.
+    handlers = {STATE: ocp.PyTreeCheckpointHandler(use_compression=False), "data": ocp.JsonCheckpointHandler()}
+    directory = epath.Path(workdir).resolve() / "checkpoints"
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree, data: dict[str, Any]) -> None:
     """Saves in the background; the state may be donated at once."""
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data))
     manager.save(step, args=args, force=True)
 
 
@@ -31,21 +46,83 @@ def restore(manager: ocp.CheckpointManager, like: PyTree, step: int | None = Non
     Raises:
         UserError: no such step, or one that cannot be read.
     """
+    args = ocp.args.Composite(state=_restore_args(like), data=ocp.args.JsonRestore())
+    restored = _read(manager, existing_step(manager, step), lambda step: manager.restore(step, args=args))
+    return restored[STATE], restored["data"]
+
+
+def restore_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
+    """One field of the state, such as `params`, placed as `like`; the rest of the checkpoint is not read.
+
+    Raises:
+        UserError: no such step, or one that cannot be read.
+    """
+    args = ocp.args.Composite(state=_restore_args({name: like}, partial_restore=True))
+    restored = _read(manager, existing_step(manager, step), lambda step: manager.restore(step, args=args))
+    return restored[STATE][name]
+
+
+def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
+    """One field of the state as tensors that are not read yet, in the structure of `like` (abstract arrays).
+
+    Raises:
+        UserError: no such step; and when one is read, that it cannot be.
+    """
+    step = existing_step(manager, step)
+    folder = manager.directory / str(step) / STATE
+    # Orbax's form on disk: zarr arrays in an OCDBT database, which its own library reads by ranges.
+    is_zarr3 = _read(manager, step, lambda _: json.loads((folder / "_METADATA").read_text()).get("use_zarr3", False))
+    base = f"{folder}/" if "://" in str(folder) else f"file://{folder}/"
+    context = tensorstore.Context()  # the database's index is read once
+
+    def open_array(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Tensor:
+        key = ".".join([name, *(str(each.key) for each in path)])
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+        spec = {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": kvstore}
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            def fetch(_: int) -> np.ndarray:
+                stored = tensorstore.open(spec, open=True, read=True, context=context).result()
+                if stored.shape != like.shape:
+                    raise ValueError(f"{key} has shape {stored.shape}, not {like.shape}")
+                return stored[(*index, ...)].read().result()
+
+            return _read(manager, step, fetch)
+
+        return Tensor(tuple(like.shape), np.dtype(like.dtype), read)
+
+    return jax.tree_util.tree_map_with_path(open_array, like)
+
+
+def existing_step(manager: ocp.CheckpointManager, step: int | None = None) -> int:
+    """The step, or the newest for None.
+
+    Raises:
+        UserError: there is none.
+    """
     found = sorted(manager.all_steps())
     step = step if step is not None else (found[-1] if found else None)
-    where = manager.directory
-    if step not in found:
+    if step is None or step not in found:
         steps = ", ".join(map(str, found)) or "none"
-        raise UserError(f"checkpoint: {where} has no step {step} (it has {steps}); give --step one of these")
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+        raise UserError(
+            f"checkpoint: {manager.directory} has no step {step} (it has {steps}); give --step one of these"
+        )
+    return step
+
+
+def _restore_args(like: PyTree, **options: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), **options)
+
+
+def _read(manager: ocp.CheckpointManager, step: int, read: Callable[[int], Result]) -> Result:
     try:
-        restored = manager.restore(step, args=args)
+        return read(step)
     except (ValueError, OSError, KeyError, TypeError, FileNotFoundError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"checkpoint: {where / str(step)} cannot be read ({first[:160]}); move it away to use an older step"
+            f"checkpoint: {manager.directory / str(step)} cannot be read ({first[:160]}); move it away to use an older "
+            "step"
         ) from error
-    return restored["state"], restored["data"]
 
 
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:

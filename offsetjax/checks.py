@@ -1,19 +1,20 @@
 """What a config may hold: the range of every value; `combinations.py` has what they may be together."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from offsetjax.combinations import combinations
+from offsetjax.defaults import flatten
 from offsetjax.errors import UserError
 
 Check = tuple[Callable[[Any], bool], str]
 
 
 def _one_of(*names: str) -> Check:
-    return lambda value: value in names, "one of " + ", ".join(names)
+    return lambda value: value in names, "one of " + ", ".join(name or "'' (found out)" for name in names)
 
 
 def _at_least(bound: float) -> Check:
@@ -35,7 +36,7 @@ def _texts(kind: str) -> Check:
     return lambda values: all(isinstance(each, str) for each in values), kind
 
 
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer")
 
 CHECKS: dict[str, Check] = {
     "seed": (lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1"),
@@ -47,8 +48,15 @@ CHECKS: dict[str, Check] = {
     "data.resolution": _at_least(8),
     "data.num_workers": _at_least(0),
     "encode.caption_dropout": _SHARE,
+    "encode.long_captions": _one_of("truncate", "refuse"),
+    "model.family": _one_of("", "sd1", "sd2", "sdxl"),
     "model.from_scratch": (lambda value: all(part in _PARTS for part in value), "made of " + ", ".join(_PARTS)),
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.unet.addition_embed_type": _one_of("", "text_time"),
+    "lora.rank": _at_least(0),
+    "lora.alpha": _at_least(0),
+    "lora.targets": _texts("ends of layers' names"),
+    "lora.text_encoder_targets": _texts("ends of layers' names"),
     "model.vae.scaling_factor": _at_least(0),
     "noise.kind": _one_of("offset", "pyramid", "spectral", "adjusted"),
     "noise.offset_strength": _at_least(0),
@@ -70,6 +78,7 @@ CHECKS: dict[str, Check] = {
     "loss.min_timestep": _at_least(0),
     "loss.kl_weight": _at_least(0),
     "optimizer.learning_rate": _POSITIVE,
+    "optimizer.text_encoder_learning_rate": _at_least(0),
     "optimizer.warmup_steps": _at_least(0),
     "optimizer.decay": _one_of("cosine", "linear", "constant"),
     "optimizer.b1": _SHARE,
@@ -103,15 +112,6 @@ CHECKS: dict[str, Check] = {
     "probe.prompts": _texts("texts"),
     "probe.seeds_per_prompt": _at_least(1),
 }
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields `("noise.offset_strength", value)` for each field, in the order of definition."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def validate(config: ConfigDict) -> None:

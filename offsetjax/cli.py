@@ -58,8 +58,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.epilog = _OVERRIDES
 
-    sub = command("sample", _sample, "draw pictures from a work directory's checkpoint")
+    sub = command("sample", _sample, "draw pictures with a training's model, or any other")
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", help="of a training")
+    which.add_argument("--model", help="a diffusers directory or a single file: exported, or never trained here")
     _checkpoint_arguments(sub)
+    sub.add_argument("--lora", default="", help="a LoRA file, for --model")
+    sub.add_argument("--variant", default="", help="of the weights of --model, such as fp16")
+    sub.add_argument(
+        "--compare",
+        metavar="MODEL",
+        help="a work directory, a diffusers directory or a single file: draw with it too, side by side in compare.png",
+    )
     sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
     sub.add_argument("--seed", action="append", type=int, help="may be given several times; 0 without it")
     sub.add_argument("--start_noise", choices=("matched", "plain"), help="the sampler's start; the config's without it")
@@ -75,11 +85,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, help="a folder for the pictures")
 
-    sub = command("export", _export, "write a model that PyTorch diffusers loads")
+    sub = command("export", _export, "write a model that PyTorch programs load")
+    sub.add_argument("--workdir", required=True)
     _checkpoint_arguments(sub)
-    sub.add_argument("--format", choices=("diffusers",), default="diffusers")
+    sub.add_argument(
+        "--format",
+        choices=("diffusers", "single_file", "lora"),
+        default="diffusers",
+        help="a directory; one file in the original layout; the adapters of a LoRA training. Default: %(default)s",
+    )
     sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    sub.add_argument("--out", required=True, help="a folder that does not exist yet")
+    sub.add_argument(
+        "--lora_keys", choices=("kohya", "diffusers"), default="kohya", help="of --format=lora; %(default)s"
+    )
+    sub.add_argument(
+        "--max_shard_gb", type=float, default=10.0, help="split a directory's weights beyond this; %(default)s"
+    )
+    sub.add_argument("--out", required=True, help="a folder, or FILE.safetensors, that does not exist yet")
 
     data = command("data", None, "build or inspect a data set").add_subparsers(required=True, metavar="build|inspect")
     sub = data.add_parser("build", help="a folder of captioned images → ArrayRecord", allow_abbrev=False)
@@ -102,7 +124,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--workdir", required=True)
     sub.add_argument("--step", type=int, help="the newest without it")
     sub.add_argument("--params", choices=("ema", "raw"), help="the config's sample.params without it")
 
@@ -144,23 +165,47 @@ def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
-    from offsetjax.sample import sample_workdir
+    for name in ("step", "params") if options.model else ("lora", "variant"):
+        if getattr(options, name):
+            raise UserError(f"sample: --{name} cannot apply to --{'model' if options.model else 'workdir'}")
+    from offsetjax.pretrained import load_model
+    from offsetjax.sample import compare, sample
+    from offsetjax.workdir import Trained, load_trained
 
     settings = {
         key: getattr(options, key)
-        for key in ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "params")
+        for key in ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps")
         if getattr(options, key) is not None
     }
     if options.brightness:
         settings["brightness"] = tuple(options.brightness)
-    sample_workdir(options.workdir, options.out, options.prompt, options.seed or [0], step=options.step, **settings)
+
+    def load() -> Trained:
+        if options.model:
+            return load_model(options.model, variant=options.variant, lora=options.lora)
+        return load_trained(options.workdir, options.step, options.params)
+
+    seeds = options.seed or [0]
+    if options.compare:
+        compare(lambda: load_model(options.compare), load, options.out, options.prompt, seeds, **settings)
+    else:
+        sample(load(), options.out, options.prompt, seeds, **settings)
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
     from offsetjax.export import export
 
-    export(options.workdir, options.out, step=options.step, params=options.params, dtype=options.dtype)
+    export(
+        options.workdir,
+        options.out,
+        form=options.format,
+        step=options.step,
+        params=options.params,
+        dtype=options.dtype,
+        lora_keys=options.lora_keys,
+        max_shard_gb=options.max_shard_gb,
+    )
 
 
 def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:

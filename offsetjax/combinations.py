@@ -6,6 +6,7 @@ A combination that makes none is refused with the reason, and so is a setting th
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from offsetjax.defaults import default_config, flatten
 from offsetjax.diffusion.spectrum import formula_spectrum
 
 Values = Mapping[str, Any]  # by path
@@ -14,7 +15,7 @@ Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
 
 def combinations(values: Values) -> Wrongs:
     """Every rule, for the values of a config by their paths, each of which is in its range."""
-    for rules in (_training, _schedule, _noise, _noise_extras, _spectrum, _sampling, _autoencoder):
+    for rules in (_training, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _autoencoder):
         yield from rules(values)
 
 
@@ -46,6 +47,42 @@ def _training(values: Values) -> Wrongs:
     beyond = [each for each in values["validation.timesteps"] if each >= steps and values["validation.every_steps"]]
     yield beyond, f"validation.timesteps has {beyond[:1]}, but schedule.num_train_timesteps = {steps}"
     yield values["probe.every_steps"] and not values["probe.prompts"], "probe.prompts is empty"
+
+
+def _model(values: Values) -> Wrongs:
+    """Settings of weights that could not apply."""
+    defaults = dict(flatten(default_config()))
+    for path in ("model.variant", "model.from_scratch"):
+        yield values[path] and not values["model.pretrained"], f"{path} cannot apply without model.pretrained"
+    is_sdxl = "sdxl" in (values["model.family"], "sdxl" if values["model.unet.addition_embed_type"] else "")
+    is_known = bool(values["model.family"]) or not values["model.pretrained"]
+    second = [path for path in values if path.startswith("model.text_encoder_2.") and values[path] != defaults[path]]
+    if is_known and not is_sdxl:
+        yield second, f"{second[:1]} cannot apply: only SDXL (model.family = 'sdxl') has a second text encoder"
+        yield (
+            "text_encoder_2" in values["model.from_scratch"],
+            "model.from_scratch has text_encoder_2, but only SDXL (model.family = 'sdxl') has a second text encoder",
+        )
+    adapted = [path for path in values if path.startswith("lora.") and values[path] != defaults[path]]
+    yield (
+        adapted and not values["lora.rank"] and not values["lora.pretrained"],
+        f"{', '.join(adapted)} cannot apply with lora.rank = 0, which trains the weights themselves; set lora.rank",
+    )
+    has_adapters = values["lora.rank"] or values["lora.pretrained"]
+    yield has_adapters and not values["lora.targets"], "lora.targets is empty; name layers, such as ('to_q', 'to_v')"
+    text_targets, learns_text = "lora.text_encoder_targets", values["optimizer.text_encoder_learning_rate"]
+    yield (
+        has_adapters and learns_text and not values[text_targets],
+        f"{text_targets} is empty; name layers, such as ('q_proj', 'v_proj')",
+    )
+    yield (
+        text_targets in adapted and not learns_text,
+        f"{text_targets} cannot apply: the text encoders are frozen; set optimizer.text_encoder_learning_rate",
+    )
+    yield (
+        has_adapters and "unet" in values["model.from_scratch"],
+        "lora.rank needs a model to adapt: take unet out of model.from_scratch, or set lora.rank = 0",
+    )
 
 
 def _schedule(values: Values) -> Wrongs:
@@ -197,7 +234,15 @@ def _autoencoder(values: Values) -> Wrongs:
         return
     defaults = {"noise.kind": "offset", "noise.probability": 1.0}
     sections = ("probe.every_steps", "validation.every_steps")
-    others = ("schedule.zero_terminal_snr", "loss.min_snr_gamma", "sample.brightness", *sections)
+    others = (
+        "lora.rank",
+        "lora.pretrained",
+        "optimizer.text_encoder_learning_rate",
+        "schedule.zero_terminal_snr",
+        "loss.min_snr_gamma",
+        "sample.brightness",
+        *sections,
+    )
     for path, value in values.items():
         if (path.startswith("noise.") or path in others) and value not in (defaults.get(path, 0), "", ()):
             yield True, f"{path} cannot apply to task = 'autoencoder'; set it back"

@@ -17,8 +17,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from offsetjax.checks import flatten, validate
-from offsetjax.defaults import FOREIGN_NAMES, default_config
+from offsetjax.checks import validate
+from offsetjax.defaults import FOREIGN_NAMES, default_config, flatten
 from offsetjax.errors import UserError
 
 __all__ = ["default_config", "digest", "flatten", "from_json", "load_config", "override", "to_json", "validate"]

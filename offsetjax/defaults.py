@@ -1,5 +1,8 @@
 """The fields of a config, with their defaults, and what other trainers call them."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from ml_collections import ConfigDict
 
 # The names that other trainers use for our fields, so that an error can translate them.
@@ -28,6 +31,13 @@ FOREIGN_NAMES = {
     "timestep_spacing": "sample.spacing",
     "sample_sampler": "sample.sampler",
     "guidance_rescale": "sample.guidance_rescale",
+    "text_encoder_lr": "optimizer.text_encoder_learning_rate",
+    "train_text_encoder": "optimizer.text_encoder_learning_rate",
+    "network_dim": "lora.rank",
+    "network_alpha": "lora.alpha",
+    "lora_alpha": "lora.alpha",
+    "network_weights": "lora.pretrained",
+    "target_modules": "lora.targets",
     "min_timestep": "loss.min_timestep",
     "timestep_bias_begin": "loss.min_timestep",
 }
@@ -44,11 +54,13 @@ def default_config() -> ConfigDict:
     config.task = "diffusion"  # or "autoencoder"
     config.train = ConfigDict({"steps": 1000, "global_batch_size": 8, "accumulate_steps": 1, "log_every_steps": 50})
     config.data = ConfigDict({"path": "", "split": "train", "resolution": 512, "random_flip": True, "num_workers": 0})
-    config.encode = ConfigDict({"caption_dropout": 0.1})
+    config.encode = ConfigDict({"caption_dropout": 0.1, "long_captions": "truncate"})  # or "refuse"
     config.model = ConfigDict(
         {
-            "pretrained": "",  # a diffusers directory; its architecture replaces the one below
-            "from_scratch": (),  # parts to draw at random: unet, vae, text_encoder, tokenizer
+            "pretrained": "",  # a diffusers directory or a single file; its architecture replaces the one below
+            "variant": "",  # of a directory's weights, such as fp16; empty: the plain files, or the only variant
+            "family": "",  # sd1, sd2 or sdxl; empty: as the checkpoint or the architecture below says
+            "from_scratch": (),  # parts to draw at random: unet, vae, text_encoder, text_encoder_2, tokenizer
             "dtype": "bfloat16",  # compute; parameters are float32
             "unet": {
                 "sample_size": 64,
@@ -64,6 +76,10 @@ def default_config() -> ConfigDict:
                 "norm_num_groups": 32,
                 "flip_sin_to_cos": True,
                 "freq_shift": 0,
+                "transformer_layers_per_block": (1, 1, 1, 1),
+                "addition_embed_type": "",  # "text_time": SDXL's pooled text and micro-conditioning
+                "addition_time_embed_dim": 0,
+                "projection_class_embeddings_input_dim": 0,
             },
             "vae": {
                 "in_channels": 3,
@@ -89,6 +105,27 @@ def default_config() -> ConfigDict:
                 "layer_norm_eps": 1e-5,
                 "projection_dim": 768,
             },
+            "text_encoder_2": {  # of SDXL alone: OpenCLIP ViT-bigG
+                "vocab_size": 49408,
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 20,
+                "max_position_embeddings": 77,
+                "hidden_act": "gelu",
+                "layer_norm_eps": 1e-5,
+                "projection_dim": 1280,
+            },
+            "force_zeros_for_empty_prompt": False,  # an empty caption is zeros, as SDXL base was trained
+        }
+    )
+    config.lora = ConfigDict(
+        {
+            "rank": 0,  # 0: the weights themselves are trained
+            "alpha": 0.0,  # the adapters are scaled by alpha / rank; 0: alpha is the rank
+            "targets": ("to_q", "to_k", "to_v", "to_out.0"),  # of the denoiser, by the ends of diffusers' names
+            "text_encoder_targets": ("q_proj", "k_proj", "v_proj", "out_proj"),
+            "pretrained": "",  # a LoRA to start from: a .safetensors file with diffusers' or kohya's keys
         }
     )
     config.noise = ConfigDict(
@@ -122,6 +159,7 @@ def default_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-5,
+            "text_encoder_learning_rate": 0.0,  # 0: the text encoders are frozen
             "warmup_steps": 100,
             "decay": "cosine",
             "b1": 0.9,
@@ -155,3 +193,12 @@ def default_config() -> ConfigDict:
     )
     config.probe = ConfigDict({"every_steps": 0, "prompts": ("",), "seeds_per_prompt": 32})
     return config.lock()
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields `("noise.offset_strength", value)` for each field, in the order of definition."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,10 +1,16 @@
 """The frozen parts: pixels and token ids to latents and embeddings."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from offsetjax.models.autoencoder import Autoencoder
+from offsetjax.models.pipeline import Pipeline
+
+# The hidden states [b, n, d]; SDXL's pooled text and micro-conditioning, `text_embeds` [b, p] and `time_ids` [b, 6].
+Conditions = tuple[Float[Array, "b n d"], Mapping[str, Array] | None]
 
 
 def to_unit_range(pixels: UInt8[Array, "b h w 3"]) -> Float[Array, "b 3 h w"]:
@@ -28,8 +34,38 @@ def encode_pixels(
 
 
 def drop_captions(
-    keys: Key[Array, " b"], input_ids: Int[Array, "b n"], empty_ids: Int[Array, " n"], probability: float
-) -> Int[Array, "b n"]:
+    keys: Key[Array, " b"], input_ids: Int[Array, "b e n"], empty_ids: Int[Array, "e n"], probability: float
+) -> Int[Array, "b e n"]:
     """Replaces a share of the captions by the empty one, for classifier-free guidance (arXiv 2207.12598)."""
     dropped: Bool[Array, " b"] = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
-    return jnp.where(dropped[:, None], empty_ids, input_ids)
+    return jnp.where(dropped[:, None, None], empty_ids, input_ids)
+
+
+def encode_captions(
+    pipeline: Pipeline,
+    params: Mapping[str, PyTree],
+    input_ids: Int[Array, "b e n"],
+    time_ids: Float[Array, "b 6"],
+    empty_ids: Int[Array, "e n"],
+) -> Conditions:
+    """What the denoiser is told of the captions and, in SDXL, of the pictures' sizes.
+
+    The hidden states of several text encoders stand side by side; an empty caption is zeros where the model was trained
+    so (`force_zeros_for_empty_prompt`).
+
+    Args:
+        params: of each part, as its `apply` takes them.
+        time_ids: original height and width, crop's top and left, target height and width (arXiv 2307.01952, 2.2).
+    """
+    encoded = [
+        model.apply(params[part], input_ids[:, place])
+        for place, (part, model) in enumerate(pipeline.text_encoders.items())
+    ]
+    hidden, pooled = jnp.concatenate([each for each, _ in encoded], axis=-1), encoded[-1][1]
+    if pipeline.force_zeros_for_empty_prompt:
+        is_empty = (input_ids == empty_ids).all((1, 2))
+        hidden = jnp.where(is_empty[:, None, None], 0.0, hidden)
+        pooled = None if pooled is None else jnp.where(is_empty[:, None], 0.0, pooled)
+    if not pipeline.is_conditioned_on_size:
+        return hidden, None
+    return hidden, {"text_embeds": pooled, "time_ids": time_ids}

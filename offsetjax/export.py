@@ -1,31 +1,198 @@
-"""A checkpoint to a model that PyTorch diffusers loads, written under a temporary name and renamed."""
+"""A checkpoint to a model that others load, written under a temporary name and renamed, tensor by tensor.
 
+    diffusers     a directory for `from_pretrained`
+    single_file   one file in the original layout, for ComfyUI, A1111, Forge, kohya's scripts and `from_single_file`
+    lora          the adapters alone, with kohya's or diffusers' keys
+
+No more than a few tensors are in memory, whatever the model's size.
+"""
+
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
+from offsetjax.formats.lora import write_lora
+from offsetjax.formats.single_file import to_original
+from offsetjax.formats.tensors import Tensor, write_tensors
 from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card
-from offsetjax.models.pipeline import TRAINED, Pipeline, save_frozen, save_part
+from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts
+from offsetjax.models.weights import carried_of, write_tokenizers
 from offsetjax.objective import training_noise
-from offsetjax.workdir import Trained, load_trained
+from offsetjax.workdir import Stored, open_stored
+
+FORMATS = ("diffusers", "single_file", "lora")
+_ORIGINAL = {
+    "sd1": "https://github.com/CompVis/stable-diffusion",
+    "sd2": "https://github.com/Stability-AI/stablediffusion",
+    "sdxl": "https://github.com/Stability-AI/generative-models",
+}
 
 
-def noise_metadata(pipeline: Pipeline, config: ConfigDict, step: int) -> dict[str, str]:
-    """The header's `modelspec.*` (the field's standard) and `ss_*` (kohya's names): how the model was trained."""
+def export(
+    workdir: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    form: str = "diffusers",
+    step: int | None = None,
+    params: str | None = None,
+    dtype: str = "float32",
+    lora_keys: str = "kohya",
+    max_shard_gb: float = 10.0,
+) -> None:
+    """Writes a model that PyTorch programs load; adapters are merged into their base but for `form = "lora"`.
+
+    An autoencoder's training gives a directory with the `vae/` alone, which `model.pretrained` accepts.
+
+    Args:
+        form: diffusers (a directory), single_file or lora (a file whose name ends in .safetensors).
+        params: "ema" or "raw"; None is the config's `sample.params`.
+        lora_keys: kohya or diffusers.
+        max_shard_gb: a directory's weights beyond so many gigabytes are split over several files.
+
+    Raises:
+        UserError: `out` exists, the form does not go with the training, or the checkpoint cannot be read.
+    """
+    out = epath.Path(out)
+    if out.exists():
+        raise UserError(f"export: {out} exists; give another --out, or remove it")
+    if form != "diffusers" and out.suffix != ".safetensors":
+        raise UserError(f"export: --format={form} writes one file; give an --out that ends in .safetensors, not {out}")
+    stored = open_stored(workdir, step, params)
+    if form != "diffusers" and stored.config.task == "autoencoder":
+        raise UserError(f"export: {workdir} trained an autoencoder alone; use --format=diffusers")
+    if form == "lora" and not stored.config.lora.rank:
+        raise UserError(
+            f"export: {workdir} trained whole weights (lora.rank = 0); use --format=diffusers or single_file"
+        )
+    temporary = out.parent / f".{out.name}.{os.getpid()}.unfinished{out.suffix}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if form == "diffusers":
+            _write_directory(temporary, stored, dtype, int(max_shard_gb * 1e9), out.name)
+        elif form == "single_file":
+            _write_single_file(temporary, stored, dtype, out.stem)
+        else:
+            _write_lora(temporary, stored, dtype, out.stem, lora_keys)
+        temporary.rename(out)
+    finally:
+        if temporary.exists():
+            (temporary.rmtree if temporary.is_dir() else temporary.unlink)()
+
+
+def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_bytes: int, title: str) -> None:
+    config, pipeline = stored.config, stored.pipeline
+    is_diffusion = config.task == "diffusion"
+    parts = {part: stored.part(part) for part in network_parts(config)}
+    with _progress(out.name, parts) as parts:
+        for part, tensors in parts.items():
+            metadata = header(pipeline, config, stored.step, "diffusers", title) if part == "unet" else {}
+            files.write_part(
+                out,
+                part,
+                _torch_config(stored, part),
+                tensors,
+                dtype=dtype,
+                metadata=metadata,
+                max_shard_bytes=max_shard_bytes,
+            )
+    if is_diffusion:
+        write_tokenizers(out, pipeline.tokenizers)
+        scheduler = files.scheduler_config(
+            config.schedule.to_dict(), matched_sampler(pipeline, config), config.sample.spacing
+        )
+        files.write_scheduler(out, scheduler)
+        (out / "README.md").write_text(model_card(pipeline, config, stored.step))
+        write_spectrum(out, pipeline, config)
+        files.write_index(out, scheduler["_class_name"], family(config), pipeline.force_zeros_for_empty_prompt)
+
+
+def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) -> None:
+    config = stored.config
+    parts = {part: stored.part(part) for part in network_parts(config)}
+    configs = {part: _torch_config(stored, part) for part in parts}
+    configs["scheduler"] = files.scheduler_config(config.schedule.to_dict(), "ddim", config.sample.spacing)
+    with _progress(title, parts) as parts:
+        tensors = to_original(parts, configs, carried_of(stored.frozen))
+        metadata = header(stored.pipeline, config, stored.step, "single_file", title)
+        write_tensors(out, tensors, dtype=dtype, metadata={"format": "pt", **metadata})
+
+
+def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_keys: str) -> None:
+    config = stored.config
+    write_lora(
+        out,
+        {part: stored.adapters(part) for part in trained_parts(config)},
+        keys=lora_keys,
+        family=family(config),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha or config.lora.rank,
+        dtype=dtype,
+        metadata=header(stored.pipeline, config, stored.step, "lora", title),
+    )
+
+
+def _torch_config(stored: Stored, part: str) -> dict[str, Any]:
+    """The part's `config.json`; the size that a pipeline draws unless told otherwise is that of training."""
+    config, pipeline = stored.config, stored.pipeline
+    torch_config = getattr(pipeline, part).torch_config()
+    if part == "unet":
+        torch_config["sample_size"] = config.data.resolution // pipeline.vae.downscale
+    return torch_config
+
+
+@contextlib.contextmanager
+def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """The same tensors, whose reading moves a bar on the terminal."""
+    console = Console(stderr=True)
+    total = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+
+        def watched(tensor: Tensor) -> Tensor:
+            def read(index: tuple[slice, ...]) -> np.ndarray:
+                array = tensor.read(index)
+                progress.advance(task, array.nbytes)
+                return array
+
+            return dataclasses.replace(tensor, read=read)
+
+        yield {part: {name: watched(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
+
+
+def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: str) -> dict[str, str]:
+    """The header's `modelspec.*` (the field's standard) and `ss_*` (kohya's names): how the model was trained.
+
+    Args:
+        form: of the export: diffusers, single_file or lora.
+        title: the file's name.
+    """
     side = str(config.data.resolution)
+    optimizer = config.optimizer
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(config),
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": "offsetjax",
+        "modelspec.architecture": _architecture(config) + ("/lora" if form == "lora" else ""),
+        "modelspec.implementation": _ORIGINAL[family(config)] if form == "single_file" else "diffusers",
+        "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config.schedule.prediction_type],
@@ -35,7 +202,9 @@ def noise_metadata(pipeline: Pipeline, config: ConfigDict, step: int) -> dict[st
         "ss_v_parameterization": str(config.schedule.prediction_type == "v_prediction"),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
         "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
-        "ss_learning_rate": repr(config.optimizer.learning_rate),
+        "ss_learning_rate": repr(optimizer.learning_rate),
+        "ss_unet_lr": repr(optimizer.learning_rate),
+        "ss_text_encoder_lr": repr(optimizer.text_encoder_learning_rate or None),
         "ss_max_train_steps": str(config.train.steps),
         "ss_steps": str(step),
         "ss_seed": str(config.seed),
@@ -58,59 +227,11 @@ def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
 
 
 def _architecture(config: ConfigDict) -> str:
-    if config.model.unet.cross_attention_dim != 1024:  # the width of OpenCLIP ViT-H, which 2.x has
-        return "stable-diffusion-v1"
-    return {"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"}[
-        config.schedule.prediction_type
-    ]
-
-
-def export(
-    workdir: epath.PathLike,
-    out: epath.PathLike,
-    *,
-    step: int | None = None,
-    params: str | None = None,
-    dtype: str = "float32",
-) -> None:
-    """Writes a diffusers directory: what PyTorch's `StableDiffusionPipeline.from_pretrained` loads.
-
-    An autoencoder's training gives the `vae/` alone, which `model.pretrained` accepts.
-
-    Raises:
-        UserError: `out` exists, or the checkpoint cannot be read.
-    """
-    out = epath.Path(out)
-    if out.exists():
-        raise UserError(f"export: {out} exists; give another --out, or remove it")
-    trained = load_trained(workdir, step, params)
-    temporary = out.parent / f".{out.name}.{os.getpid()}"
-    try:
-        _write(temporary, trained, dtype)
-        temporary.rename(out)
-    finally:
-        if temporary.exists():
-            temporary.rmtree()
-
-
-def _write(out: epath.Path, trained: Trained, dtype: str) -> None:
-    config, pipeline, part = trained.config, trained.pipeline, TRAINED[trained.config.task]
-    is_diffusion = config.task == "diffusion"
-    metadata = noise_metadata(pipeline, config, trained.step) if is_diffusion else {}
-    model = getattr(pipeline, part)
-    if is_diffusion:  # the size that a pipeline draws unless told otherwise is that of training
-        size = config.data.resolution // pipeline.vae.downscale
-        model = dataclasses.replace(model, config={**model.config, "sample_size": size})
-    save_part(out, part, model, trained.params, dtype=dtype, **metadata)
-    save_frozen(out, pipeline, trained.frozen, dtype=dtype)
-    if is_diffusion:
-        scheduler = files.scheduler_config(
-            config.schedule.to_dict(), matched_sampler(pipeline, config), config.sample.spacing
-        )
-        files.write_scheduler(out, scheduler)
-        (out / "README.md").write_text(model_card(pipeline, config, trained.step))
-        write_spectrum(out, pipeline, config)
-        files.write_index(out, scheduler["_class_name"])
+    if family(config) == "sd2":
+        return {"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"}[
+            config.schedule.prediction_type
+        ]
+    return {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[family(config)]
 
 
 def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:

@@ -31,6 +31,7 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
     channels = pipeline.vae.config["latent_channels"]
     return _CARD.format(
         step=step,
+        pipeline="StableDiffusionXLPipeline" if pipeline.is_conditioned_on_size else "StableDiffusionPipeline",
         resolution=config.data.resolution,
         prediction={"epsilon": "ε", "v_prediction": "v"}[config.schedule.prediction_type],
         noise=describe(noise, config.noise, size, size),
@@ -60,9 +61,9 @@ Start from the same noise: from PyTorch's default a model that was trained with 
 bright pictures.
 
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import {pipeline}
 
-    pipeline = StableDiffusionPipeline.from_pretrained(".")
+    pipeline = {pipeline}.from_pretrained(".")
     prompts = ["a town square lit only by torchlight"]
     b = len(prompts)
 {latents}

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from offsetjax.diffusion import loss as losses
 from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
-from offsetjax.encode import drop_captions, encode_pixels, sample_latent, to_unit_range
-from offsetjax.models.pipeline import Pipeline
+from offsetjax.encode import drop_captions, encode_captions, encode_pixels, sample_latent, to_unit_range
+from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.random import stream_key
 
 Batch = Mapping[str, Array]
@@ -37,20 +37,23 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
 
     Each draw has a stream of its own: vae, caption_dropout, timestep, noise and input_perturbation.
 
-    The batch holds `pixels` uint8 [b, H, W, 3], `input_ids` int32 [b, n] and `position` int32 [b].
+    The batch holds `pixels` uint8 [b, H, W, 3], `input_ids` int32 [b, e, n] for e text encoders, `time_ids` float32
+    [b, 6] and `position` int32 [b].
     """
     schedule = make_schedule(**config.schedule)
     noises = training_noise(pipeline, config)
     empty_ids = pipeline.tokenize([""])[0]
 
-    def objective(params: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
+    def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
+        params = join(trained, frozen)
+
         def keys(name: str) -> Key[Array, " b"]:
             return batch_keys(config.seed, name, step, batch)
 
         # encode
-        latents = encode_pixels(pipeline.vae, frozen["vae"], batch["pixels"], keys("vae"))
+        latents = encode_pixels(pipeline.vae, params["vae"], batch["pixels"], keys("vae"))
         input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
-        hidden = pipeline.text_encoder.apply(frozen["text_encoder"], input_ids)
+        conditions = encode_captions(pipeline, params, input_ids, batch["time_ids"], empty_ids)
         # noise
         # A picture's mean is decided at the noisy end; a short fine-tuning may look there alone.
         first, last = config.loss.min_timestep, schedule.num_train_timesteps
@@ -61,7 +64,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         variances = jnp.asarray(noises.variance(*latents.shape[2:]), jnp.float32)
         # loss
         noisy = jax.vmap(lambda x, n, t: add_noise(schedule, x, n, t))(latents, perturbed, timesteps)
-        prediction = pipeline.unet.apply(params, noisy, timesteps, hidden)
+        prediction = pipeline.unet.apply(params["unet"], noisy, timesteps, *conditions)
 
         def example_loss(prediction, latent, noise, timestep):
             error = losses.mean_squared_error(prediction, target(schedule, latent, noise, timestep))
@@ -83,8 +86,8 @@ def perturb(keys: Key[Array, " b"], noise: Float[Array, "b c h w"], gamma: float
 def autoencoder_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     """Squared error of the reconstruction and `loss.kl_weight` times the KL divergence of the posterior."""
 
-    def objective(params: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
-        del frozen
+    def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
+        params = join(trained, frozen)["vae"]
         pixels = to_unit_range(batch["pixels"])
         means, log_variances = pipeline.vae.encode(params, pixels)
         latents = jax.vmap(sample_latent)(batch_keys(config.seed, "vae", step, batch), means, log_variances)

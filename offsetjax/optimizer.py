@@ -1,6 +1,9 @@
 """AdamW with warm-up, decay and clipping, from optax."""
 
+from collections.abc import Mapping
+
 import optax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 
@@ -22,9 +25,12 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; the optimizer sees trained parameters only."""
+    """Global-norm clipping, then AdamW, for parameters by part; the optimizer sees those that are trained alone.
+
+    The text encoders' learning rate is `optimizer.text_encoder_learning_rate`, with the same warm-up and decay.
+    """
     optimizer = config.optimizer
-    return optax.chain(
+    steps = optax.chain(
         optax.clip_by_global_norm(optimizer.max_grad_norm),
         optax.adamw(
             learning_rate(config),
@@ -34,3 +40,13 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             weight_decay=optimizer.weight_decay,
         ),
     )
+    if not optimizer.text_encoder_learning_rate:
+        return steps
+    # AdamW's step, its decay included, is proportional to the learning rate.
+    ratio = optimizer.text_encoder_learning_rate / optimizer.learning_rate
+    scales = {"unet": optax.identity(), "text_encoder": optax.scale(ratio)}
+    return optax.chain(steps, optax.partition(scales, _labels))
+
+
+def _labels(params: Mapping[str, PyTree]) -> dict[str, str]:
+    return {part: "unet" if part == "unet" else "text_encoder" for part in params}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,46 @@ def grid(pictures: Sequence[Picture]) -> Image.Image:
         ink.text((1, top + 1), prompt or "(no prompt)", fill="black")
         for x, picture in enumerate(row):
             canvas.paste(Image.fromarray(picture.image), (x * (width + gap), top + text))
+    return canvas
+
+
+def write_comparison(
+    directory: epath.Path, before: Sequence[Picture], after: Sequence[Picture], about: Mapping[str, Any]
+) -> None:
+    """Writes `compare.png`, pairs of pictures with the brightness under each, and `compare.json`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_png(directory / "compare.png", side_by_side(before, after))
+    pairs = [
+        {**_record(first), "before": round(first.brightness, 5), "after": round(second.brightness, 5)}
+        for first, second in zip(before, after, strict=True)
+    ]
+    for pair in pairs:
+        pair.pop("brightness")
+    (directory / "compare.json").write_text(json.dumps({**about, "records": pairs}, indent=1) + "\n")
+
+
+def side_by_side(before: Sequence[Picture], after: Sequence[Picture]) -> Image.Image:
+    """Before and after for each prompt and seed: a row a prompt under its text, a pair a seed."""
+    rows: dict[str, list[tuple[Picture, Picture]]] = {}
+    for first, second in zip(before, after, strict=True):
+        rows.setdefault(first.prompt, []).append((first, second))
+    height, width = before[0].image.shape[:2]
+    size = max(11, width // 24)
+    font = ImageFont.load_default(size)
+    gap, line = max(4, width // 64), round(1.5 * size)
+    pair_width, row_height = 2 * width + gap, height + 2 * line + gap
+    columns = max(len(row) for row in rows.values())
+    canvas = Image.new("RGB", (columns * (pair_width + 3 * gap) - gap, len(rows) * row_height + gap), "#808080")
+    ink = ImageDraw.Draw(canvas)
+    for y, (prompt, row) in enumerate(rows.items()):
+        top = gap + y * row_height
+        ink.text((gap, top), prompt or "(no prompt)", fill="white", font=font)
+        for x, pair in enumerate(row):
+            for place, (name, picture) in enumerate(zip(("before", "after"), pair, strict=True)):
+                left = gap + x * (pair_width + 3 * gap) + place * (width + gap)
+                canvas.paste(Image.fromarray(picture.image), (left, top + line))
+                text = f"{name} {picture.brightness:.2f}"
+                ink.text((left, top + line + height + 1), text, fill="white", font=font)
     return canvas
 
 

@@ -5,13 +5,14 @@ not change are kept in `frozen/`, so that nothing outside the work directory is 
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
@@ -25,19 +26,22 @@ from offsetjax.data.stream import Stream, captions, check_fingerprint, make_stre
 from offsetjax.diffusion.noise import describe
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
+from offsetjax.formats.names import torch_tensors
 from offsetjax.models.autoencoder import standardised
-from offsetjax.models.pipeline import (
-    FROZEN,
-    TRAINED,
-    Pipeline,
-    build,
+from offsetjax.models.initial import (
+    abstract_trained,
+    adopt_lora,
+    carried_tensors,
+    check_initial,
     initial_params,
-    is_from_scratch,
-    load_frozen,
-    resolve,
-    save_frozen,
+    initial_tensors,
+    initial_trained,
+    pretrained_tokenizers,
 )
-from offsetjax.models.text import load_tokenizer, train_tokenizer
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, text_parts
+from offsetjax.models.resolve import resolve
+from offsetjax.models.tokenizer import Tokens, tokenize, train_tokenizer
+from offsetjax.models.weights import load_frozen, read_tokenizers, write_frozen
 from offsetjax.objective import training_noise
 from offsetjax.step import TrainState, init_state
 from offsetjax.workdir import read_config, write_config
@@ -51,6 +55,8 @@ RESUMABLE_CHANGES = (
     "data.path",
     "data.num_workers",
     "model.pretrained",
+    "model.variant",
+    "lora.pretrained",  # read before the first step alone
     "noise.calibration",  # what it filled in is compared
 )
 RESUMABLE_SECTIONS = ("mesh", "checkpoint", "sample", "validation", "probe")
@@ -75,30 +81,38 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     """
     mesh = sharding.make_mesh(config)
     is_new = not (workdir / "config.json").exists()
-    config, pipeline, frozen = (_begin if is_new else _reopen)(config, workdir, source)
-    return Run(config, workdir, mesh, pipeline, jax.device_put(frozen, sharding.shardings(mesh, frozen)))
+    config = (_begin if is_new else _reopen)(config, workdir, source)
+    pipeline = build(config, read_tokenizers(workdir / "frozen"))
+    frozen = load_frozen(workdir / "frozen", config, pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
+    return Run(config, workdir, mesh, pipeline, frozen)
 
 
-def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, Pipeline, PyTree]:
+def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
+    """Writes what a work directory has from the start, once all that can be wrong has been looked at."""
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
     config = fill(resolve(config))
+    adopt_lora(config)
     validate(config)  # what was read and filled in may not go with what was set
     check_resolution(config)
-    tokenizer = _tokenizer(config, source)
-    pipeline = build(config, tokenizer)
-    frozen = {part: initial_params(config, part, getattr(pipeline, part)) for part in FROZEN[config.task]}
+    tokenizers = _tokenizers(config, source)
+    pipeline = build(config, tokenizers)
+    check_initial(config, pipeline)
+    tensors = {part: initial_tensors(config, part, getattr(pipeline, part)) for part in frozen_parts(config)}
     if config.task == "diffusion" and config.model.vae.scaling_factor == 0:
-        mean, std = latent_statistics(config, pipeline, frozen["vae"], source)
-        frozen["vae"] = standardised(frozen["vae"], mean, std)
+        vae = initial_params(config, "vae", pipeline.vae)
+        mean, std = latent_statistics(config, pipeline, vae, source)
+        tensors["vae"] = torch_tensors(standardised(vae, mean, std))
         config.model.vae.scaling_factor = 1.0
-        pipeline = build(config, tokenizer)
+        pipeline = build(config, tokenizers)
         _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        save_frozen(workdir / "frozen", pipeline, frozen)
+        write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
-    return config, pipeline, frozen
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the work directory is written")
+    return config
 
 
 def check_resolution(config: ConfigDict) -> None:
@@ -112,13 +126,15 @@ def check_resolution(config: ConfigDict) -> None:
         )
 
 
-def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, Pipeline, PyTree]:
+def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     del source
     stored = read_config(workdir)
     is_gone = not epath.Path(config.model.pretrained or ".").exists()
     is_uncalibrated = not epath.Path(config.noise.calibration or ".").exists()
     config = config if is_gone else resolve(config)
     config = config if is_uncalibrated else _refilled(config, stored)
+    if epath.Path(config.lora.pretrained or ".").exists():
+        adopt_lora(config)
     given, defaults = dict(flatten(config)), dict(flatten(default_config()))
     if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
         given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
@@ -137,7 +153,7 @@ def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
     if jax.process_index() == 0:
         write_config(workdir, stored)
-    return stored, *load_frozen(workdir / "frozen", stored)
+    return stored
 
 
 def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
@@ -149,33 +165,37 @@ def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     return config
 
 
-def _tokenizer(config: ConfigDict, source: Any) -> CLIPTokenizer | None:
+def _tokenizers(config: ConfigDict, source: Any) -> tuple[CLIPTokenizer, ...]:
     if config.task == "autoencoder":
-        return None
-    if is_from_scratch(config, "tokenizer"):
-        text = config.model.text_encoder
-        return train_tokenizer(captions(source), text.vocab_size, text.max_position_embeddings)
-    return load_tokenizer(epath.Path(config.model.pretrained) / "tokenizer")
+        return ()
+    if (pretrained := pretrained_tokenizers(config)) is not None:
+        return pretrained
+    texts = [config.model[part] for part in text_parts(config)]
+    words, length = min(text.vocab_size for text in texts), texts[0].max_position_embeddings
+    return (train_tokenizer(captions(source), words, length),) * len(texts)
 
 
 def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[TrainState, PyTree]:
     """The newest checkpoint's state, or the one before the first step; and its shardings."""
-    part = TRAINED[run.config.task]
-    model = getattr(run.pipeline, part)
-    like = jax.eval_shape(lambda key: init_state(model.init(key), run.config), jax.random.key(0))
+    config, pipeline = run.config, run.pipeline
+    like = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
     shardings = sharding.shardings(run.mesh, like)
-    if run.config.task == "diffusion":
-        side = run.config.data.resolution // run.pipeline.vae.downscale
-        _log.info("noise: %s", describe(training_noise(run.pipeline, run.config), run.config.noise, side, side))
+    if config.task == "diffusion":
+        side = config.data.resolution // pipeline.vae.downscale
+        _log.info("noise: %s", describe(training_noise(pipeline, config), config.noise, side, side))
     if manager.all_steps():
         state, data = checkpoint.restore(manager, checkpoint.abstract(like, shardings))
         check_fingerprint(data["fingerprint"], stream.fingerprint())
         _log.info("resuming %s at step %d", run.workdir, int(state.step))
         return state, shardings
-    millions = sum(leaf.size for leaf in jax.tree.leaves(like.params)) / 1e6
-    _log.info("%s: %.2f M parameters on mesh %s", part, millions, dict(run.mesh.shape))
-    params = initial_params(run.config, part, model)
-    return jax.jit(lambda params: init_state(params, run.config), out_shardings=shardings)(params), shardings
+    for part, params in like.params.items():
+        millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+        what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+        _log.info("%s: %s%.2f M parameters trained on mesh %s", part, what, millions, dict(run.mesh.shape))
+    params = initial_trained(config, pipeline, shardings.params)
+    # Donated: the first state holds the parameters once, whatever their size.
+    begin = jax.jit(lambda params: init_state(params, config), out_shardings=shardings, donate_argnums=0)
+    return begin(params), shardings
 
 
 def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, process_count: int | None = None) -> Stream:
@@ -187,11 +207,18 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, process_cou
         global_batch_size=config.train.global_batch_size,
         resolution=config.data.resolution,
         random_flip=config.data.random_flip,
-        tokenize=_tokenize(pipeline),
+        tokenize=partial(tokenize, pipeline.tokenizers) if pipeline.tokenizers else _no_tokens,
+        long_captions=config.encode.long_captions,
         num_workers=config.data.num_workers,
         process_index=jax.process_index() % count,
         process_count=count,
     )
+
+
+def _no_tokens(caption: str) -> Tokens:
+    """An autoencoder reads no captions."""
+    del caption
+    return Tokens(np.zeros((1, 1), np.int32), 1)
 
 
 def latent_statistics(
@@ -205,9 +232,3 @@ def latent_statistics(
     latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])
     batches.close()
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-
-
-def _tokenize(pipeline: Pipeline) -> Callable[[str], np.ndarray]:
-    if pipeline.tokenizer is None:  # an autoencoder reads no captions
-        return lambda caption: np.zeros(1, np.int32)
-    return lambda caption: pipeline.tokenize([caption])[0]

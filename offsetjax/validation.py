@@ -18,32 +18,34 @@ from offsetjax.data.stream import Source, Stream
 from offsetjax.diffusion.loss import mean_squared_error
 from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
-from offsetjax.encode import to_unit_range
+from offsetjax.encode import encode_captions, to_unit_range
 from offsetjax.errors import UserError
-from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.objective import Batch, add_position, training_noise
 from offsetjax.random import stream_key
 
-# params, frozen, batch, its number, count of examples → the sum over the batch, for each noise and time step
+# trained, frozen, batch, its number, count of examples → the sum over the batch, for each noise and time step
 Losses = Callable[[PyTree, PyTree, Batch, Int[Array, ""], Int[Array, ""]], dict[str, Float[Array, " t"]]]
 
 
 def make_losses(pipeline: Pipeline, config: ConfigDict) -> Losses:
     """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count."""
     schedule = make_schedule(**config.schedule)
+    empty_ids = pipeline.tokenize([""])[0]
     noises = {"plain": PLAIN}
     training = training_noise(pipeline, config)
     if not training.is_plain:
         noises["training"] = training
 
     def losses(
-        params: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
+        trained: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
     ) -> dict[str, Float[Array, " t"]]:
+        params = join(trained, frozen)
         batch = add_position(batch, config.train.global_batch_size)
         # The posterior's mean: a draw from it would only add noise to the curve.
-        means, _ = pipeline.vae.encode(frozen["vae"], to_unit_range(batch["pixels"]))
+        means, _ = pipeline.vae.encode(params["vae"], to_unit_range(batch["pixels"]))
         latents = means * pipeline.vae.config["scaling_factor"]
-        hidden = pipeline.text_encoder.apply(frozen["text_encoder"], batch["input_ids"])
+        conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
         places = number * config.train.global_batch_size + batch["position"]
 
         def at(noise: Noise, timestep: Int[Array, ""]) -> Float[Array, ""]:
@@ -52,7 +54,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict) -> Losses:
             timesteps = jnp.full(len(places), timestep)
             drawn = jax.vmap(noise.draw)(keys, latents, timesteps)
             noisy = jax.vmap(lambda x, n: add_noise(schedule, x, n, timestep))(latents, drawn)
-            prediction = pipeline.unet.apply(params, noisy, timesteps, hidden)
+            prediction = pipeline.unet.apply(params["unet"], noisy, timesteps, *conditions)
             wanted = jax.vmap(lambda x, n: target(schedule, x, n, timestep))(latents, drawn)
             return (jax.vmap(mean_squared_error)(prediction, wanted) * (places < count)).sum()
 

@@ -1,29 +1,62 @@
 """What a finished, or interrupted, training left: read back for sampling and export."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax import checkpoint, sharding
 from offsetjax.config import from_json, to_json
 from offsetjax.errors import UserError
-from offsetjax.models.pipeline import TRAINED, Pipeline, load_frozen
-from offsetjax.step import init_state
+from offsetjax.formats.names import torch_tensors
+from offsetjax.formats.tensors import Tensor
+from offsetjax.models.initial import abstract_trained
+from offsetjax.models.lora import merged_tensors
+from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_parts
+from offsetjax.models.weights import frozen_tensors, load_frozen, read_tokenizers
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One checkpoint of a work directory; `params` are those of the trained part, raw or averaged."""
+    """A model that can be sampled; `params` are those of the trained parts, raw or averaged, by part."""
 
     config: ConfigDict
     pipeline: Pipeline
-    params: PyTree
-    frozen: PyTree
+    params: Mapping[str, PyTree]
+    frozen: Mapping[str, PyTree]
     step: int
     which: str
+    mesh: Mesh
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The same, for export: `params` are tensors that are not read yet."""
+
+    config: ConfigDict
+    pipeline: Pipeline
+    params: Mapping[str, PyTree]
+    frozen: epath.Path
+    step: int
+    which: str
+
+    def part(self, part: str) -> dict[str, Tensor]:
+        """A part as it draws, by PyTorch's names: adapters are merged into their base."""
+        if part not in self.params:
+            return frozen_tensors(self.frozen, part)
+        if not self.config.lora.rank:
+            return torch_tensors(self.params[part])
+        return merged_tensors(frozen_tensors(self.frozen, part), self.adapters(part), adapter_scale(self.config))
+
+    def adapters(self, part: str) -> PyTree:
+        """The adapters of a part, on the host."""
+        is_tensor = lambda leaf: isinstance(leaf, Tensor)  # noqa: E731
+        return jax.tree.map(lambda tensor: tensor(), self.params[part], is_leaf=is_tensor)
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
@@ -49,7 +82,7 @@ def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
 
 
 def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Trained:
-    """Reads one checkpoint, sharded over all devices.
+    """Reads one checkpoint, sharded over all devices; of its state, no more than what is asked for.
 
     Args:
         step: None is the newest.
@@ -58,15 +91,36 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
     Raises:
         UserError: no work directory, no such step, or an average that was not kept.
     """
+    config, pipeline, which = _open(workdir, which)
+    mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
+    place = partial(sharding.shardings, mesh)
+    like = abstract_trained(config, pipeline)
+    with checkpoint.open_checkpoints(workdir) as manager:
+        step = checkpoint.existing_step(manager, step)
+        params = checkpoint.restore_part(manager, _FIELD[which], checkpoint.abstract(like, place(like)), step)
+    frozen = load_frozen(epath.Path(workdir) / "frozen", config, pipeline, frozen_parts(config), place)
+    return Trained(config, pipeline, params, frozen, step, which, mesh)
+
+
+def open_stored(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Stored:
+    """The same, without reading the weights.
+
+    Raises:
+        UserError: as for `load_trained`; what is damaged is found when it is read.
+    """
+    config, pipeline, which = _open(workdir, which)
+    with checkpoint.open_checkpoints(workdir) as manager:
+        step = checkpoint.existing_step(manager, step)
+        params = checkpoint.open_part(manager, _FIELD[which], abstract_trained(config, pipeline), step)
+    return Stored(config, pipeline, params, epath.Path(workdir) / "frozen", step, which)
+
+
+_FIELD = {"raw": "params", "ema": "ema_params"}
+
+
+def _open(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipeline, str]:
     config = read_config(workdir)
     if which == "ema" and not config.optimizer.ema_decay:
         raise UserError("params: no average was kept (optimizer.ema_decay = 0); use --params=raw")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
-    pipeline, frozen = load_frozen(epath.Path(workdir) / "frozen", config)
-    model = getattr(pipeline, TRAINED[config.task])
-    like = jax.eval_shape(lambda key: init_state(model.init(key), config), jax.random.key(0))
-    mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
-    with checkpoint.open_checkpoints(workdir) as manager:
-        state, _ = checkpoint.restore(manager, checkpoint.abstract(like, sharding.shardings(mesh, like)), step)
-    params = state.ema_params if which == "ema" else state.params
-    return Trained(config, pipeline, params, frozen, int(state.step), which)
+    return config, build(config, read_tokenizers(epath.Path(workdir) / "frozen")), which

@@ -7,7 +7,7 @@ import diffusers
 import torch
 import transformers
 
-from offsetjax.models.text import save_tokenizer, train_tokenizer
+from offsetjax.models.tokenizer import save_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+# What the step takes of a batch; the rest, such as which captions were cut, stays with the host.
+FIELDS = ("pixels", "input_ids", "time_ids")
+
 
 def on_devices(
     batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding, ahead: int = 2
@@ -14,7 +17,7 @@ def on_devices(
     """The batches as global arrays, `ahead` of them on their way; each process gives its own block of each batch."""
 
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        fields = {name: batch[name] for name in ("pixels", "input_ids")}
+        fields = {name: batch[name] for name in FIELDS}
         return {name: jax.make_array_from_process_local_data(sharding, field) for name, field in fields.items()}
 
     queue: deque[dict[str, jax.Array]] = deque()

@@ -7,7 +7,7 @@ scaled down (white is 65535), CMYK and palettes converted. A file that cannot be
 import io
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 # Pictures beyond 8192 x 8192 are refused by their header: 20 kB of PNG can decode to hundreds of megabytes.
@@ -62,20 +62,37 @@ def clean(data: bytes) -> tuple[bytes, int, int]:
     return buffer.getvalue(), height, width
 
 
+def crop_box(height: int, width: int) -> tuple[float, float, float, float]:
+    """The centre square of a picture, in its pixels: left, top, right, bottom; it may begin between two pixels."""
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
 def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     """The centre square of an image, its side scaled to `resolution`: LANCZOS when it shrinks, else bicubic."""
     height, width, _ = image.shape
-    side = min(height, width)
     if height == width == resolution:
         return image
-    left, top = (width - side) / 2, (height - side) / 2
     square = Image.fromarray(image).resize(
         (resolution, resolution),
-        Image.Resampling.LANCZOS if side > resolution else Image.Resampling.BICUBIC,
-        box=(left, top, left + side, top + side),
+        Image.Resampling.LANCZOS if min(height, width) > resolution else Image.Resampling.BICUBIC,
+        box=crop_box(height, width),
         reducing_gap=3.0,  # a box filter does most of a large reduction: faster, and hardly to be told apart
     )
     return np.asarray(square)
+
+
+def time_ids(height: int, width: int, resolution: int) -> Float[np.ndarray, "6"]:
+    """What `resize_and_crop` does to a picture, as SDXL's micro-conditioning (arXiv 2307.01952, section 2.2) says it.
+
+    Returns:
+        The picture's height and width; the crop's top and left in pixels of the picture after its resize, as
+        diffusers' training script counts them, but not rounded; the height and width that it comes to.
+    """
+    left, top, right, _ = crop_box(height, width)
+    scale = resolution / (right - left)
+    return np.array([height, width, top * scale, left * scale, resolution, resolution], np.float32)
 
 
 def _load(data: bytes) -> tuple[Image.Image, int]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from jaxtyping import Int
 
-from offsetjax.data.images import UnreadableImage, decode, resize_and_crop
+from offsetjax.data.images import UnreadableImage, decode, resize_and_crop, time_ids
 from offsetjax.errors import UserError
 
 # How each field of a fingerprint is called in a config, for the remedy.
@@ -31,6 +31,9 @@ _CONFIG_NAMES = {
     "resolution": "data.resolution",
     "random_flip": "data.random_flip",
 }
+
+# A caption's ids for each of e text encoders, and how many tokens it had before it was cut to n.
+Tokenize = Callable[[str], tuple[Int[np.ndarray, "e n"], int]]
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,15 @@ class Source:
             pixels = decode(record["image"])
         except UnreadableImage as error:
             raise UserError(
-                f"data: record {index} ({record['name']}) of {self.path} ({self.split}) is no picture: {error}; "
+                f"data: {self.describe(index)} is no picture: {error}; "
                 "build the data set again with `offsetjax data build`"
             ) from error
         return {"pixels": pixels, "caption": record["caption"], "name": record["name"]}
+
+    def describe(self, index: int) -> str:
+        """Which record of which data set it is, for a message."""
+        name = self[index]["name"]
+        return f"record {index} ({name or 'without a name'}) of {self.path} ({self.split})"
 
 
 def open_source(path: epath.PathLike, split: str = "train") -> Source:
@@ -144,7 +152,8 @@ class Stream:
     global_batch_size: int
     resolution: int
     random_flip: bool
-    tokenize: Callable[[str], Int[np.ndarray, "n"]]
+    tokenize: Tokenize
+    long_captions: Literal["truncate", "refuse"] = "truncate"
     num_workers: int = 0
     process_index: int = 0
     process_count: int = 1
@@ -153,11 +162,13 @@ class Stream:
         """The batches of this process from number `start_batch` on; close it when done.
 
         Yields:
-            `pixels` uint8 `[b, resolution, resolution, 3]`, `input_ids` int32 `[b, n]`, `index` int64 `[b]`: the
-            number of each example in the source. b is `global_batch_size / process_count`.
+            `pixels` uint8 `[b, resolution, resolution, 3]`; `input_ids` int32 `[b, e, n]`, for each of e text encoders;
+            `time_ids` float32 `[b, 6]`, SDXL's micro-conditioning (see `offsetjax.data.images.time_ids`);
+            `is_truncated` bool `[b]`, whose captions were cut; `index` int64 `[b]`, the number of each example in
+            the source. b is `global_batch_size / process_count`.
 
         Raises:
-            UserError: a record that cannot be decoded.
+            UserError: a record that cannot be decoded, or a caption that is refused for its length.
         """
         iterator = iter(_batches(self, start_batch))
         try:
@@ -185,7 +196,8 @@ def make_stream(
     global_batch_size: int,
     resolution: int,
     random_flip: bool,
-    tokenize: Callable[[str], Int[np.ndarray, "n"]],
+    tokenize: Tokenize,
+    long_captions: Literal["truncate", "refuse"] = "truncate",
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -195,7 +207,8 @@ def make_stream(
     Args:
         seed: of the order and the flips, below 2**32.
         global_batch_size: examples a batch, over all processes.
-        tokenize: a caption's ids; it runs in this process, whatever `num_workers` is.
+        tokenize: a caption's ids and number of tokens; it runs in this process, whatever `num_workers` is.
+        long_captions: what becomes of a caption with more tokens than the text encoders read.
         num_workers: processes that read and decode; 0: threads of this one.
 
     Raises:
@@ -205,9 +218,8 @@ def make_stream(
         raise UserError(
             f"config: train.global_batch_size = {global_batch_size} must be a multiple of the {process_count} processes"
         )
-    return Stream(
-        source, seed, global_batch_size, resolution, random_flip, tokenize, num_workers, process_index, process_count
-    )
+    shares = (num_workers, process_index, process_count)
+    return Stream(source, seed, global_batch_size, resolution, random_flip, tokenize, long_captions, *shares)
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -261,23 +273,39 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, block))
         batches = examples[start_batch * block :].to_iter_dataset(options).batch(block)
     # The tokenizer stays out of the workers, which would import all of its and the models' libraries with it.
-    tokenized = batches.map(partial(_tokenized, stream.tokenize))
+    tokenized = batches.map(partial(_tokenized, stream))
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
 
 
 def _example(source: Source, resolution: int, index: int) -> dict[str, Any]:
     record = source.decoded(index)
-    pixels = resize_and_crop(record["pixels"], resolution)
-    return {"pixels": pixels, "caption": record["caption"], "index": np.int64(index)}
+    height, width, _ = record["pixels"].shape
+    return {
+        "pixels": resize_and_crop(record["pixels"], resolution),
+        "time_ids": time_ids(height, width, resolution),
+        "caption": record["caption"],
+        "index": np.int64(index),
+    }
 
 
 def _flip(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    # `time_ids` stay: a central crop is as far from the left of the mirrored picture as it was from its own.
     return {**example, "pixels": example["pixels"][:, ::-1]} if rng.random() < 0.5 else example
 
 
-def _tokenized(tokenize: Callable[[str], np.ndarray], batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    input_ids = np.stack([np.asarray(tokenize(str(caption)), np.int32) for caption in batch["caption"]])
-    return {"pixels": _own(batch["pixels"]), "input_ids": input_ids, "index": _own(batch["index"])}
+def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    tokens = [stream.tokenize(str(caption)) for caption in batch["caption"]]
+    input_ids = np.stack([np.asarray(ids, np.int32) for ids, _ in tokens])
+    num_tokens, limit = np.array([count for _, count in tokens]), input_ids.shape[-1]
+    is_truncated = num_tokens > limit
+    if stream.long_captions == "refuse" and is_truncated.any():
+        first = int(is_truncated.argmax())
+        raise UserError(
+            f"data: the caption of {stream.source.describe(batch['index'][first])} has {num_tokens[first]} tokens, but "
+            f"the text encoders read {limit}; shorten it, or set encode.long_captions='truncate'"
+        )
+    own = {name: _own(batch[name]) for name in ("pixels", "time_ids", "index")}
+    return {**own, "input_ids": input_ids, "is_truncated": is_truncated}
 
 
 def _own(array: np.ndarray) -> np.ndarray:

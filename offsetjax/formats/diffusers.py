@@ -1,81 +1,133 @@
-"""The diffusers directory: a folder for each part, with `config.json` and `diffusion_pytorch_model.safetensors`."""
+"""The diffusers directory: a folder for each part, with `config.json` and `diffusion_pytorch_model.safetensors`.
+
+Weights may be several files (`<stem>-00001-of-00002.safetensors`) beside an index (`<stem>.safetensors.index.json`), and
+may be there in variants: `<stem>.fp16.safetensors`, or `<stem>.safetensors.index.fp16.json`, in diffusers once
+`<stem>.fp16.safetensors.index.json`.
+"""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import ml_dtypes
-import numpy as np
-import safetensors.numpy
 from etils import epath
-from safetensors import SafetensorError
 
 from offsetjax.errors import UserError
+from offsetjax.formats.shards import open_sharded, write_sharded
+from offsetjax.formats.tensors import Tensor, open_tensors
 
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_WHERE = "model.pretrained"
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those with weights
+_CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
+_PLAIN = r"(\.[^.]+(?<!-of-\d{5}))?\.safetensors"  # and no shard, which has its index
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
-def read_config(directory: epath.PathLike, part: str) -> dict[str, Any]:
-    """The `config.json` (`scheduler_config.json` for the scheduler) of a part.
+def stem(part: str) -> str:
+    """What the names of a part's files of weights begin with."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
-    Raises:
-        UserError: it is missing or not JSON.
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory to read from.
+
+    Attributes:
+        variant: of the weights, where there are several; a part that does not have it is read without.
     """
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    file = epath.Path(directory) / part / name
-    if not file.exists():
-        raise UserError(
-            f"model.pretrained: {file} is missing; give a whole diffusers directory, or add to model.from_scratch"
-        )
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"model.pretrained: {file} is not JSON ({error}); fetch it again") from error
+
+    path: epath.Path
+    variant: str = ""
+
+    def has(self, part: str) -> bool:
+        """Whether there is such a part, or (`model_index`) such a file."""
+        return (self.path / ("model_index.json" if part == "model_index" else part)).exists()
+
+    def read_config(self, part: str) -> dict[str, Any]:
+        """The configuration of a part, or (`model_index`) of the pipeline.
+
+        Raises:
+            UserError: it is missing or no JSON.
+        """
+        file = self.path / _CONFIGS.get(part, f"{part}/config.json")
+        if not file.exists():
+            raise UserError(
+                f"{_WHERE}: {file} is missing; give a whole diffusers directory, or add to model.from_scratch"
+            )
+        try:
+            config = json.loads(file.read_text())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{_WHERE}: {file} is not JSON ({error}); fetch it again") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{_WHERE}: {file} is no configuration ({type(config).__name__}); fetch it again")
+        return config
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Every tensor of a part, by its PyTorch name.
+
+        Raises:
+            UserError: files are missing, damaged, or there are several variants of which none was named.
+        """
+        folder, found = self.path / part, self.variants(part)
+        variant = next(iter(found), "") if len(found) == 1 else ""
+        variant = self.variant if self.variant in found else variant
+        if variant in found:
+            file = folder / found[variant]
+            return open_sharded(file, _WHERE) if file.suffix == ".json" else open_tensors([file], _WHERE)
+        if found:
+            raise UserError(
+                f"{_WHERE}: {folder} has the variants {', '.join(sorted(found))}; name one in model.variant"
+            )
+        pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES] if folder.exists() else []
+        if pickled:
+            raise UserError(pickle_message(folder / pickled[0]))
+        raise UserError(f"{_WHERE}: {folder / stem(part)}.safetensors is missing; fetch the whole directory")
+
+    def variants(self, part: str) -> dict[str, str]:
+        """The variants of a part's weights, "" the plain one, each with its file or its index of files."""
+        folder = self.path / part
+        names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+        found: dict[str, str] = {}
+        for pattern in (r"(\.[^.]+)?\.safetensors\.index\.json", r"\.safetensors\.index(\.[^.]+)?\.json", _PLAIN):
+            for name in names:
+                if match := re.fullmatch(re.escape(stem(part)) + pattern, name):
+                    found[(match[1] or "").removeprefix(".")] = name  # a file goes before an index
+        return found
 
 
-def read_tensors(directory: epath.PathLike, part: str) -> dict[str, np.ndarray]:
-    """Every tensor of a part, by its PyTorch name.
-
-    Raises:
-        UserError: the file is missing, truncated or not safetensors.
-    """
-    folder = epath.Path(directory) / part
-    file = folder / WEIGHTS[part]
-    if not file.exists():
-        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt")] if folder.exists() else []
-        hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
-        raise UserError(f"model.pretrained: {file} is missing{hint}")
-    try:
-        return safetensors.numpy.load(file.read_bytes())
-    except SafetensorError as error:
-        raise UserError(f"model.pretrained: {file} is damaged ({error}); fetch it again") from error
+def pickle_message(file: epath.Path) -> str:
+    """Why a pickle is not read, and what to do."""
+    load = f'from_single_file("{file}")' if file.suffix == ".ckpt" else 'from_pretrained("DIRECTORY")'
+    return (
+        f"{_WHERE}: {file} is a pickle, which can run code: convert it to safetensors, in PyTorch: "
+        f'StableDiffusionPipeline.{load}.save_pretrained("NEW", safe_serialization=True)'
+    )
 
 
 def write_part(
     directory: epath.PathLike,
     part: str,
     config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 10 * 10**9,
 ) -> None:
-    """Writes one part's configuration and weights, in `dtype`.
+    """Writes one part's configuration and weights.
 
     Args:
-        metadata: goes into the header of the safetensors file.
+        dtype: of the weights in the files; None: each keeps its own.
+        metadata: goes into the header of the safetensors files.
+        max_shard_bytes: above which the weights are several files with an index.
     """
     folder = epath.Path(directory) / part
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-    converted = {name: np.ascontiguousarray(tensor.astype(DTYPES[dtype])) for name, tensor in tensors.items()}
-    (folder / WEIGHTS[part]).write_bytes(safetensors.numpy.save(converted, {"format": "pt", **(metadata or {})}))
+    header = {"format": "pt", **(metadata or {})}
+    write_sharded(folder, stem(part), tensors, dtype=dtype, metadata=header, max_shard_bytes=max_shard_bytes)
 
 
 # The PyTorch scheduler of each of our samplers, and what makes it follow the same table of coefficients.
@@ -110,19 +162,36 @@ def write_scheduler(directory: epath.PathLike, config: Mapping[str, Any]) -> Non
     (folder / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_index(directory: epath.PathLike, scheduler: str) -> None:
-    """Writes `model_index.json`: which class loads which folder; `scheduler` is that of the scheduler."""
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+_CLIP = {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+_SECOND_CLIP = {
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+
+
+def write_index(
+    directory: epath.PathLike, scheduler: str, family: str = "sd1", force_zeros_for_empty_prompt: bool = False
+) -> None:
+    """Writes `model_index.json`: which class loads which folder.
+
+    Args:
+        scheduler: the class of the scheduler.
+        family: sd1, sd2 or sdxl.
+        force_zeros_for_empty_prompt: SDXL's: an empty negative prompt is zeros, not the encoding of no words.
+    """
+    is_xl = family == "sdxl"
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+        **_CLIP,
     }
-    (epath.Path(directory) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if is_xl:
+        index |= _SECOND_CLIP | {"force_zeros_for_empty_prompt": force_zeros_for_empty_prompt}
+    else:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    (epath.Path(directory) / "model_index.json").write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")

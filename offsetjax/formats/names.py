@@ -6,17 +6,22 @@ down_blocks_0/resnets_1/conv1/kernel [h, w, i, o]  ↔  down_blocks.0.resnets.1.
 """
 
 import re
+from collections.abc import Mapping
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from offsetjax.errors import UserError
+from offsetjax.formats.tensors import Tensor, of_array, transposed, with_ndim
 
 # The autoencoder's attention has its old names in Flax, and in PyTorch checkpoints written before 2023.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _IGNORED = re.compile(r"\.position_ids$")  # a buffer of old text encoders, not a parameter
+
+# Of a kernel, by its number of axes: the order in which PyTorch's layout takes those of Flax, and the inverse.
+_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
+_FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -32,33 +37,40 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 def to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     """A Flax parameter in PyTorch's layout."""
-    if path[-1] != "kernel":
-        return array
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return array.transpose(_TO_TORCH[array.ndim]) if path[-1] == "kernel" else array
 
 
 def from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`."""
-    if path[-1] != "kernel":
-        return array
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    return array.transpose(_FROM_TORCH[array.ndim]) if path[-1] == "kernel" else array
 
 
-def params_to_tensors(params: PyTree) -> dict[str, np.ndarray]:
-    """Every parameter by its PyTorch name, in its PyTorch layout."""
-    return {
-        torch_name(path): np.ascontiguousarray(to_torch(path, np.asarray(jax.device_get(array))))
-        for path, array in flatten_dict(params).items()
-    }
+def torch_tensors(params: PyTree) -> dict[str, Tensor]:
+    """Every parameter by its PyTorch name, in its PyTorch layout.
+
+    Args:
+        params: a tree of tensors, or of arrays.
+    """
+    tensors = {}
+    for path, leaf in flatten_dict(params).items():
+        tensor = leaf if isinstance(leaf, Tensor) else of_array(leaf)
+        is_kernel = path[-1] == "kernel"
+        tensors[torch_name(path)] = transposed(tensor, _TO_TORCH[len(tensor.shape)]) if is_kernel else tensor
+    return tensors
 
 
-def tensors_to_params(tensors: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree:
-    """The parameters in float32, in the structure and shapes of `like` (arrays or abstract arrays).
+def flax_tensors(tensors: Mapping[str, Tensor], like: PyTree, where: str) -> PyTree:
+    """The parameters, not read yet, in the structure and the shapes of `like`.
+
+    Args:
+        tensors: by PyTorch name.
+        like: arrays, or abstract arrays.
+        where: what an error begins with.
 
     Raises:
         UserError: missing, extra or misshapen tensors, by name.
     """
-    expected = {torch_name(path): (path, leaf.shape) for path, leaf in flatten_dict(like).items()}
+    expected = {torch_name(path): (path, tuple(leaf.shape)) for path, leaf in flatten_dict(like).items()}
     tensors = {_modern(name, expected): tensor for name, tensor in tensors.items() if not _IGNORED.search(name)}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not part of the model" for name in tensors if name not in expected]
@@ -66,21 +78,25 @@ def tensors_to_params(tensors: dict[str, np.ndarray], like: PyTree, where: str) 
     for name, (path, shape) in expected.items():
         if name not in tensors:
             continue
-        tensor = tensors[name]
-        if tensor.ndim == 4 and len(shape) == 2:  # old 1x1 convolutions that are now linear
-            tensor = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
-        tensor = from_torch(path, tensor)
-        if tensor.shape != shape:
-            torch_shape = to_torch(path, np.empty(shape, np.bool_)).shape
-            problems.append(f"{name} has shape {tensors[name].shape}, not {torch_shape}")
-        params[path] = np.asarray(tensor, np.float32)
+        tensor, wanted = tensors[name], _torch_shape(path, shape)
+        is_old_convolution = len(wanted) == 2 and tensor.shape[2:] == (1,) * (len(tensor.shape) - 2)
+        if is_old_convolution:  # that is linear now
+            tensor = with_ndim(tensor, 2)
+        if tensor.shape != wanted:
+            problems.append(f"{name} has shape {tensor.shape}, not {wanted}")
+            continue
+        params[path] = transposed(tensor, _FROM_TORCH[len(shape)]) if path[-1] == "kernel" else tensor
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(f"{where}: {'; '.join(problems[:4])}{more}; is it the checkpoint of another model?")
     return unflatten_dict(params)
 
 
-def _modern(name: str, expected: dict) -> str:
+def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _TO_TORCH[len(shape)]) if path[-1] == "kernel" else shape
+
+
+def _modern(name: str, expected: Mapping) -> str:
     if name in expected:
         return name
     *modules, leaf = name.split(".")

@@ -54,7 +54,7 @@ class Autoencoder:
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that PyTorch diffusers reads."""
-        return {"_class_name": self.class_name, **self.config, "act_fn": "silu", "force_upcast": False}
+        return {"_class_name": self.class_name, **self.config, "act_fn": "silu", "force_upcast": True}
 
 
 def standardised(params: PyTree, mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> PyTree:

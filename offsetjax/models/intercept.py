@@ -1,15 +1,18 @@
-"""Corrections to diffusers' Flax modules, through Flax's public `intercept_methods`; no parameter changes its name.
+"""Corrections to the Flax modules of diffusers and transformers, through Flax's public `intercept_methods`.
 
-Each makes a converted model give PyTorch's numbers:
+Each makes a converted model give PyTorch's numbers, and no parameter changes its name:
 
-- GEGLU takes the exact GELU (diffusers' Flax takes the tanh approximation);
+- GEGLU takes the exact GELU (diffusers' Flax: the tanh approximation);
 - the group normalisation of a transformer has ε = 1e-6 (diffusers' Flax: 1e-5);
-- group normalisation has the configured number of groups (diffusers' Flax UNet: always 32), statistics in float32,
-  the result in the type of the input (Flax: float32, which would turn bfloat16 convolutions into float32 ones);
-- softmax is taken in float32 (diffusers' Flax: in the compute type);
+- group normalisation has the configured number of groups (diffusers' Flax UNet: always 32), and gives the type of its
+  input (Flax: float32, which would turn bfloat16 convolutions into float32 ones); its variance does not drown in the
+  mean (Flax takes E x² - (E x)², which on a picture of one colour is rounding and nothing else);
+- softmax is taken in float32, of scores in float32 (diffusers' and transformers' Flax: in the compute type);
+- upsampling repeats pixels (diffusers' Flax gathers them, whose gradient is a scatter that adds in the compute type);
 - the autoencoder's attention can be left out (`mid_block_add_attention=False`, as in PyTorch).
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,62 +20,100 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from diffusers.models import resnet_flax, vae_flax
 from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel
-from diffusers.models.vae_flax import FlaxAttentionBlock
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+from transformers.models.clip.modeling_flax_clip import FlaxCLIPAttention
 
 
-def torch_numerics(norm_num_groups: int, vae_attention: bool = True) -> AbstractContextManager[None]:
-    """A context in which diffusers' Flax modules are traced with PyTorch's numerics.
+def torch_numerics(norm_num_groups: int = 32, vae_attention: bool = True) -> AbstractContextManager[None]:
+    """A context in which the Flax modules are traced with PyTorch's numerics.
 
     Args:
         norm_num_groups: groups of every group normalisation.
         vae_attention: whether the autoencoder's middle block attends.
     """
+    corrections: dict[type[nn.Module], Callable[..., Any]] = {
+        nn.GroupNorm: functools.partial(_group_norm, groups=norm_num_groups),
+        FlaxGEGLU: _geglu,
+        FlaxAttention: _attention,
+        FlaxCLIPAttention: _text_attention,
+        resnet_flax.FlaxUpsample2D: _upsample,
+        vae_flax.FlaxUpsample2D: _upsample,
+    }
+    if not vae_attention:
+        corrections[vae_flax.FlaxAttentionBlock] = lambda module, x: x
 
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if context.method_name == "__call__":
-            if isinstance(module, nn.GroupNorm):
-                return _group_norm(module, args[0], norm_num_groups)
-            if isinstance(module, FlaxGEGLU):
-                return _geglu(module, *args)
-            if isinstance(module, FlaxAttention):
-                return _attention(module, *args, **{key: kwargs[key] for key in ("context",) if key in kwargs})
-            if isinstance(module, FlaxAttentionBlock) and not vae_attention:
-                return args[0]
-        return next_function(*args, **kwargs)
+        correction = corrections.get(type(context.module))
+        if correction is None or context.method_name != "__call__":
+            return next_function(*args, **kwargs)
+        return correction(context.module, *args, **kwargs)
 
     return nn.intercept_methods(interceptor)
 
 
 def _group_norm(module: nn.GroupNorm, x: Float[Array, "b h w c"], groups: int) -> Float[Array, "b h w c"]:
-    channels = x.shape[-1]
+    batch, height, _, channels = x.shape
     scale = module.param("scale", module.scale_init, (channels,), module.param_dtype)
     bias = module.param("bias", module.bias_init, (channels,), module.param_dtype)
     epsilon = 1e-6 if isinstance(module.parent, FlaxTransformer2DModel) else module.epsilon
-    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
-    mean = grouped.mean((1, 3), keepdims=True)
-    variance = jnp.maximum(jnp.square(grouped).mean((1, 3), keepdims=True) - jnp.square(mean), 0.0)
+    grouped = x.astype(jnp.float32).reshape(*x.shape[:3], groups, channels // groups)
+    # Both moments in one reading of x, and exact where the mean is large: of x less the mean of its middle row. Moments
+    # about any point give the same result, so the gradient need not pass through the point.
+    point = jax.lax.stop_gradient(grouped[:, height // 2].mean((1, 3))).reshape(batch, 1, 1, groups, 1)
+    grouped = grouped - point
+    mean = grouped.mean((1, 2, 4), keepdims=True)
+    variance = jnp.maximum(jnp.square(grouped).mean((1, 2, 4), keepdims=True) - jnp.square(mean), 0.0)
     gain = jax.lax.rsqrt(variance + epsilon) * scale.reshape(groups, -1)
     return (grouped * gain + (bias.reshape(groups, -1) - mean * gain)).reshape(x.shape).astype(x.dtype)
 
 
-def _geglu(module: FlaxGEGLU, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
+def _geglu(module: FlaxGEGLU, x: Float[Array, "b n d"], deterministic: bool = True) -> Float[Array, "b n e"]:
     linear, gate = jnp.split(module.proj(x), 2, axis=-1)
     return linear * nn.gelu(gate, approximate=False)
 
 
 def _attention(
-    module: FlaxAttention, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None = None
+    module: FlaxAttention,
+    x: Float[Array, "b n d"],
+    context: Float[Array, "b m e"] | None = None,
+    deterministic: bool = True,
 ) -> Float[Array, "b n d"]:
     context = x if context is None else context
+    projected = module.query(x), module.key(context), module.value(context)
+    return module.proj_attn(_attend(*projected, module.heads))
 
-    def heads(projected: Float[Array, "b n d"]) -> Float[Array, "b n k e"]:
-        return projected.reshape(*projected.shape[:2], module.heads, module.dim_head)
 
-    query, key, value = heads(module.query(x)), heads(module.key(context)), heads(module.value(context))
-    scores = jnp.einsum("bnke,bmke->bknm", query, key, preferred_element_type=jnp.float32) * module.scale
-    weights = nn.softmax(scores, axis=-1).astype(value.dtype)
+def _text_attention(
+    module: FlaxCLIPAttention,
+    hidden_states: Float[Array, "b n d"],
+    attention_mask: Float[Array, "b n"],
+    deterministic: bool = True,
+    output_attentions: bool = False,
+) -> tuple[Float[Array, "b n d"]]:
+    """Attention to what came before; the mask of the padding is not looked at, as all may be attended to."""
+    x = hidden_states
+    causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+    projected = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+    return (module.out_proj(_attend(*projected, module.num_heads, causal)),)
+
+
+def _attend(
+    query: Float[Array, "b n d"],
+    key: Float[Array, "b m d"],
+    value: Float[Array, "b m d"],
+    heads: int,
+    mask: Bool[Array, "n m"] | None = None,
+) -> Float[Array, "b n d"]:
+    query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
+    scores = jnp.einsum("bnke,bmke->bknm", query, key, preferred_element_type=jnp.float32)
+    weights = nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1, where=mask).astype(value.dtype)
     attended = jnp.einsum("bknm,bmke->bnke", weights, value)
-    return module.proj_attn(attended.reshape(*x.shape[:2], -1))
+    return attended.reshape(*attended.shape[:2], -1)
+
+
+def _upsample(
+    module: resnet_flax.FlaxUpsample2D | vae_flax.FlaxUpsample2D, x: Float[Array, "b h w c"]
+) -> Float[Array, "b 2*h 2*w e"]:
+    return module.conv(x.repeat(2, axis=1).repeat(2, axis=2))

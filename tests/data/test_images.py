@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from offsetjax.data.images import MAX_PIXELS, UnreadableImage, clean, decode, resize_and_crop
+from offsetjax.data.images import MAX_PIXELS, UnreadableImage, clean, decode, resize_and_crop, time_ids
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -183,6 +183,24 @@ def test_the_centre_square_is_kept() -> None:
     mirrored = np.concatenate([mirrored, mirrored[:, ::-1]], axis=1)
     cropped = resize_and_crop(mirrored, 16).astype(int)
     assert np.abs(cropped - cropped[:, ::-1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (1024, 1024, (0, 0)),
+        (1000, 1500, (0, 256)),  # 1536 x 1024 when resized
+        (4000, 2000, (512, 0)),
+        (256, 384, (0, 256)),  # enlarged
+        (768, 1025, (0, 171)),  # 1366.67 px wide: diffusers makes it 1366, and begins at 171
+        (1999, 1237, (315, 0)),  # 1654.78 px high: 1654, from 315
+    ],
+)
+def test_time_ids_are_those_of_diffusers_to_the_pixel(height: int, width: int, expected: tuple[int, int]) -> None:
+    ids = time_ids(height, width, 1024)
+    assert ids.dtype == np.float32 and ids[[0, 1, 4, 5]].tolist() == [height, width, 1024, 1024]
+    is_whole = (max(height, width) * 1024) % min(height, width) == 0
+    np.testing.assert_allclose(ids[2:4], expected, atol=0 if is_whole else 0.75)
 
 
 @pytest.mark.parametrize("resolution", [16, 64, 200])

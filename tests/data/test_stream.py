@@ -1,6 +1,7 @@
 """The batches are a function of the seed and of their number alone, and every example is seen once an epoch."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import pathlib
@@ -43,8 +44,9 @@ def source(data_set: pathlib.Path) -> Source:
     return open_source(data_set, "train")
 
 
-def tokenize(caption: str) -> np.ndarray:
-    return np.array([7, int(caption), 9])
+def tokenize(caption: str) -> tuple[np.ndarray, int]:
+    """As two text encoders of three tokens read it; captions from 20 on would have four."""
+    return np.array([[7, int(caption), 9], [7, int(caption), 0]]), 3 + (int(caption) >= 20)
 
 
 def take(source: Source, count: int, start: int = 0, **changes: Any) -> list[Batch]:
@@ -67,10 +69,14 @@ def test_a_batch_holds_the_pictures_and_captions_of_its_indices(source: Source) 
     for batch in take(source, 6, random_flip=False):
         assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
             "pixels": ((8, SIDE, SIDE, 3), "uint8"),
-            "input_ids": ((8, 3), "int32"),
+            "input_ids": ((8, 2, 3), "int32"),
+            "time_ids": ((8, 6), "float32"),
+            "is_truncated": ((8,), "bool"),
             "index": ((8,), "int64"),
         }
-        np.testing.assert_array_equal(batch["input_ids"][:, 1], batch["index"])
+        np.testing.assert_array_equal(batch["input_ids"][:, :, 1], batch["index"][:, None].repeat(2, 1))
+        np.testing.assert_array_equal(batch["input_ids"][:, :, 2], [[9, 0]] * 8)
+        np.testing.assert_array_equal(batch["time_ids"], [[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 8)
         np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], 10 * batch["index"] + 10)
         assert (batch["pixels"][:, :, SIDE // 2 :] == 0).all()
 
@@ -78,6 +84,22 @@ def test_a_batch_holds_the_pictures_and_captions_of_its_indices(source: Source) 
 def test_pictures_are_brought_to_the_resolution(source: Source) -> None:
     for resolution in (8, 40):
         assert take(source, 1, resolution=resolution)[0]["pixels"].shape == (8, resolution, resolution, 3)
+
+
+def test_captions_that_are_cut_are_marked(source: Source) -> None:
+    batches = take(source, COUNT)
+    for batch in batches:
+        np.testing.assert_array_equal(batch["is_truncated"], batch["index"] >= 20)
+    assert any(batch["is_truncated"].any() for batch in batches)
+
+
+def test_refused_captions_are_named_and_short_ones_pass(source: Source, data_set: pathlib.Path) -> None:
+    long = r"the caption of record (2\d) \(\1\.png\) of .*set.* \(train\) has 4 tokens, but the text encoders read 3; "
+    for num_workers in (0, 1):
+        with pytest.raises(UserError, match=long + r"shorten it, or set encode\.long_captions='truncate'"):
+            take(source, COUNT, long_captions="refuse", num_workers=num_workers)
+    short = open_source(data_set, "train[:20]")
+    assert_same(take(short, 5, long_captions="refuse"), take(short, 5))
 
 
 def test_every_example_is_seen_once_an_epoch_in_a_new_order(source: Source) -> None:
@@ -228,10 +250,51 @@ def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: path
     image = open_source(data_set)[4]["image"]
     write_split(tmp_path / "a", features, [{"image": image, "caption": "4", "label": 0}])
     batch = take(open_source(tmp_path / "a"), 1, global_batch_size=1, random_flip=False)[0]
-    assert batch["pixels"][0, 0, 0, 0] == 50 and batch["input_ids"].tolist() == [[7, 4, 9]]
+    assert batch["pixels"][0, 0, 0, 0] == 50 and batch["input_ids"].tolist() == [[[7, 4, 9], [7, 4, 0]]]
     write_split(tmp_path / "b", {"image": tfds.features.Image()}, [{"image": image}])
     with pytest.raises(UserError, match="has no feature 'caption'"):
         open_source(tmp_path / "b")
+
+
+def position_picture(height: int, width: int, orientation: int) -> bytes:
+    """Red is twice the column of a pixel and green twice its row, once the picture is turned as its EXIF says."""
+    rows, columns = np.mgrid[:height, :width]
+    image = Image.fromarray(np.stack([2 * columns, 2 * rows, 0 * rows], -1).astype(np.uint8))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation  # 6: it was stored turned left
+    image = image.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else image
+    image.save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+SIZES = ((32, 32), (64, 120), (120, 64), (101, 125), (126, 99), (20, 30), (31, 21), (35, 127), (60, 110))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_time_ids_say_what_was_cut_from_each_picture_also_of_flipped_ones(
+    tmp_path: pathlib.Path, num_workers: int
+) -> None:
+    """The columns and rows that are left in the pixels tell where the crop began."""
+    features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+    turned = [1] * (len(SIZES) - 2) + [6, 6]
+    images = [position_picture(*size, orientation) for size, orientation in zip(SIZES, turned, strict=True)]
+    records = [{"image": image, "caption": str(number)} for number, image in enumerate(images)]
+    write_split(tmp_path / "set", features, records)
+    seen = set()
+    for batch in take(open_source(tmp_path / "set"), 16, resolution=32, num_workers=num_workers):
+        numbers = batch["input_ids"][:, 0, 1]  # TFDS shuffles such records when it writes them
+        for number, pixels, time_ids in zip(numbers, batch["pixels"], batch["time_ids"], strict=True):
+            height, width = SIZES[number]
+            scale = 32 / min(height, width)
+            columns, rows = pixels[16, :, 0] / 2, pixels[:, 16, 1] / 2
+            is_flipped = bool(columns[-1] < columns[0])
+            columns = width - 1 - columns if is_flipped else columns  # of the picture as it was cropped
+            inner = np.arange(4, 28)  # the filter sees no further pixels at the edges
+            top, left = (((places[inner] + 0.5) * scale - inner - 0.5).mean() for places in (rows, columns))
+            np.testing.assert_array_equal(time_ids[[0, 1, 4, 5]], [height, width, 32, 32])
+            np.testing.assert_allclose(time_ids[2:4], [top, left], atol=0.15)
+            seen.add((int(number), is_flipped))
+    assert len(seen) == 2 * len(SIZES), "each picture was seen as it is and mirrored"
 
 
 def test_what_is_no_data_set_is_refused(copied: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer learned from captions: one with CLIP's files, which loses no character and keeps to its length."""
+"""Captions become the ids that CLIP's own code gives, whether the tokenizer is CLIP's, read from files, or learned."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from offsetjax.errors import UserError
-from offsetjax.models.text import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
+from offsetjax.models.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 
 CAPTIONS = [
     "a ski slope on a sunny day, dramatic light",
@@ -16,7 +16,80 @@ CAPTIONS = [
     "a town square lit only by torchlight",
     "monochrome line-art logo on a white background",
 ]
+# Computed once with open_clip 3.3.0's SimpleTokenizer, which is OpenAI's code, without the two marks.
+KNOWN_IDS = {
+    "a photo of a cat": "320 1125 539 320 2368",
+    "A photograph of an astronaut riding a horse on Mars, 4k": (
+        "320 8853 539 550 18376 6765 320 4558 525 7496 267 275 330"
+    ),
+    "Don't stop; it's 1997 (really)...": "847 713 1691 282 585 568 272 280 280 278 263 1414 15274",
+    "naïve café – Größe 雪 🎿 привет": (
+        "1097 35689 563 15304 1224 709 7255 127 253 324 165 249 359 1165 379 26302 16370 29503 110 22176 141 480"
+    ),
+    "supercalifragilisticexpialidocious  two\tspaces\n new line": (
+        "1642 2857 13093 2076 5868 26850 835 639 38466 1237 9006 686 1148"
+    ),
+    "watermark_removed @user #hashtag https://x.io/a?b=1": (
+        "2505 2110 318 10289 287 7031 258 9238 30901 12441 343 269 3752 270 320 286 321 284 272"
+    ),
+    "": "",
+}
 STRANGE = ["Grüße aus Köln", "雪のスロープ", "🎿 ski!", "naïve 100% (50/50)", "x\ty"]
+
+
+def all_ids(tokenizer: transformers.CLIPTokenizer, captions: list[str]) -> np.ndarray:
+    return np.stack([tokenize([tokenizer], caption).input_ids[0] for caption in captions])
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[transformers.CLIPTokenizer]:
+    """As SDXL has them; SD 1 has the first, SD 2 the second."""
+    return [clip_tokenizer(), clip_tokenizer("!")]
+
+
+def test_the_ids_of_clip_are_those_of_openais_code(clips: list[transformers.CLIPTokenizer]) -> None:
+    for caption, ids in KNOWN_IDS.items():
+        tokens = tokenize(clips, caption)
+        whole = [49406, *map(int, ids.split()), 49407]
+        assert tokens.input_ids.shape == (2, 77) and tokens.input_ids.dtype == np.int32
+        assert tokens.num_tokens == len(whole)
+        assert tokens.input_ids[0].tolist() == whole + [49407] * (77 - len(whole))
+        assert tokens.input_ids[1].tolist() == whole + [0] * (77 - len(whole))
+    assert [len(each) for each in clips] == [49408, 49408]
+
+
+def test_saved_pytorch_reads_both_of_sdxls_tokenizers_to_the_same_ids(
+    clips: list[transformers.CLIPTokenizer], tmp_path: pathlib.Path
+) -> None:
+    captions = [*CAPTIONS, *KNOWN_IDS, "wow! so good!", "torchlight " * 100]
+    for tokenizer, name in zip(clips, ("tokenizer", "tokenizer_2"), strict=True):
+        save_tokenizer(tokenizer, tmp_path / name)
+        ids = all_ids(tokenizer, captions)
+        np.testing.assert_array_equal(all_ids(load_tokenizer(tmp_path / name), captions), ids)
+        # The fast one, which diffusers loads too, splits no Japanese into characters.
+        plain = [place for place, caption in enumerate(captions) if "雪" not in caption]
+        every = list(range(len(captions)))
+        for theirs, places in ((transformers.CLIPTokenizer, every), (transformers.CLIPTokenizerFast, plain)):
+            read = theirs.from_pretrained(tmp_path, subfolder=name)
+            assert (read.model_max_length, len(read)) == (77, 49408)
+            given = [captions[place] for place in places]  # called as diffusers' pipelines do
+            encoded = read(given, padding="max_length", max_length=77, truncation=True, return_tensors="np")
+            np.testing.assert_array_equal(encoded.input_ids, ids[places])
+
+
+def test_the_number_of_tokens_is_that_before_the_cut(clips: list[transformers.CLIPTokenizer]) -> None:
+    for words, is_cut in ((74, False), (75, False), (76, True), (300, True)):
+        tokens = tokenize(clips, "cat " * words)
+        assert tokens.num_tokens == words + 2 and (tokens.num_tokens > tokens.input_ids.shape[1]) == is_cut
+        expected = ([49406] + [2368] * min(words, 75) + [49407] * 2)[:77]
+        assert tokens.input_ids[0].tolist() == expected
+        assert tokens.input_ids[1].tolist()[:76] == expected[:76]
+    assert tokenize((), "a cat").input_ids.shape == (0, 0), "an autoencoder reads no captions"
+
+
+def test_text_encoders_of_different_lengths_are_refused(tokenizer: transformers.CLIPTokenizer) -> None:
+    with pytest.raises(UserError, match=r"the text encoders read \[24, 77\] tokens"):
+        tokenize([tokenizer, clip_tokenizer()], "a cat")
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +99,9 @@ def tokenizer() -> transformers.CLIPTokenizer:
 
 def test_saved_and_loaded_it_gives_the_same_ids(tokenizer: transformers.CLIPTokenizer, tmp_path: pathlib.Path) -> None:
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    ids = tokenize(tokenizer, CAPTIONS + STRANGE)
+    ids = all_ids(tokenizer, CAPTIONS + STRANGE)
     assert ids.dtype == np.int32 and ids.shape == (len(CAPTIONS + STRANGE), 24)
-    np.testing.assert_array_equal(tokenize(load_tokenizer(tmp_path / "tokenizer"), CAPTIONS + STRANGE), ids)
+    np.testing.assert_array_equal(all_ids(load_tokenizer(tmp_path / "tokenizer"), CAPTIONS + STRANGE), ids)
     # The fast one does not split Chinese and Japanese into characters; it reads all else alike.
     for theirs, count in ((transformers.CLIPTokenizer, len(ids)), (transformers.CLIPTokenizerFast, len(CAPTIONS) + 1)):
         read = theirs.from_pretrained(tmp_path / "tokenizer")
@@ -39,7 +112,7 @@ def test_saved_and_loaded_it_gives_the_same_ids(tokenizer: transformers.CLIPToke
 
 def test_ids_fit_the_embedding_and_words_of_the_captions_are_learned(tokenizer: transformers.CLIPTokenizer) -> None:
     assert len(tokenizer) <= 600
-    assert tokenize(tokenizer, CAPTIONS + STRANGE).max() < 600
+    assert all_ids(tokenizer, CAPTIONS + STRANGE).max() < 600
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
     assert len(tokenizer.tokenize("dramatic light")) < len("dramaticlight")
 
@@ -61,7 +134,7 @@ def test_characters_that_no_caption_had_survive(tokenizer: transformers.CLIPToke
 
 
 def test_a_long_caption_is_cut_to_the_length_with_the_end_mark(tokenizer: transformers.CLIPTokenizer) -> None:
-    long, short, empty = tokenize(tokenizer, ["torchlight " * 100, "light", ""])
+    long, short, empty = all_ids(tokenizer, ["torchlight " * 100, "light", ""])
     assert long[0] == short[0] == empty[0] == tokenizer.bos_token_id
     assert long[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in long[:-1]
     assert (short[-10:] == tokenizer.eos_token_id).all(), "PyTorch's pipelines pad with the end mark"

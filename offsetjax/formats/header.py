@@ -1,0 +1,104 @@
+"""The header of a safetensors file: what it says is checked in full before anything is read by it.
+
+The file is: the length of the header (8 bytes, little-endian), the header (JSON, padded with spaces), the tensors' bytes.
+The header gives each tensor's dtype, its shape and its place among these bytes, without gaps; `__metadata__` holds
+strings. https://github.com/huggingface/safetensors
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+MAX_BYTES = 100_000_000  # as in the safetensors library
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: from byte `begin` to before `end`, counted from the end of the header."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def parse_header(text: bytes) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors in the order of their bytes, and the metadata.
+
+    Raises:
+        ValueError: it is no header, or its tensors do not lie one after the other.
+    """
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds more than strings")
+        entries = [_entry(name, **values) for name, values in header.items()]
+    except (TypeError, AttributeError, RecursionError) as error:  # JSON of another structure
+        raise ValueError(str(error)) from error
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    end = 0
+    for entry in entries:
+        if entry.begin != end:
+            raise ValueError(f"{entry.name} begins at byte {entry.begin}, not {end}")
+        end = entry.end
+    return entries, metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return values
+
+
+def _entry(name: str, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
+    if not name or ".." in name or any(letter in "/\\" or ord(letter) < 32 for letter in name):
+        raise ValueError(f"{name!r} is no name of a tensor")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {dtype}")
+    begin, end = data_offsets
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has shape {shape} and bytes {data_offsets}")
+    if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"{name} of shape {shape} and dtype {dtype} has {end - begin} bytes")
+    return Entry(name, _DTYPES[dtype], tuple(shape), begin, end)
+
+
+def format_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The header with its length before it, padded so that the tensors begin at a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,185 @@
+"""The configurations, in diffusers' names, of a file in the original layout, which holds none.
+
+Widths and numbers of layers are read off the shapes. The rest is what all models of a family have: the width of an
+attention's head, the activation, the schedule.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from offsetjax.formats.original_names import UNET, VAE
+from offsetjax.formats.tensors import Tensor
+
+Config = dict[str, Any]
+
+TEXT_PREFIXES = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+# The deviation of one bias in the last block is above this in 2.x models that predict v, and below in those that
+# predict ε: all that tells them apart where neither the header nor a marker does (ComfyUI goes by it).
+_VELOCITY_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_VELOCITY_DEVIATION = 0.09
+
+
+def unet_config(tensors: Mapping[str, Tensor], family: str) -> Config:
+    """The denoiser's, but for `sample_size`."""
+    shape = {name.removeprefix(UNET): tensor.shape for name, tensor in tensors.items() if name.startswith(UNET)}
+    widths, layers, depths = _down_blocks(shape)
+    with_attention = [depth > 0 for depth in depths]
+    # A block without transformers says nothing of their depth; the last says that of the middle's.
+    depths = [max(depth, 1) for depth in depths]
+    depths[-1] = _count(shape, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    key = next(name for name in shape if name.endswith("attn2.to_k.weight"))
+    # Called attention_head_dim, this is the number of heads.
+    heads = 8 if family == "sd1" else [max(width // 64, 1) for width in widths]
+    is_xl = family == "sdxl"
+    added = shape["label_emb.0.0.weight"][1] if is_xl else None
+    pooled = tensors["conditioner.embedders.1.model.text_projection"].shape[1] if is_xl else 0
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "addition_embed_type": "text_time" if is_xl else None,
+        "addition_time_embed_dim": (added - pooled) // 6 if added else None,
+        "attention_head_dim": heads,
+        "block_out_channels": widths,
+        "cross_attention_dim": shape[key][1],
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in with_attention],
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": shape["input_blocks.0.0.weight"][1],
+        "layers_per_block": layers,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-5,
+        "norm_num_groups": 32,
+        "out_channels": shape["out.2.weight"][0],
+        "projection_class_embeddings_input_dim": added,
+        "transformer_layers_per_block": depths,
+        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in with_attention[::-1]],
+        "use_linear_projection": len(shape["middle_block.1.proj_in.weight"]) == 2,
+    }
+
+
+def _down_blocks(shape: Mapping[str, tuple[int, ...]]) -> tuple[list[int], int, list[int]]:
+    """The width of each block on the way down, the number of layers of the first, the depth of each's transformers."""
+    widths, depths, layers, number = [0], [0], [0], 1
+    while any(name.startswith(f"input_blocks.{number}.") for name in shape):
+        if f"input_blocks.{number}.0.op.weight" in shape:  # the next block begins
+            widths, depths, layers = [*widths, 0], [*depths, 0], [*layers, 0]
+        else:
+            widths[-1] = shape[f"input_blocks.{number}.0.out_layers.3.weight"][0]
+            depths[-1] = _count(shape, rf"input_blocks\.{number}\.1\.transformer_blocks\.(\d+)\.")
+            layers[-1] += 1
+        number += 1
+    return widths, layers[0], depths
+
+
+def _count(names: Mapping[str, Any], pattern: str) -> int:
+    """One more than the highest number that the pattern finds at the beginning of a name, or 0."""
+    found = [match for match in map(re.compile(pattern).match, names) if match]
+    return max((int(match[1]) + 1 for match in found), default=0)
+
+
+def vae_config(tensors: Mapping[str, Tensor], family: str) -> Config:
+    """The autoencoder's, but for `sample_size`."""
+    shape = {name.removeprefix(VAE): tensor.shape for name, tensor in tensors.items() if name.startswith(VAE)}
+    blocks = _count(shape, r"encoder\.down\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(blocks)],
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "in_channels": shape["encoder.conv_in.weight"][1],
+        "latent_channels": shape["post_quant_conv.weight"][0],
+        "layers_per_block": _count(shape, r"encoder\.down\.0\.block\.(\d+)\."),
+        "norm_num_groups": 32,
+        "out_channels": shape["decoder.conv_out.weight"][0],
+        "scaling_factor": 0.13025 if family == "sdxl" else 0.18215,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+    }
+
+
+def text_config(tensors: Mapping[str, Tensor], part: str, prefix: str) -> Config:
+    """A text encoder's: CLIP's or OpenCLIP's, which the names tell apart."""
+    shape = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    is_open_clip = prefix.endswith(".model.")
+    if is_open_clip:
+        embedding, positions = shape["token_embedding.weight"], shape["positional_embedding"]
+        hidden = shape["transformer.resblocks.0.mlp.c_fc.weight"][0]
+        # Stable Diffusion 2's last layer is put to no use, and no part of diffusers' model.
+        layers = _count(shape, r"transformer\.resblocks\.(\d+)\.") - (part == "text_encoder")
+    else:
+        embedding = shape["text_model.embeddings.token_embedding.weight"]
+        positions = shape["text_model.embeddings.position_embedding.weight"]
+        hidden = shape["text_model.encoder.layers.0.mlp.fc1.weight"][0]
+        layers = _count(shape, r"text_model\.encoder\.layers\.(\d+)\.")
+    has_projection = part == "text_encoder_2"
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if has_projection else "CLIPTextModel"],
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # transformers' sign that the end of a text is its highest token
+        "hidden_act": "gelu" if is_open_clip else "quick_gelu",
+        "hidden_size": embedding[1],
+        "intermediate_size": hidden,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": positions[0],
+        "model_type": "clip_text_model",
+        "num_attention_heads": max(embedding[1] // 64, 1),
+        "num_hidden_layers": layers,
+        "pad_token_id": 1,
+        "projection_dim": shape["text_projection"][1] if has_projection else embedding[1],
+        "vocab_size": embedding[0],
+    }
+
+
+def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str) -> Config:
+    """The schedule; what the model predicts is in the header, or a marker says so, or (2.x) its weights do."""
+    return {
+        "_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction" if _predicts_velocity(tensors, metadata, family) else "epsilon",
+        "rescale_betas_zero_snr": "ztsnr" in tensors or metadata.get("ss_zero_terminal_snr") == "True",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+    }
+
+
+def _predicts_velocity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str) -> bool:
+    said = metadata.get("modelspec.prediction_type", "")
+    if said in ("epsilon", "v"):
+        return said == "v"
+    said = metadata.get("ss_v_parameterization", "")
+    if said in ("True", "False"):
+        return said == "True"
+    if "v_pred" in tensors:
+        return True
+    if family == "sd2" and _VELOCITY_BIAS in tensors:
+        return float(np.std(tensors[_VELOCITY_BIAS]().astype(np.float64), ddof=1)) > _VELOCITY_DEVIATION
+    return False
+
+
+def latent_size(metadata: Mapping[str, str], config: Config, prediction_type: str, family: str) -> int:
+    """The latents' side in training, of the header's resolution, or as the family's first models had it.
+
+    Args:
+        config: the autoencoder's.
+    """
+    downscale = 2 ** (len(config["block_out_channels"]) - 1)
+    if match := re.fullmatch(r"(\d{2,5})x\d+", metadata.get("modelspec.resolution", "")):
+        return int(match[1]) // downscale
+    if family == "sd2":
+        return 96 if prediction_type == "v_prediction" else 64
+    return {"sd1": 64, "sdxl": 128}[family]

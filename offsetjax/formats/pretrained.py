@@ -1,0 +1,118 @@
+"""A pretrained model to begin from: a diffusers directory, or one file in the original layout."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from offsetjax.errors import UserError
+from offsetjax.formats.diffusers import PARTS, PICKLES, Directory, pickle_message
+from offsetjax.formats.tensors import Tensor
+
+_WHERE = "model.pretrained"
+SUPPORTED = "Stable Diffusion 1.x, 2.x and XL base"
+_PIPELINES = re.compile(r"(Flax)?StableDiffusion(XL)?(Img2Img|ControlNet)?Pipeline")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What `open_pretrained` gives.
+
+    Attributes:
+        family: sd1, sd2, sdxl, or empty where a directory holds too little to tell.
+        layout: diffusers or single_file.
+    """
+
+    path: epath.Path
+    family: str
+    layout: str
+    source: Directory
+
+    def has(self, part: str) -> bool:
+        """Whether it holds a part, or (`model_index`) says how the parts work together."""
+        return self.source.has(part)
+
+    def read_config(self, part: str) -> dict[str, Any]:
+        """The part's configuration with diffusers' names and values; of a single file, inferred.
+
+        Args:
+            part: or `scheduler`, or `model_index`.
+
+        Raises:
+            UserError: there is none, or it is no JSON.
+        """
+        return self.source.read_config(part)
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The part's tensors by PyTorch name; nothing is read yet.
+
+        Raises:
+            UserError: they are missing or damaged.
+        """
+        return self.source.tensors(part)
+
+    def carried(self) -> dict[str, Tensor]:
+        """Tensors of a single file that no part holds, by their original names, to be written with it again."""
+        return {}
+
+
+def open_pretrained(path: epath.PathLike, variant: str = "") -> Pretrained:
+    """Opens a diffusers directory, or a `.safetensors` file in the original layout.
+
+    Args:
+        variant: of a directory's weights, such as fp16; empty: the plain ones, or the only ones that there are.
+
+    Raises:
+        UserError: it is missing, damaged, a pickle, or a model of a family that is not supported.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        directory = Directory(path, variant)
+        _check_variant(directory)
+        return Pretrained(path, _family(directory), "diffusers", directory)
+    if path.suffix in PICKLES:
+        raise UserError(pickle_message(path))
+    raise UserError(f"{_WHERE}: {path} is neither a diffusers directory nor a .safetensors file")
+
+
+def _check_variant(directory: Directory) -> None:
+    variants = {variant for part in PARTS for variant in directory.variants(part)}
+    if directory.variant and directory.variant not in variants:
+        there = ", ".join(sorted(variant or "the plain files" for variant in variants))
+        raise UserError(
+            f"model.variant: {directory.path} has no weights {directory.variant!r}; it has {there or 'none at all'}"
+        )
+
+
+def _family(directory: Directory) -> str:
+    """The family of a diffusers directory, by its index and its configurations.
+
+    Raises:
+        UserError: none that is supported.
+    """
+    pipeline = directory.read_config("model_index").get("_class_name") if directory.has("model_index") else None
+    if pipeline is not None and not _PIPELINES.fullmatch(pipeline):
+        raise UserError(
+            f"{_WHERE}: {directory.path} is a {pipeline}, which is not one of the supported families ({SUPPORTED})"
+        )
+    if not any(directory.has(part) for part in PARTS):
+        raise UserError(f"{_WHERE}: {directory.path} holds none of {', '.join(PARTS)}; is it a diffusers directory?")
+    unet = directory.read_config("unet") if directory.has("unet") else {}
+    if directory.has("text_encoder_2") or unet.get("addition_embed_type") == "text_time":
+        if unet and not directory.has("text_encoder") and directory.has("text_encoder_2"):
+            raise UserError(
+                f"{_WHERE}: {directory.path} is the refiner of SDXL, which is not one of the supported families "
+                f"({SUPPORTED})"
+            )
+        return "sdxl"
+    if unet.get("in_channels", 4) > unet.get("out_channels", 4):
+        raise UserError(
+            f"{_WHERE}: {directory.path} has a denoiser of {unet['in_channels']} input channels, for inpainting or the "
+            f"like, which is not supported; use the model that makes pictures of text alone"
+        )
+    if unet:
+        return "sd2" if unet.get("use_linear_projection") else "sd1"
+    if directory.has("text_encoder"):
+        return "sd2" if directory.read_config("text_encoder").get("hidden_act") == "gelu" else "sd1"
+    return ""

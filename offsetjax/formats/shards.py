@@ -1,0 +1,71 @@
+"""Weights in several files beside an index, `<stem>.safetensors.index.json`, that says which tensor is in which."""
+
+import json
+import re
+from collections.abc import Mapping
+
+from etils import epath
+
+from offsetjax.errors import UserError
+from offsetjax.formats.tensors import Tensor, converted, open_tensors, write_tensors
+
+
+def open_sharded(index: epath.PathLike, where: str) -> dict[str, Tensor]:
+    """The tensors of the files that an index names.
+
+    Raises:
+        UserError: it is no such index, it names files elsewhere, or one of them is missing, damaged or another's.
+    """
+    index = epath.Path(index)
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"].items())
+        files = sorted(set(weight_map.values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: {index} is no index of safetensors files ({error!r}); fetch it again") from error
+    for file in files:
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file) or ".." in file:
+            raise UserError(f"{where}: {index} names {file!r}, which is no file beside it; fetch it again")
+        if not (index.parent / file).exists():
+            raise UserError(f"{where}: {index.parent / file} is missing, which {index.name} names; fetch it")
+    tensors = open_tensors([index.parent / file for file in files], where)
+    if missing := [name for name in weight_map if name not in tensors]:
+        file = index.parent / weight_map[missing[0]]
+        raise UserError(f"{where}: {file} is damaged ({missing[0]} is missing); fetch it again")
+    return tensors
+
+
+def write_sharded(
+    folder: epath.PathLike,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 10 * 10**9,
+) -> None:
+    """Writes `<stem>.safetensors`, or several files with an index, as diffusers and transformers do.
+
+    Args:
+        dtype, metadata: as for `write_tensors`.
+        max_shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
+    """
+    folder, tensors = epath.Path(folder), converted(tensors, dtype)
+    files: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and files[-1]:
+            files.append({})
+            room = max_shard_bytes
+        files[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(files) == 1:
+        write_tensors(folder / f"{stem}.safetensors", tensors, metadata=metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(files, 1):
+        file = f"{stem}-{number:05}-of-{len(files):05}.safetensors"
+        write_tensors(folder / file, shard, metadata=metadata)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

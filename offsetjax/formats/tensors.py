@@ -1,0 +1,307 @@
+"""Tensors that are not read yet, and the safetensors files that they come from and go to.
+
+The safetensors library maps whole files into memory and writes from memory. Models here are larger than what a host can
+spare, and lie on buckets too: tensors are read by ranges of bytes, and written one after the other.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+from etils import epath
+
+from offsetjax.errors import UserError
+from offsetjax.formats.header import MAX_BYTES, Entry, format_header, parse_header
+
+Index = tuple[slice, ...]
+
+_BLOCK = 64  # rows and columns transposed at once: what the nearest cache holds
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An array that is not read yet.
+
+    Attributes:
+        read: gives a part of it, by a slice for each axis (those left out are whole), and reads little more than that.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+
+    def __call__(self) -> np.ndarray:
+        """The whole array."""
+        return self.read(())
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.size * self.dtype.itemsize
+
+
+def of_array(array: Any) -> Tensor:
+    """A tensor of what is in memory already: a numpy array, or what becomes one."""
+
+    def read(index: Index) -> np.ndarray:
+        ranges: Any = (..., *_whole(index, array.shape))  # with the ellipsis, no axes stay an array
+        return np.asarray(array)[ranges]
+
+    return Tensor(tuple(array.shape), np.dtype(array.dtype), read)
+
+
+def transposed(tensor: Tensor, axes: Sequence[int]) -> Tensor:
+    """The axes in another order, as in `np.transpose`."""
+    shape = tuple(tensor.shape[axis] for axis in axes)
+
+    def read(index: Index) -> np.ndarray:
+        ranges = dict(zip(axes, _whole(index, shape), strict=True))
+        return tensor.read(tuple(ranges[axis] for axis in range(len(axes)))).transpose(axes)
+
+    return Tensor(shape, tensor.dtype, read)
+
+
+def with_ndim(tensor: Tensor, ndim: int) -> Tensor:
+    """Trailing axes of length 1 added or removed, until there are `ndim`: a 1x1 convolution's weight, or a matrix."""
+    given = len(tensor.shape)
+    if any(length != 1 for length in tensor.shape[ndim:]):
+        raise ValueError(f"shape {tensor.shape} has more than {ndim} axes that are not of length 1")
+    shape = tensor.shape[:ndim] + (1,) * (ndim - given)
+
+    def read(index: Index) -> np.ndarray:
+        ranges = _whole(index, shape)
+        return tensor.read(ranges[:given]).reshape([part.stop - part.start for part in ranges])
+
+    return Tensor(shape, tensor.dtype, read)
+
+
+def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """A range of the first axis."""
+
+    def read(index: Index) -> np.ndarray:
+        first, *others = _whole(index, shape)
+        return tensor.read((slice(start + first.start, start + first.stop), *others))
+
+    shape = (stop - start, *tensor.shape[1:])
+    return Tensor(shape, tensor.dtype, read)
+
+
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other along the first axis."""
+    starts = np.cumsum([0, *(tensor.shape[0] for tensor in tensors)]).tolist()
+    shape = (starts[-1], *tensors[0].shape[1:])
+
+    def read(index: Index) -> np.ndarray:
+        first, *others = _whole(index, shape)
+        parts = []
+        for tensor, start in zip(tensors, starts, strict=False):
+            low, high = max(first.start - start, 0), min(first.stop - start, tensor.shape[0])
+            if low < high:
+                parts.append(tensor.read((slice(low, high), *others)))
+        return np.concatenate(parts or [tensors[0].read((slice(0, 0), *others))])
+
+    return Tensor(shape, tensors[0].dtype, read)
+
+
+def cast(tensor: Tensor, dtype: Any) -> Tensor:
+    """The values in another dtype."""
+    dtype = np.dtype(dtype)
+    return Tensor(tensor.shape, dtype, lambda index: tensor.read(index).astype(dtype, copy=False))
+
+
+def _whole(index: Index, shape: tuple[int, ...]) -> Index:
+    """A slice for each axis, with its bounds as numbers."""
+    index = (*index, *(slice(None),) * (len(shape) - len(index)))
+    bounds = [part.indices(length) for part, length in zip(index, shape, strict=True)]
+    if any(step != 1 for _, _, step in bounds):
+        raise ValueError(f"only ranges can be read, not {index}")
+    return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
+
+
+class _File:
+    """A file that several threads read from: each takes an open handle that no other uses, or opens one."""
+
+    def __init__(self, path: epath.Path, where: str):
+        self.path, self.where = path, where
+        self._idle: list[IO[bytes]] = []
+        weakref.finalize(self, _close, self._idle)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The bytes from `start` to before `stop`."""
+        buffer = np.empty(stop - start, np.uint8)
+        try:
+            handle: Any = self._idle.pop()
+        except IndexError:
+            handle = self.path.open("rb")
+        try:
+            handle.seek(start)
+            rest = buffer.data
+            while rest:
+                count = handle.readinto(rest)
+                if not count:
+                    raise self.damaged("it ends early")
+                rest = rest[count:]
+        finally:
+            self._idle.append(handle)
+        return buffer
+
+    def damaged(self, what: str) -> UserError:
+        """What to tell the user."""
+        return UserError(f"{self.where}: {self.path} is damaged ({what}); fetch it again")
+
+
+def _close(handles: list[IO[bytes]]) -> None:
+    for handle in handles:
+        handle.close()
+
+
+def open_tensors(files: Sequence[epath.PathLike], where: str) -> dict[str, Tensor]:
+    """The tensors of safetensors files, local or remote, by name; only the headers are read.
+
+    Args:
+        where: what an error begins with: the field of the config that named the files.
+
+    Raises:
+        UserError: a file is missing, damaged or none of this format.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found, _ = open_file(file, where)
+        for name in found:
+            if name in tensors:
+                raise UserError(f"{where}: {name} is in {file} and in another file too; fetch the directory again")
+        tensors |= found
+    return tensors
+
+
+def open_file(path: epath.PathLike, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one safetensors file by name, and the metadata of its header.
+
+    Raises:
+        UserError: it is missing, damaged or none of this format.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"{where}: {path} is missing")
+    if path.is_dir():
+        raise UserError(f"{where}: {path} is a directory, not a safetensors file")
+    file, size = _File(path, where), path.stat().length
+    if size < 8:
+        raise file.damaged(f"it has {size} bytes")
+    start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
+    if start > min(size, MAX_BYTES):
+        raise file.damaged(f"its header would have {start - 8} bytes")
+    try:
+        entries, metadata = parse_header(file.read(8, start).tobytes())
+    except ValueError as error:
+        raise file.damaged(" ".join(str(error).split())[:200]) from error
+    end = start + (entries[-1].end if entries else 0)
+    if size != end:
+        raise file.damaged(f"it has {size} bytes, not {end}")
+    return {entry.name: Tensor(entry.shape, entry.dtype, _reader(file, start, entry)) for entry in entries}, metadata
+
+
+def read_metadata(path: epath.PathLike, where: str) -> dict[str, str]:
+    """The metadata in a safetensors file's header.
+
+    Raises:
+        UserError: it is missing, damaged or none of this format.
+    """
+    return open_file(path, where)[1]
+
+
+def _reader(file: _File, start: int, entry: Entry) -> Callable[[Index], np.ndarray]:
+    """Reads the rows of the first axis that an index asks for, and cuts the other axes in memory."""
+
+    def read(index: Index) -> np.ndarray:
+        ranges = _whole(index, entry.shape)
+        wanted = tuple(part.stop - part.start for part in ranges)
+        if 0 in wanted:
+            return np.empty(wanted, entry.dtype)
+        first, *others = ranges or (slice(0, 1),)
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        begin = start + entry.begin
+        data = file.read(begin + first.start * row_bytes, begin + first.stop * row_bytes).view(entry.dtype)
+        whole_rows = data.reshape((*wanted[:1], *entry.shape[1:]))
+        return whole_rows if whole_rows.shape == wanted else whole_rows[(slice(None), *others)].copy()
+
+    return read
+
+
+def write_tensors(
+    file: epath.PathLike,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file, one tensor after the other: at most three are in memory.
+
+    Args:
+        dtype: of the floating-point tensors in the file; None: each keeps its own.
+        metadata: strings for the header.
+
+    Raises:
+        UserError: a value is beyond the range of `dtype`.
+    """
+    tensors = converted(tensors, dtype)
+    # The order of the safetensors library: the largest dtypes first, so that all are aligned.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    entries, end = [], 0
+    for name, tensor in ordered.items():
+        entries.append(Entry(name, tensor.dtype, tensor.shape, end, end := end + tensor.nbytes))
+    with epath.Path(file).open("wb") as stream:
+        stream.write(format_header(entries, metadata or {}))
+        for array in _prefetched(ordered):
+            stream.write(array.reshape(-1).view(np.uint8).data)
+
+
+def converted(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """The floating-point tensors in another dtype, if one is given; the others as they are."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        is_floating = tensor.dtype.name.startswith(("float", "bfloat"))
+        return cast(tensor, dtype) if dtype is not None and is_floating else tensor
+
+    return {name: convert(tensor) for name, tensor in tensors.items()}
+
+
+def _prefetched(tensors: Mapping[str, Tensor]) -> Iterator[np.ndarray]:
+    """Each array, in C order; while it is used, the next one is read."""
+    with ThreadPoolExecutor(1) as background:
+        pending = None
+        for name, tensor in tensors.items():
+            following = background.submit(_read_contiguous, name, tensor)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def _read_contiguous(name: str, tensor: Tensor) -> np.ndarray:
+    try:
+        with np.errstate(over="raise"):
+            array = tensor()
+    except FloatingPointError as error:
+        raise UserError(f"{name} has values beyond the range of {tensor.dtype.name}; give another --dtype") from error
+    if array.flags.c_contiguous:
+        return array
+    contiguous = np.empty(array.shape, array.dtype)
+    if array.ndim < 2:
+        contiguous[...] = array
+        return contiguous
+    for i in range(0, array.shape[0], _BLOCK):  # thrice as fast as numpy, which copies row by row
+        for j in range(0, array.shape[1], _BLOCK):
+            block = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
+            contiguous[block] = array[block]
+    return contiguous

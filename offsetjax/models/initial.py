@@ -1,0 +1,160 @@
+"""The weights before the first step: a pretrained model's, a LoRA's, or drawn at random."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from transformers import CLIPTokenizer
+
+from offsetjax.config import default_config
+from offsetjax.errors import UserError
+from offsetjax.formats.lora import LoadedLora, read_lora
+from offsetjax.formats.names import flax_tensors, torch_tensors
+from offsetjax.formats.pretrained import Pretrained, open_pretrained
+from offsetjax.formats.tensors import Tensor
+from offsetjax.models.lora import init_adapters
+from offsetjax.models.pipeline import Pipeline, build, family, text_parts, trained_parts
+from offsetjax.models.resolve import is_from_scratch
+from offsetjax.models.tokenizer import clip_tokenizer, load_tokenizer
+from offsetjax.models.weights import abstract_params, load, on_host
+from offsetjax.random import stream_key
+
+CLIP_VOCABULARY = 49408  # tokens of CLIP's own vocabulary, which the text encoders of every family know
+
+
+def part_tensors(pretrained: Pretrained, part: str, model: Any) -> PyTree:
+    """A part's tensors in Flax's layout, checked against the model and not read yet.
+
+    Raises:
+        UserError: missing, extra or misshapen tensors, by name.
+    """
+    where = f"model.pretrained: {pretrained.path}: {part}"
+    return flax_tensors(pretrained.tensors(part), abstract_params(model), where)
+
+
+def initial_params(config: ConfigDict, part: str, model: Any, shardings: PyTree | None = None) -> PyTree:
+    """A part's float32 parameters before training: loaded, or drawn at random from the stream `init/part`.
+
+    Args:
+        shardings: where they lie; None: on the host.
+    """
+    if is_from_scratch(config, part):
+        return jax.jit(model.init, out_shardings=shardings)(stream_key(config.seed, f"init/{part}"))
+    tensors = part_tensors(open_pretrained(config.model.pretrained, config.model.variant), part, model)
+    return on_host(tensors) if shardings is None else load(tensors, shardings, np.float32)
+
+
+def initial_tensors(config: ConfigDict, part: str, model: Any) -> dict[str, Tensor]:
+    """A part before training by PyTorch's names: loaded, in the type in which it is stored, or drawn at random."""
+    if is_from_scratch(config, part):
+        return torch_tensors(jax.device_get(initial_params(config, part, model)))
+    return torch_tensors(part_tensors(open_pretrained(config.model.pretrained, config.model.variant), part, model))
+
+
+def carried_tensors(config: ConfigDict) -> dict[str, Tensor]:
+    """What a single file has beyond the parts, kept so that an export can give it back."""
+    if not config.model.pretrained or config.task != "diffusion":
+        return {}
+    return open_pretrained(config.model.pretrained, config.model.variant).carried()
+
+
+def pretrained_tokenizers(config: ConfigDict) -> tuple[CLIPTokenizer, ...] | None:
+    """The tokenizers that come with the weights; None where captions have to teach one.
+
+    Single files have none: every family's is CLIP's, and OpenCLIP pads with "!". So has a text encoder that is drawn at
+    random, if it knows as many tokens as CLIP's.
+    """
+    parts = text_parts(config)
+    is_learned = is_from_scratch(config, "tokenizer")
+    if is_learned and any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):
+        return None
+    folder = epath.Path(config.model.pretrained)
+    if not is_learned and folder.is_dir():
+        return tuple(load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts)
+    if any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):
+        raise UserError(
+            f"model.pretrained: {folder} brings no tokenizer, and its text encoder knows "
+            f"{config.model.text_encoder.vocab_size} tokens where CLIP's has {CLIP_VOCABULARY}; give a diffusers "
+            "directory"
+        )
+    is_open_clip = {"sd1": (False,), "sd2": (True,), "sdxl": (False, True)}[family(config)]
+    return tuple(clip_tokenizer("!" if each else "<|endoftext|>") for each in is_open_clip)
+
+
+def abstract_trained(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]:
+    """The shapes of what a run trains, by part: whole parts, or their adapters."""
+    models = {part: getattr(pipeline, part) for part in trained_parts(config)}
+    if not config.lora.rank:
+        return {part: abstract_params(model) for part, model in models.items()}
+    return jax.eval_shape(lambda: {part: _new_adapters(config, part, model) for part, model in models.items()})
+
+
+def initial_trained(config: ConfigDict, pipeline: Pipeline, shardings: dict[str, PyTree]) -> dict[str, PyTree]:
+    """What a run trains before its first step, by part, in float32.
+
+    Raises:
+        UserError: the model or the LoRA to start from cannot be read, or is another architecture's.
+    """
+    models = {part: getattr(pipeline, part) for part in trained_parts(config)}
+    if config.lora.rank:
+        new = {part: _new_adapters(config, part, model) for part, model in models.items()}
+        loaded = _read_lora(config).adapters if config.lora.pretrained else {}
+        return jax.device_put({**new, **loaded}, shardings)
+    return {part: initial_params(config, part, model, shardings[part]) for part, model in models.items()}
+
+
+def check_initial(config: ConfigDict, pipeline: Pipeline) -> None:
+    """Raises the UserErrors of `initial_trained`, from the headers of the files, before anything is written."""
+    abstract_trained(config, pipeline)
+    for part in trained_parts(config):
+        if not config.lora.rank and not is_from_scratch(config, part):
+            initial_tensors(config, part, getattr(pipeline, part))
+
+
+def lora_targets(config: ConfigDict, part: str) -> tuple[str, ...]:
+    """The modules of a part that have adapters, by the ends of their names."""
+    return config.lora.targets if part == "unet" else config.lora.text_encoder_targets
+
+
+def _new_adapters(config: ConfigDict, part: str, model: Any) -> PyTree:
+    key = stream_key(config.seed, f"init/{part}/adapters")
+    return init_adapters(key, abstract_params(model), lora_targets(config, part), config.lora.rank)
+
+
+def adopt_lora(config: ConfigDict) -> None:
+    """Sets rank, alpha and targets of `config.lora` to those of `lora.pretrained`, where there is one.
+
+    Raises:
+        UserError: a setting that contradicts it, or adapters of a part that the config freezes.
+    """
+    if not config.lora.pretrained:
+        return
+    loaded = _read_lora(config)
+    defaults = default_config().lora
+    found = {"rank": loaded.rank, "alpha": loaded.alpha}
+    found |= {"targets": loaded.targets("unet")} if "unet" in loaded.adapters else {}
+    text = [part for part in text_parts(config) if part in loaded.adapters]
+    if text and not config.optimizer.text_encoder_learning_rate:
+        raise UserError(
+            f"lora.pretrained: {config.lora.pretrained} adapts {text[0]}, which is frozen; set "
+            "optimizer.text_encoder_learning_rate, if only to a tiny one that keeps it as it is"
+        )
+    if text:
+        found["text_encoder_targets"] = loaded.targets(*text)
+    for key, value in found.items():
+        if config.lora[key] not in (value, defaults[key]):
+            raise UserError(
+                f"config: lora.{key} = {config.lora[key]!r}, but {config.lora.pretrained} has {value!r}; leave it out"
+            )
+        config.lora[key] = value
+
+
+def _read_lora(config: ConfigDict) -> LoadedLora:
+    plain = config.copy_and_resolve_references()
+    plain.lora.rank = 0
+    bare = build(plain)
+    bases = {part: abstract_params(getattr(bare, part)) for part in ("unet", *bare.text_encoders)}
+    return read_lora(config.lora.pretrained, bases, family(config))

@@ -1,0 +1,151 @@
+"""What a checkpoint says of itself, and what a config says of it: the family, the architecture, the schedule."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from offsetjax.config import default_config, flatten
+from offsetjax.errors import UserError
+from offsetjax.formats.pretrained import Pretrained, open_pretrained
+from offsetjax.models.pipeline import FAMILIES, family, network_parts, text_parts
+
+# What a checkpoint's config.json may say of things that this boundary does not vary.
+_REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "unet": {
+        "act_fn": ("silu", "swish"),
+        "addition_embed_type": (None, "text_time"),
+        "attention_type": ("default",),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "cross_attention_norm": (None,),
+        "downsample_padding": (1,),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "in_channels": (4,),
+        "mid_block_scale_factor": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "norm_eps": (1e-5,),
+        "num_attention_heads": (None,),  # the number of heads goes by the name of attention_head_dim
+        "only_cross_attention": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "resnet_skip_time_act": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "reverse_transformer_layers_per_block": (None,),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "timestep_post_act": (None,),
+    },
+    "vae": {
+        "act_fn": ("silu", "swish"),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+        "shift_factor": (None,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    },
+    "scheduler": {
+        "beta_schedule": ("scaled_linear",),
+        "prediction_type": ("epsilon", "v_prediction"),
+        "trained_betas": (None,),
+    },
+}
+
+
+def is_from_scratch(config: ConfigDict, part: str) -> bool:
+    """Whether a part is drawn at random rather than loaded."""
+    return not config.model.pretrained or part in config.model.from_scratch
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """The config with the family, the architecture and the schedule of `model.pretrained`.
+
+    Raises:
+        UserError: a setting of the user's that contradicts the checkpoint, or a family that is not supported.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.pretrained:
+        _adopt(config, open_pretrained(config.model.pretrained, config.model.variant))
+    elif config.model.from_scratch:
+        raise UserError("config: model.from_scratch cannot apply without model.pretrained: all is drawn at random")
+    config.model.family = family(config)
+    check_architecture(config)
+    return config
+
+
+def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
+    if config.task == "diffusion" and config.model.family not in ("", pretrained.family):
+        raise UserError(
+            f"config: model.family = {config.model.family!r}, but {pretrained.path} is a {FAMILIES[pretrained.family]} "
+            f"model ({pretrained.family}); give another model.pretrained, or leave model.family out"
+        )
+    if config.task == "diffusion":
+        config.model.family = pretrained.family
+    sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config, part)}
+    if config.task == "diffusion" and not is_from_scratch(config, "unet"):
+        sections["scheduler"] = config.schedule
+    defaults = dict(flatten(default_config()))
+    for part, section in sections.items():
+        stored = pretrained.read_config(part)
+        _require(part, stored, str(pretrained.path))
+        prefix = "schedule." if part == "scheduler" else f"model.{part}."
+        for key in section:
+            if key not in stored:
+                continue
+            value = _normalise(stored[key], key, stored, section[key])
+            if section[key] not in (value, defaults[prefix + key]):
+                raise UserError(
+                    f"config: {prefix}{key} = {section[key]!r}, but {pretrained.path} has {value!r}; leave it out, or "
+                    f"add {'unet' if part == 'scheduler' else part} to model.from_scratch"
+                )
+            with section.ignore_type():
+                section[key] = value
+        if part == "scheduler" and stored.get("rescale_betas_zero_snr"):
+            section.zero_terminal_snr = True
+    if config.task == "diffusion" and pretrained.has("model_index"):
+        zeros = pretrained.read_config("model_index").get("force_zeros_for_empty_prompt", False)
+        config.model.force_zeros_for_empty_prompt = bool(zeros)
+
+
+def _require(part: str, stored: dict[str, Any], directory: str) -> None:
+    for key, allowed in _REQUIRED.get(part, {}).items():
+        if key in stored and stored[key] not in allowed:
+            raise UserError(
+                f"model.pretrained: {directory}: {part} has {key} = {stored[key]!r}, which is not supported "
+                f"(supported: {', '.join(map(repr, allowed))}); use a Stable Diffusion 1.x, 2.x or XL base model"
+            )
+
+
+def _normalise(value: Any, key: str, stored: dict[str, Any], like: Any) -> Any:
+    if key in ("attention_head_dim", "transformer_layers_per_block") and isinstance(value, int):
+        return (value,) * len(stored["block_out_channels"])
+    if value is None:
+        return type(like)()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_architecture(config: ConfigDict) -> None:
+    """Raises a UserError unless the denoiser takes what the text encoders give."""
+    if config.task != "diffusion":
+        return
+    model, is_sdxl = config.model, family(config) == "sdxl"
+    hidden = sum(model[part].hidden_size for part in text_parts(config))
+    if model.unet.cross_attention_dim != hidden:
+        raise UserError(
+            f"config: model.unet.cross_attention_dim = {model.unet.cross_attention_dim} must be {hidden}, the hidden "
+            f"size of {' and '.join(text_parts(config))}"
+        )
+    if is_sdxl != (model.unet.addition_embed_type == "text_time"):
+        raise UserError(
+            f"config: model.unet.addition_embed_type = {model.unet.addition_embed_type!r} does not go with "
+            f"model.family = {model.family!r}; it is 'text_time' in SDXL alone"
+        )
+    pooled = model.text_encoder_2.projection_dim + 6 * model.unet.addition_time_embed_dim
+    if is_sdxl and model.unet.projection_class_embeddings_input_dim != pooled:
+        raise UserError(
+            f"config: model.unet.projection_class_embeddings_input_dim must be {pooled}: the projection of "
+            "text_encoder_2 and six embeddings of addition_time_embed_dim"
+        )

@@ -1,0 +1,119 @@
+"""Weights: a pretrained model's straight into their shards, and those that a run does not change onto its disk.
+
+A run keeps its frozen parts in `frozen/`, in diffusers' form and in the type in which they came, so that nothing
+outside its work directory is needed to resume, sample or export, and what was imported can be exported bit for bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from transformers import CLIPTokenizer
+
+from offsetjax.formats import diffusers as files
+from offsetjax.formats.names import flax_tensors
+from offsetjax.formats.tensors import Tensor, open_tensors, write_tensors
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
+
+CARRIED_FILE = "carried.safetensors"
+
+
+def abstract_params(model: Any) -> PyTree:
+    """The shapes of a part's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
+    """Tensors that are not read yet, each straight into its shards: a process reads what its devices hold.
+
+    Args:
+        tensors: a tree of `formats.tensors.Tensor`, in Flax's layout.
+        shardings: one for each.
+        dtype: of the arrays.
+    """
+
+    def place(tensor: Tensor, sharding: NamedSharding) -> jax.Array:
+        read: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            place = tuple((each.start, each.stop) for each in index)
+            if place not in read:
+                read[place] = np.asarray(tensor.read(index)).astype(dtype, copy=False)
+            return read[place]
+
+        return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=jnp.dtype(dtype))
+
+    return jax.tree.map(place, tensors, shardings, is_leaf=lambda leaf: isinstance(leaf, Tensor))
+
+
+def on_host(tensors: PyTree) -> PyTree:
+    """Tensors that are not read yet, as float32 arrays on the host."""
+    return jax.tree.map(
+        lambda tensor: np.asarray(tensor(), np.float32), tensors, is_leaf=lambda leaf: isinstance(leaf, Tensor)
+    )
+
+
+def write_frozen(
+    directory: epath.PathLike,
+    pipeline: Pipeline,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    carried: Mapping[str, Tensor],
+) -> None:
+    """Writes the parts that training does not change, tensor by tensor, and the tokenizers."""
+    directory = epath.Path(directory)
+    for part, named in tensors.items():
+        files.write_part(directory, part, getattr(pipeline, part).torch_config(), named)
+    write_tokenizers(directory, pipeline.tokenizers)
+    if carried:
+        write_tensors(directory / CARRIED_FILE, carried, metadata={"format": "pt"})
+
+
+def write_tokenizers(directory: epath.PathLike, tokenizers: Sequence[CLIPTokenizer]) -> None:
+    """Writes `tokenizer/`, and for a second text encoder `tokenizer_2/`."""
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False):
+        save_tokenizer(tokenizer, epath.Path(directory) / name)
+
+
+def read_tokenizers(directory: epath.PathLike) -> tuple[CLIPTokenizer, ...]:
+    """What `write_tokenizers` wrote."""
+    folders = [epath.Path(directory) / name for name in ("tokenizer", "tokenizer_2")]
+    return tuple(load_tokenizer(folder) for folder in folders if folder.exists())
+
+
+def frozen_tensors(directory: epath.PathLike, part: str) -> dict[str, Tensor]:
+    """A part that `write_frozen` wrote, by PyTorch's names, not read yet."""
+    return files.Directory(epath.Path(directory)).tensors(part)
+
+
+def carried_of(directory: epath.PathLike) -> dict[str, Tensor]:
+    """What `write_frozen` wrote of a single file's other tensors."""
+    file = epath.Path(directory) / CARRIED_FILE
+    return open_tensors([file], "workdir") if file.exists() else {}
+
+
+def load_frozen(
+    directory: epath.PathLike,
+    config: ConfigDict,
+    pipeline: Pipeline,
+    parts: Sequence[str],
+    shardings_of: Callable[[PyTree], PyTree],
+) -> dict[str, PyTree]:
+    """The frozen parts of a work directory in their shards: the autoencoder in float32, the others in `model.dtype`.
+
+    Args:
+        shardings_of: abstract parameters → their shardings.
+    """
+    loaded = {}
+    for part in parts:
+        like = abstract_params(getattr(pipeline, part))
+        tensors = flax_tensors(frozen_tensors(directory, part), like, f"workdir: {directory}/{part}")
+        dtype = np.float32 if part == "vae" else jnp.dtype(config.model.dtype)
+        loaded[part] = load(tensors, shardings_of(like), dtype)
+    return loaded
