@@ -4,6 +4,9 @@
     offsetjax train --config=configs/sd15_offset.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=STABLE_DIFFUSION_1_5
 
+The model is a diffusers directory or a single .safetensors file. To train the text encoder as well, add
+--config.optimizer.text_encoder_learning_rate=2e-6.
+
 Hardware: meant for 8 chips of a TPU v5e; not yet run at full size. Expected: the article saw the mean brightness of
 dark and bright prompts move within about 1,000 steps on 40 pictures.
 """
@@ -18,6 +21,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 1000
     config.train.global_batch_size = 8
     config.data.resolution = 512
+    config.model.family = "sd1"
     config.model.pretrained = "stable-diffusion-v1-5"
     config.mesh.fsdp = -1
     config.mesh.data = 1

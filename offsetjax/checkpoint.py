@@ -1,7 +1,7 @@
 """Checkpoints: the train state and the data position in one orbax step, saved in the background.
 
 What sampling and export need is a part of one, and is read alone: parameters straight into their shards, or tensor by
-tensor, never the optimizer's moments.
+tensor, never the optimizer's moments. What is read is compared with checksums from when it was written.
 """
 
 import json
@@ -15,6 +15,7 @@ import tensorstore
 from etils import epath
 from jaxtyping import PyTree
 
+from offsetjax import checksums
 from offsetjax.errors import UserError
 from offsetjax.formats.tensors import Tensor
 
@@ -25,14 +26,26 @@ Result = TypeVar("Result")
 def open_checkpoints(workdir: epath.PathLike, max_to_keep: int | None = None) -> ocp.CheckpointManager:
     """The manager of `workdir/checkpoints`; close it, or use it in a `with`, so that the last save ends."""
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=True)
-    # Weights hardly shrink, and packing them would make saving, restoring and export several times slower.
-    handlers = {STATE: ocp.PyTreeCheckpointHandler(use_compression=False), "data": ocp.JsonCheckpointHandler()}
+    # Hosts share the writing of what they all hold; within one, cutting it up for that would compile a program for each
+    # shape and stop the training for half a minute.
+    arrays = ocp.type_handlers.ArrayHandler(
+        use_replica_parallel=jax.process_count() > 1, min_slice_bytes_for_replica_parallel=2**20
+    )
+    handlers = {
+        # Weights hardly shrink, and packing them would make saving, restoring and export several times slower.
+        STATE: ocp.PyTreeCheckpointHandler(
+            use_compression=False,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        ),
+        "data": ocp.JsonCheckpointHandler(),
+    }
     directory = epath.Path(workdir).resolve() / "checkpoints"
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree, data: dict[str, Any]) -> None:
     """Saves in the background; the state may be donated at once."""
+    data = {**data, "checksums": checksums.of_tree(state)}
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data))
     manager.save(step, args=args, force=True)
 
@@ -44,48 +57,70 @@ def restore(manager: ocp.CheckpointManager, like: PyTree, step: int | None = Non
         step: the step; None is the newest.
 
     Raises:
-        UserError: no such step, or one that cannot be read.
+        UserError: no such step, or one that cannot be read or has changed since it was written.
     """
+    step = existing_step(manager, step)
     args = ocp.args.Composite(state=_restore_args(like), data=ocp.args.JsonRestore())
-    restored = _read(manager, existing_step(manager, step), lambda step: manager.restore(step, args=args))
-    return restored[STATE], restored["data"]
+
+    def read() -> tuple[PyTree, dict[str, Any]]:
+        restored = manager.restore(step, args=args)
+        data = dict(restored["data"])
+        checksums.check(restored[STATE], data.pop("checksums"))
+        return restored[STATE], data
+
+    return _read(manager, step, read)
 
 
 def restore_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
     """One field of the state, such as `params`, placed as `like`; the rest of the checkpoint is not read.
 
     Raises:
-        UserError: no such step, or one that cannot be read.
+        UserError: as for `restore`.
     """
-    args = ocp.args.Composite(state=_restore_args({name: like}, partial_restore=True))
-    restored = _read(manager, existing_step(manager, step), lambda step: manager.restore(step, args=args))
-    return restored[STATE][name]
+    step = existing_step(manager, step)
+    args = ocp.args.Composite(state=_restore_args({name: like}, partial_restore=True), data=ocp.args.JsonRestore())
+
+    def read() -> PyTree:
+        restored = manager.restore(step, args=args)
+        checksums.check(restored[STATE], restored["data"]["checksums"])
+        return restored[STATE][name]
+
+    return _read(manager, step, read)
 
 
 def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
     """One field of the state as tensors that are not read yet, in the structure of `like` (abstract arrays).
 
     Raises:
-        UserError: no such step; and when one is read, that it cannot be.
+        UserError: no such step; and when one is read, that it cannot be, or has changed since it was written.
     """
     step = existing_step(manager, step)
     folder = manager.directory / str(step) / STATE
+
+    def describe() -> tuple[bool, dict[str, int]]:
+        args = ocp.args.Composite(data=ocp.args.JsonRestore())
+        metadata = json.loads((folder / "_METADATA").read_text())
+        return metadata.get("use_zarr3", False), manager.restore(step, args=args)["data"]["checksums"]
+
     # Orbax's form on disk: zarr arrays in an OCDBT database, which its own library reads by ranges.
-    is_zarr3 = _read(manager, step, lambda _: json.loads((folder / "_METADATA").read_text()).get("use_zarr3", False))
+    is_zarr3, expected = _read(manager, step, describe)
     base = f"{folder}/" if "://" in str(folder) else f"file://{folder}/"
     context = tensorstore.Context()  # the database's index is read once
 
     def open_array(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Tensor:
-        key = ".".join([name, *(str(each.key) for each in path)])
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+        keys = [name, *(str(each.key) for each in path)]
+        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"}
         spec = {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": kvstore}
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            def fetch(_: int) -> np.ndarray:
+            def fetch() -> np.ndarray:
                 stored = tensorstore.open(spec, open=True, read=True, context=context).result()
                 if stored.shape != like.shape:
-                    raise ValueError(f"{key} has shape {stored.shape}, not {like.shape}")
-                return stored[(*index, ...)].read().result()
+                    raise ValueError(f"{'/'.join(keys)} has shape {stored.shape}, not {like.shape}")
+                array = stored[(*index, ...)].read().result()
+                if array.shape == like.shape:
+                    checksums.check_array(array, expected["/".join(keys)], "/".join(keys))
+                return array
 
             return _read(manager, step, fetch)
 
@@ -114,11 +149,11 @@ def _restore_args(like: PyTree, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), **options)
 
 
-def _read(manager: ocp.CheckpointManager, step: int, read: Callable[[int], Result]) -> Result:
+def _read(manager: ocp.CheckpointManager, step: int, read: Callable[[], Result]) -> Result:
     try:
-        return read(step)
-    except (ValueError, OSError, KeyError, TypeError, FileNotFoundError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        return read()
+    except Exception as error:  # orbax raises several kinds, bare exceptions too
+        first = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise UserError(
             f"checkpoint: {manager.directory / str(step)} cannot be read ({first[:160]}); move it away to use an older "
             "step"

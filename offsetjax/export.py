@@ -25,11 +25,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
-from offsetjax.formats.single_file import to_original
-from offsetjax.formats.tensors import Tensor, write_tensors
+from offsetjax.formats.single_file import write_single_file
+from offsetjax.formats.tensors import Tensor
 from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts
-from offsetjax.models.weights import carried_of, write_tokenizers
+from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.objective import training_noise
 from offsetjax.workdir import Stored, open_stored
 
@@ -125,22 +125,23 @@ def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) 
     configs = {part: _torch_config(stored, part) for part in parts}
     configs["scheduler"] = files.scheduler_config(config.schedule.to_dict(), "ddim", config.sample.spacing)
     with _progress(title, parts) as parts:
-        tensors = to_original(parts, configs, carried_of(stored.frozen))
         metadata = header(stored.pipeline, config, stored.step, "single_file", title)
-        write_tensors(out, tensors, dtype=dtype, metadata={"format": "pt", **metadata})
+        carried = carried_of(stored.frozen)
+        write_single_file(out, parts, configs, family(config), carried, dtype=dtype, metadata=metadata)
 
 
 def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_keys: str) -> None:
-    config = stored.config
+    config, pipeline = stored.config, stored.pipeline
     write_lora(
         out,
         {part: stored.adapters(part) for part in trained_parts(config)},
+        base_like={part: abstract_params(getattr(pipeline, part)) for part in trained_parts(config)},
         keys=lora_keys,
         family=family(config),
         rank=config.lora.rank,
         alpha=config.lora.alpha or config.lora.rank,
         dtype=dtype,
-        metadata=header(stored.pipeline, config, stored.step, "lora", title),
+        metadata=header(pipeline, config, stored.step, "lora", title),
     )
 
 

@@ -133,16 +133,18 @@ def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     is_uncalibrated = not epath.Path(config.noise.calibration or ".").exists()
     config = config if is_gone else resolve(config)
     config = config if is_uncalibrated else _refilled(config, stored)
-    if epath.Path(config.lora.pretrained or ".").exists():
+    is_lora_gone = is_gone or not epath.Path(config.lora.pretrained or ".").exists()
+    if not is_lora_gone:
         adopt_lora(config)
     given, defaults = dict(flatten(config)), dict(flatten(default_config()))
     if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
         given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
     for path, value in flatten(stored):
         may_change = path in RESUMABLE_CHANGES or path.split(".")[0] in RESUMABLE_SECTIONS
-        # Where model.pretrained or noise.calibration is gone, what was left to it cannot be read again.
-        was_read = (is_gone and path.split(".")[0] in ("model", "schedule")) or (is_uncalibrated and path in FILLED)
-        was_read = was_read and given[path] == defaults[path]
+        # Where model.pretrained, lora.pretrained or noise.calibration is gone, what it said cannot be read again.
+        section = path.split(".")[0]
+        was_read = (is_gone and section in ("model", "schedule")) or (is_lora_gone and section == "lora")
+        was_read = (was_read or (is_uncalibrated and path in FILLED)) and given[path] == defaults[path]
         if given[path] != value and not may_change and not was_read:
             raise UserError(
                 f"config: {path} = {given[path]!r}, but {workdir} was begun with {value!r}; "

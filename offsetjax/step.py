@@ -26,6 +26,7 @@ class TrainState:
     opt_state: PyTree
     ema_params: PyTree  # None without an average
     skipped: Int[Array, ""]  # steps whose gradient was not finite
+    truncated: Int[Array, ""]  # captions that were cut to the text encoders' length
 
 
 def init_state(params: PyTree, config: ConfigDict) -> TrainState:
@@ -36,6 +37,7 @@ def init_state(params: PyTree, config: ConfigDict) -> TrainState:
         opt_state=make_optimizer(config).init(params),
         ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
         skipped=jnp.zeros((), jnp.int32),
+        truncated=jnp.zeros((), jnp.uint32),
     )
 
 
@@ -64,8 +66,11 @@ def make_train_step(objective: Objective, config: ConfigDict) -> TrainStep:
         params, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
         skipped = state.skipped + (~is_finite).astype(jnp.int32)
+        truncated = state.truncated + batch["is_truncated"].sum(dtype=jnp.uint32)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate(state.step), "skipped": skipped}
-        return TrainState(state.step + 1, params, opt_state, ema_params, skipped), metrics
+        if config.task == "diffusion":
+            metrics["captions_truncated"] = truncated
+        return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated), metrics
 
     return train_step
 

@@ -96,6 +96,8 @@ def _loop(
                     metrics.write(*_fetch(*unwritten, clock))
                     unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
+        if cut := int(state.truncated):
+            _log.warning("%d captions were longer than the text encoders read, and cut; see encode.long_captions", cut)
     finally:
         host_batches.close()
         metrics.close()

@@ -160,6 +160,23 @@ def test_a_damaged_file_is_refused_in_one_line_or_harmless(saved: pathlib.Path, 
     assert not [name for name, outcome in outcomes.items() if name not in errors and not outcome["is_right"]]
 
 
+def test_a_flipped_bit_is_found_and_its_array_named(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    whole = saved / "checkpoints" / "4"
+    largest = max((path for path in whole.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    rng = np.random.default_rng(0)
+    workdirs = []
+    for number, (place, bit) in enumerate(zip(rng.integers(0, 64 * 32 * 4, 20), rng.integers(0, 8, 20), strict=True)):
+        workdirs.append(tmp_path / str(number))
+        shutil.copytree(saved, workdirs[-1])
+        file = workdirs[-1] / "checkpoints" / "4" / largest.relative_to(whole)
+        content = bytearray(file.read_bytes())
+        start = bytes(content).index(_state(4)["dense"]["kernel"].tobytes())
+        content[start + place] ^= 1 << bit
+        file.write_bytes(content)
+    outcomes = _restore_apart(workdirs)
+    assert all("dense/kernel is damaged" in outcome.get("error", "") for outcome in outcomes), outcomes
+
+
 def test_a_stray_directory_is_refused_by_its_name_or_passed_over(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "900").mkdir()

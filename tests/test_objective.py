@@ -45,8 +45,8 @@ class StandInEncoder:
 
 @dataclass(frozen=True)
 class StandInTextEncoder:
-    def apply(self, params: Any, input_ids: jax.Array) -> jax.Array:
-        return input_ids
+    def apply(self, params: Any, input_ids: jax.Array) -> tuple[jax.Array, None]:
+        return input_ids, None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class StandInUNet:
 
     given: list[tuple[jax.Array, ...]] = field(default_factory=list)
 
-    def apply(self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array) -> jax.Array:
+    def apply(
+        self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
+    ) -> jax.Array:
         self.given.append((noisy, timesteps, hidden))
         return params
 
@@ -63,12 +65,14 @@ class StandInUNet:
 @dataclass(frozen=True)
 class StandInPipeline:
     vae: StandInEncoder = field(default_factory=StandInEncoder)
-    text_encoder: StandInTextEncoder = field(default_factory=StandInTextEncoder)
+    text_encoders: dict[str, Any] = field(default_factory=lambda: {"text_encoder": StandInTextEncoder()})
     unet: StandInUNet = field(default_factory=StandInUNet)
+    force_zeros_for_empty_prompt: bool = False
+    is_conditioned_on_size: bool = False
 
     def tokenize(self, captions: list[str]) -> np.ndarray:
         assert captions == [""]
-        return EMPTY[None]
+        return EMPTY[None, None]
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,12 @@ def _look(
     pipeline = StandInPipeline()
     objective = diffusion_objective(pipeline, config)
     frozen = {"vae": (jnp.zeros((count, *shape)), jnp.full((count, *shape), log_variance)), "text_encoder": None}
-    pixels, ids = jnp.zeros((count, 2, 2, 3), jnp.uint8), jnp.ones((count, 3), jnp.int32)
-    batch = add_position({"pixels": pixels, "input_ids": ids}, count)
+    pixels, ids = jnp.zeros((count, 2, 2, 3), jnp.uint8), jnp.ones((count, 1, 3), jnp.int32)
+    batch = add_position({"pixels": pixels, "input_ids": ids, "time_ids": jnp.zeros((count, 6))}, count)
     prediction = jnp.zeros((count, *shape))
 
     def total(prediction: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses = objective(prediction, frozen, batch, jnp.int32(step))
+        losses = objective({"unet": prediction}, frozen, batch, jnp.int32(step))
         return losses.sum(), losses
 
     gradient, losses = jax.grad(total, has_aux=True)(prediction)
@@ -244,7 +248,8 @@ def test_the_autoencoders_objective_is_error_and_divergence() -> None:
     pixels = jnp.stack([jnp.zeros((4, 4, 3), jnp.uint8), jnp.full((4, 4, 3), 255, jnp.uint8)])
     batch = add_position({"pixels": pixels}, 2)
     config = _config(task="autoencoder", loss__kl_weight=0.01)
-    losses = autoencoder_objective(StandInPipeline(vae=Reconstruction()), config)(None, {}, batch, jnp.int32(0))
+    objective = autoencoder_objective(StandInPipeline(vae=Reconstruction()), config)
+    losses = objective({"vae": None}, {}, batch, jnp.int32(0))
     divergence = (9.0 + 0.0 + 60.0 - 1.0) / 2  # of N(3, e^-60) from N(0, 1), in nats
     assert np.asarray(losses) == pytest.approx([1.5**2 + 0.01 * divergence, 0.5**2 + 0.01 * divergence], rel=1e-5)
 

@@ -10,7 +10,7 @@ from offsetjax.checkpoint import open_checkpoints
 from offsetjax.data.stream import open_source
 from offsetjax.encode import to_unit_range
 from offsetjax.models.autoencoder import standardised
-from offsetjax.models.pipeline import build, load_frozen
+from offsetjax.models.pipeline import build
 from offsetjax.run import first_state, open_run, open_stream
 from tests.tiny import build_data, tiny_config
 
@@ -33,7 +33,7 @@ def test_a_scaling_factor_of_0_standardises_on_the_data(tmp_path):
     source = open_source(config.data.path)
     run = open_run(config, epath.Path(tmp_path / "run"), source)
     assert run.config.model.vae.scaling_factor == 1.0
-    pipeline, frozen = load_frozen(tmp_path / "run" / "frozen", run.config)
+    pipeline, frozen = run.pipeline, run.frozen
     config.data.random_flip = False
     batches = open_stream(config, pipeline, source).iterator(0)
     pixels = np.concatenate([next(batches)["pixels"] for _ in range(8)])

@@ -50,7 +50,7 @@ def _draw(
 ) -> list[Picture]:
     config = trained.config.copy_and_resolve_references()
     config.noise.offset_strength, config.sample.start_noise = strength, start
-    sampler = make_sampler(trained.pipeline, config)
+    sampler = make_sampler(trained.pipeline, config, trained.mesh)
     return draw_pictures(sampler, trained.pipeline, config, trained.params, trained.frozen, prompts, seeds)
 
 

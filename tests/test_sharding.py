@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from offsetjax import sharding
 from offsetjax.config import default_config
 from offsetjax.errors import UserError
+from offsetjax.models.initial import abstract_trained
 from offsetjax.models.pipeline import build
 from offsetjax.step import TrainState, init_state
 
@@ -20,8 +21,7 @@ FSDP = 8
 def state() -> TrainState:
     """The train state of Stable Diffusion 1.x, abstract: its shapes are real, its 860 M parameters are not there."""
     config = default_config()
-    unet = build(config).unet
-    return jax.eval_shape(lambda key: init_state(unet.init(key), config), jax.random.key(0))
+    return jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, build(config)))
 
 
 def _placed(tree: PyTree, data: int = 1, fsdp: int = FSDP) -> dict[str, tuple[tuple[int, ...], P]]:

@@ -36,6 +36,8 @@ class LinearPipeline:
 
     config: Mapping[str, Any] = field(default_factory=lambda: {"scaling_factor": 1.0})
     downscale: int = 1
+    force_zeros_for_empty_prompt: bool = False
+    is_conditioned_on_size: bool = False
 
     @property
     def vae(self) -> "LinearPipeline":
@@ -46,25 +48,27 @@ class LinearPipeline:
         return _Matrix()
 
     @property
-    def text_encoder(self) -> "_Embedding":
-        return _Embedding()
+    def text_encoders(self) -> dict[str, "_Embedding"]:
+        return {"text_encoder": _Embedding()}
 
     def encode(self, params: PyTree, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         return pixels * params["gain"], jnp.full_like(pixels, -4.0)
 
     def tokenize(self, captions: list[str]) -> np.ndarray:
-        return np.zeros((1, 2), np.int32)
+        return np.zeros((1, 1, 2), np.int32)
 
 
 class _Matrix:
-    def apply(self, params: PyTree, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array) -> jax.Array:
+    def apply(
+        self, params: PyTree, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
+    ) -> jax.Array:
         flat = noisy.reshape(len(noisy), SIZE) @ params["dense"]["kernel"] + params["dense"]["bias"]
         return (flat + hidden[:, :1] + timesteps[:, None] / 1000.0).reshape(noisy.shape)
 
 
 class _Embedding:
-    def apply(self, params: PyTree, input_ids: jax.Array) -> jax.Array:
-        return input_ids.astype(jnp.float32)
+    def apply(self, params: PyTree, input_ids: jax.Array) -> tuple[jax.Array, None]:
+        return input_ids.astype(jnp.float32), None
 
 
 def _config(**changes: Any) -> ConfigDict:
@@ -73,14 +77,16 @@ def _config(**changes: Any) -> ConfigDict:
 
 def _params() -> PyTree:
     kernel = np.random.default_rng(1).normal(size=(SIZE, SIZE)).astype(np.float32) * 0.1
-    return {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(SIZE)}}
+    return {"unet": {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(SIZE)}}}
 
 
 def _batch(number: int = 0, count: int = 32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(number)
     return {
         "pixels": rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8),
-        "input_ids": rng.integers(1, 9, (count, 2), dtype=np.int32),
+        "input_ids": rng.integers(1, 9, (count, 1, 2), dtype=np.int32),
+        "time_ids": np.zeros((count, 6), np.float32),
+        "is_truncated": np.zeros(count, bool),
     }
 
 
@@ -116,10 +122,10 @@ def test_the_losses_are_the_same_on_any_mesh() -> None:
     for data, fsdp in MESHES:
         trainer = Trainer(_config(), _mesh(data, fsdp))
         losses = [trainer.step(number)["loss"] for number in range(3)]
-        runs[data, fsdp] = [*losses, float(jnp.sum(jnp.abs(trainer.state.params["dense"]["kernel"])))]
-        assert len(trainer.state.params["dense"]["kernel"].sharding.device_set) == data * fsdp
+        runs[data, fsdp] = [*losses, float(jnp.sum(jnp.abs(trainer.state.params["unet"]["dense"]["kernel"])))]
+        assert len(trainer.state.params["unet"]["dense"]["kernel"].sharding.device_set) == data * fsdp
         spread = 1 if fsdp == 1 else fsdp
-        assert trainer.state.params["dense"]["kernel"].addressable_shards[0].data.size == SIZE * SIZE / spread
+        assert trainer.state.params["unet"]["dense"]["kernel"].addressable_shards[0].data.size == SIZE * SIZE / spread
     for mesh, values in runs.items():
         assert values == pytest.approx(runs[1, 1], rel=2e-6), mesh
 

@@ -1,9 +1,11 @@
 """Validation losses compare: they depend on the weights alone, whatever noise, seed, batch or mesh the training has."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.brightness import data_brightness
 from offsetjax.data.stream import open_source
 from offsetjax.errors import UserError
-from offsetjax.models.pipeline import build, load_frozen
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts
+from offsetjax.models.weights import load_frozen, read_tokenizers
 from offsetjax.pictures import Picture
 from offsetjax.run import Run, open_stream
-from offsetjax.sharding import mesh_of
+from offsetjax.sharding import mesh_of, shardings
 from offsetjax.step import TrainState
 from offsetjax.train import train
 from offsetjax.validation import check_apart, make_losses, validate
@@ -36,20 +41,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
         yield base
 
 
-def _validate(base: pathlib.Path, *, devices: int = 1, unet: Any = None, **changes: Any) -> dict[str, float]:
+def _parts(base: pathlib.Path, config: ConfigDict, mesh: Mesh) -> tuple[Pipeline, PyTree]:
+    """The pipeline and the frozen parts of a finished training."""
+    folder = trained_workdir(base) / "frozen"
+    pipeline = build(config, read_tokenizers(folder))
+    return pipeline, load_frozen(folder, config, pipeline, frozen_parts(config), partial(shardings, mesh))
+
+
+def _validate(base: pathlib.Path, *, devices: int = 1, **changes: Any) -> dict[str, float]:
     """The losses of one fixed model on 5 pictures."""
     settings = {"validation__num_examples": 5, "validation__timesteps": TIMESTEPS, "data__random_flip": False}
     config = tiny_config(data_path(base), **settings, **changes)
-    stored = tiny_config(data_path(base))
-    pipeline, frozen = load_frozen(trained_workdir(base) / "frozen", stored)
-    pipeline = (
-        pipeline if unet is None else type(pipeline)(pipeline.vae, unet, pipeline.text_encoder, pipeline.tokenizer)
-    )
-    params = jax.jit(build(stored).unet.init)(jax.random.key(3))
+    mesh = mesh_of(data=devices, fsdp=1)
+    pipeline, frozen = _parts(base, tiny_config(data_path(base)), mesh)
+    params = {"unet": jax.jit(pipeline.unet.init)(jax.random.key(3))}
     stream_config = config.copy_and_resolve_references()
     stream_config.seed = 0
     stream = open_stream(stream_config, pipeline, open_source(config.data.path))
-    mesh = mesh_of(data=devices, fsdp=1)
     losses = jax.jit(make_losses(pipeline, config))
     return validate(losses, config, stream, mesh, params, frozen)
 
@@ -97,7 +105,11 @@ def test_the_losses_do_not_depend_on_how_they_are_computed(
 
 @dataclass(frozen=True)
 class PredictsNothing:
-    def apply(self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array) -> jax.Array:
+    has_added_conditions: bool = False
+
+    def apply(
+        self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
+    ) -> jax.Array:
         return jnp.zeros_like(noisy)
 
 
@@ -105,11 +117,11 @@ def test_the_losses_are_unweighted_errors_of_the_noise_that_they_name(base: path
     """Where nothing is predicted, the loss is the variance of the noise: 1, and 1 + c² with an offset."""
     settings = {"noise__offset_strength": 2.0, "loss__min_snr_gamma": 5.0, "validation__num_examples": 16}
     config = tiny_config(data_path(base), **settings, validation__timesteps=tuple(range(0, 1000, 50)))
-    pipeline, frozen = load_frozen(trained_workdir(base) / "frozen", tiny_config())
-    pipeline = type(pipeline)(pipeline.vae, PredictsNothing(), pipeline.text_encoder, pipeline.tokenizer)
-    stream = open_stream(config, pipeline, open_source(config.data.path))
     mesh = mesh_of(data=1, fsdp=1)
-    seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, None, frozen)
+    pipeline, frozen = _parts(base, tiny_config(), mesh)
+    pipeline = dataclasses.replace(pipeline, unet=PredictsNothing())
+    stream = open_stream(config, pipeline, open_source(config.data.path))
+    seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, {"unet": None}, frozen)
     assert seen["validation_plain"] == pytest.approx(1.0, abs=0.03)
     assert seen["validation_training"] == pytest.approx(1 + 2.0**2, rel=0.15)  # 1,280 shifts
 
@@ -188,11 +200,11 @@ def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, mon
     monkeypatch.setattr("offsetjax.watch.write_samples", lambda *_: None)
     config = run_config(data_path(base), seed=7, sample__brightness=(1.0,), sample__every_steps=0)
     config.probe.every_steps = 1
-    pipeline, frozen = load_frozen(trained_workdir(base) / "frozen", tiny_config(data_path(base)))
-    run = Run(config, epath.Path("run"), mesh_of(data=1, fsdp=1), pipeline, frozen)
+    mesh = mesh_of(data=1, fsdp=1)
+    run = Run(config, epath.Path("run"), mesh, *_parts(base, tiny_config(data_path(base)), mesh))
     source = open_source(config.data.path)
     [watch] = open_watches(run, source)
     params = {"w": jnp.zeros(1)}
-    values = watch.look(TrainState(jnp.int32(0), params, None, params, jnp.int32(0)), 0)
+    values = watch.look(TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0)), 0)
     assert seen == [(0, ())]
     assert values["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())

@@ -1,12 +1,17 @@
-"""Small PyTorch models with random weights: the independent judges of ours."""
+"""PyTorch models with random weights, the independent judges of ours; and what one needs to compare with them."""
 
 import pathlib
 from typing import Any
 
 import diffusers
+import jax
+import numpy as np
 import torch
 import transformers
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
 
+from offsetjax.formats.names import from_torch, torch_name
 from offsetjax.models.tokenizer import save_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)
@@ -41,11 +46,15 @@ TEXT = {
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The model with each parameter moved by a normal draw, so that none is 0 or 1, and no two are alike."""
+    """The model with all parameters drawn anew: none is 0 or 1, no two are alike, and signals keep their size."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            draw = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(draw / parameter[0].numel() ** 0.5)
+            else:  # the gain of a normalisation, or a bias
+                parameter.copy_(0.1 * draw + bool((parameter == 1).all()))
     return model.eval()
 
 
@@ -80,3 +89,45 @@ def save_pipeline(directory: pathlib.Path, **parts: Any) -> diffusers.StableDiff
     )
     pipeline.save_pretrained(directory)
     return pipeline
+
+
+def counterpart(model: Any, seed: int = 0) -> torch.nn.Module:
+    """The PyTorch model that one of ours describes, with random weights."""
+    config = model.torch_config()
+    if "architectures" in config:
+        module_class = getattr(transformers, config["architectures"][0])
+        return randomise(module_class(transformers.CLIPTextConfig(**config)), seed)
+    return randomise(getattr(diffusers, config["_class_name"]).from_config(config), seed)
+
+
+def params_of(module: torch.nn.Module, model: Any) -> PyTree:
+    """PyTorch's parameters as those of our model, which must have the same names and shapes."""
+    theirs = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
+    like = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    params = {path: from_torch(path, theirs.pop(torch_name(path))) for path in like}
+    assert {path: array.shape for path, array in params.items()} == {path: leaf.shape for path, leaf in like.items()}
+    assert not theirs
+    return unflatten_dict(params)
+
+
+def relative_error(ours: Any, theirs: torch.Tensor) -> float:
+    """The largest difference, in terms of the largest value."""
+    expected = theirs.detach().float().numpy()
+    return float(np.abs(np.asarray(ours, np.float32) - expected).max() / np.abs(expected).max())
+
+
+def gradient_errors(ours: PyTree, theirs: torch.nn.Module) -> dict[str, float]:
+    """By PyTorch's name, the largest difference of gradients in terms of the largest one of that parameter."""
+    expected = {
+        name: np.zeros(parameter.shape, np.float32) if parameter.grad is None else parameter.grad.numpy()
+        for name, parameter in theirs.named_parameters()
+    }
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+    errors = {}
+    for path, gradient in flatten_dict(ours).items():
+        wanted = from_torch(path, expected[torch_name(path)])
+        # Some gradients are zero but for rounding: a shift of all keys does not change a softmax.
+        scale = max(np.abs(wanted).max(), 1e-4 * largest)
+        errors[torch_name(path)] = float(np.abs(gradient - wanted).max() / scale)
+    assert errors.keys() == expected.keys()
+    return errors

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-# What the step takes of a batch; the rest, such as which captions were cut, stays with the host.
-FIELDS = ("pixels", "input_ids", "time_ids")
+# What the step takes of a batch; the rest stays with the host.
+FIELDS = ("pixels", "input_ids", "time_ids", "is_truncated")
 
 
 def on_devices(

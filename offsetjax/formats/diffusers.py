@@ -1,7 +1,7 @@
 """The diffusers directory: a folder for each part, with `config.json` and `diffusion_pytorch_model.safetensors`.
 
-Weights may be several files (`<stem>-00001-of-00002.safetensors`) beside an index (`<stem>.safetensors.index.json`), and
-may be there in variants: `<stem>.fp16.safetensors`, or `<stem>.safetensors.index.fp16.json`, in diffusers once
+Weights may be several files, `<stem>-00001-of-00002.safetensors`, beside an index, `<stem>.safetensors.index.json`.
+They may be there in variants: `<stem>.fp16.safetensors`, or `<stem>.safetensors.index.fp16.json`, in diffusers once
 `<stem>.fp16.safetensors.index.json`.
 """
 
@@ -15,10 +15,9 @@ import diffusers
 from etils import epath
 
 from offsetjax.errors import UserError
-from offsetjax.formats.shards import open_sharded, write_sharded
-from offsetjax.formats.tensors import Tensor, open_tensors
+from offsetjax.formats.shards import open_sharded, shard_files, write_sharded
+from offsetjax.formats.tensors import Tensor, open_tensors, read_metadata
 
-_WHERE = "model.pretrained"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those with weights
 _CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
 _PLAIN = r"(\.[^.]+(?<!-of-\d{5}))?\.safetensors"  # and no shard, which has its index
@@ -36,10 +35,12 @@ class Directory:
 
     Attributes:
         variant: of the weights, where there are several; a part that does not have it is read without.
+        where: what errors begin with.
     """
 
     path: epath.Path
     variant: str = ""
+    where: str = "model.pretrained"
 
     def has(self, part: str) -> bool:
         """Whether there is such a part, or (`model_index`) such a file."""
@@ -54,14 +55,14 @@ class Directory:
         file = self.path / _CONFIGS.get(part, f"{part}/config.json")
         if not file.exists():
             raise UserError(
-                f"{_WHERE}: {file} is missing; give a whole diffusers directory, or add to model.from_scratch"
+                f"{self.where}: {file} is missing; give a whole diffusers directory, or add to model.from_scratch"
             )
         try:
             config = json.loads(file.read_text())
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{_WHERE}: {file} is not JSON ({error}); fetch it again") from error
+            raise UserError(f"{self.where}: {file} is not JSON ({error}); fetch it again") from error
         if not isinstance(config, dict):
-            raise UserError(f"{_WHERE}: {file} is no configuration ({type(config).__name__}); fetch it again")
+            raise UserError(f"{self.where}: {file} is no configuration ({type(config).__name__}); fetch it again")
         return config
 
     def tensors(self, part: str) -> dict[str, Tensor]:
@@ -70,20 +71,36 @@ class Directory:
         Raises:
             UserError: files are missing, damaged, or there are several variants of which none was named.
         """
+        file = self._file(part)
+        return open_sharded(file, self.where) if file.suffix == ".json" else open_tensors([file], self.where)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata in the header of the denoiser's weights, or of the autoencoder's where that is all.
+
+        Raises:
+            UserError: files are missing or damaged.
+        """
+        part = next((part for part in PARTS if self.variants(part)), None)
+        if part is None:
+            return {}
+        file = self._file(part)
+        return read_metadata(shard_files(file, self.where)[0] if file.suffix == ".json" else file, self.where)
+
+    def _file(self, part: str) -> epath.Path:
+        """The file of a part's weights, or the index of several."""
         folder, found = self.path / part, self.variants(part)
         variant = next(iter(found), "") if len(found) == 1 else ""
         variant = self.variant if self.variant in found else variant
         if variant in found:
-            file = folder / found[variant]
-            return open_sharded(file, _WHERE) if file.suffix == ".json" else open_tensors([file], _WHERE)
+            return folder / found[variant]
         if found:
             raise UserError(
-                f"{_WHERE}: {folder} has the variants {', '.join(sorted(found))}; name one in model.variant"
+                f"{self.where}: {folder} has the variants {', '.join(sorted(found))}; name one in model.variant"
             )
         pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES] if folder.exists() else []
         if pickled:
-            raise UserError(pickle_message(folder / pickled[0]))
-        raise UserError(f"{_WHERE}: {folder / stem(part)}.safetensors is missing; fetch the whole directory")
+            raise UserError(pickle_message(folder / pickled[0], self.where))
+        raise UserError(f"{self.where}: {folder / stem(part)}.safetensors is missing; fetch the whole directory")
 
     def variants(self, part: str) -> dict[str, str]:
         """The variants of a part's weights, "" the plain one, each with its file or its index of files."""
@@ -97,11 +114,20 @@ class Directory:
         return found
 
 
-def pickle_message(file: epath.Path) -> str:
+def open_part(directory: epath.PathLike, part: str) -> dict[str, Tensor]:
+    """The tensors of a part in a work directory.
+
+    Raises:
+        UserError: files are missing or damaged.
+    """
+    return Directory(epath.Path(directory), where="workdir").tensors(part)
+
+
+def pickle_message(file: epath.Path, where: str) -> str:
     """Why a pickle is not read, and what to do."""
     load = f'from_single_file("{file}")' if file.suffix == ".ckpt" else 'from_pretrained("DIRECTORY")'
     return (
-        f"{_WHERE}: {file} is a pickle, which can run code: convert it to safetensors, in PyTorch: "
+        f"{where}: {file} is a pickle, which can run code: convert it to safetensors, in PyTorch: "
         f'StableDiffusionPipeline.{load}.save_pretrained("NEW", safe_serialization=True)'
     )
 

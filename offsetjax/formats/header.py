@@ -1,8 +1,8 @@
 """The header of a safetensors file: what it says is checked in full before anything is read by it.
 
-The file is: the length of the header (8 bytes, little-endian), the header (JSON, padded with spaces), the tensors' bytes.
-The header gives each tensor's dtype, its shape and its place among these bytes, without gaps; `__metadata__` holds
-strings. https://github.com/huggingface/safetensors
+The file is: the length of the header (8 bytes, little-endian), the header (JSON, padded with spaces), the bytes of the
+tensors. The header gives each tensor's dtype, its shape and its place among these bytes, without gaps; `__metadata__`
+holds strings. https://github.com/huggingface/safetensors
 """
 
 import json

@@ -21,10 +21,13 @@ from jaxtyping import Float, PyTree
 
 from offsetjax.errors import UserError
 from offsetjax.formats.lora_names import Path, known_names, kohya_names, layers
+from offsetjax.formats.names import from_torch, to_torch
 from offsetjax.formats.tensors import Tensor, cast, of_array, open_file, with_ndim, write_tensors
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # as kohya's scripts call them
 _PEFT_CONFIGS = "lora_adapter_metadata"  # diffusers' entry of the header, as JSON
+
+_KERNEL = ("kernel",)  # both halves are laid out as the layer's kernel is
 
 _ENDINGS = {
     "down": re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$"),
@@ -101,6 +104,9 @@ def write_lora(
         keys: "kohya", which most programs read, or "diffusers".
         dtype: of the weights in the file.
         metadata: further entries of the header, which go before those written here.
+
+    Raises:
+        UserError: a value is beyond the range of `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
@@ -108,7 +114,9 @@ def write_lora(
         adapted, arrays = layers(tree, "down"), flatten_dict(tree)
         named = kohya_names(part, layers(base_like[part]), family) if keys == "kohya" else {}
         for name, path in adapted.items():
-            down, up = (cast(of_array(_to_torch(arrays[*path, half])), dtype) for half in ("down", "up"))
+            down, up = (
+                cast(of_array(to_torch(_KERNEL, np.asarray(arrays[*path, half]))), dtype) for half in ("down", "up")
+            )
             if keys == "kohya":
                 pair = {"lora_down.weight": down, "lora_up.weight": up, "alpha": of_array(np.float32(alpha))}
                 tensors |= {f"{named[name]}.{end}": tensor for end, tensor in pair.items()}
@@ -131,8 +139,11 @@ def write_lora(
     file = epath.Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.parent / f".{file.name}.unfinished"
-    write_tensors(temporary, tensors, metadata=header)
-    temporary.replace(file)
+    try:
+        write_tensors(temporary, tensors, metadata=header)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str) -> LoadedLora:
@@ -163,7 +174,7 @@ def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str
     if problems or not adapters:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         what = "; ".join(problems[:4]) or "it holds no adapters"
-        raise UserError(f"lora.pretrained: {file}: {what}{more}; is it a LoRA of another model than {family}?")
+        raise UserError(f"lora.pretrained: {file}: {what}{more}; is it for another family than {family}?")
     rank, alpha, arrays = _alike(adapters)
     trees: dict[str, dict] = {}
     for layer, halves in arrays.items():
@@ -248,7 +259,8 @@ def _adapter(layer: _Layer, given: Mapping[str, Tensor], configs: Mapping[str, A
     if not rank or (down.shape, up.shape) != ((rank, inputs, *window), (outputs, rank, *(1 for _ in window))):
         shapes = f"{given['down'].shape} and {given['up'].shape}"
         raise ValueError(f"has weights of shapes {shapes}, where the layer's own is {(outputs, inputs, *window)}")
-    return _Adapter(_from_torch(down()), _from_torch(up()), _alpha(layer, given.get("alpha"), configs, rank))
+    alpha = _alpha(layer, given.get("alpha"), configs, rank)
+    return _Adapter(_flax_array(down), _flax_array(up), alpha)
 
 
 def _alpha(layer: _Layer, tensor: Tensor | None, configs: Mapping[str, Any], rank: int) -> float:
@@ -305,9 +317,5 @@ def _with_ndim(tensor: Tensor, ndim: int) -> Tensor:
     return with_ndim(tensor, ndim) if is_reducible else tensor
 
 
-def _to_torch(array: Float[np.ndarray, "*n i o"]) -> Float[np.ndarray, "o i *n"]:
-    return np.moveaxis(np.asarray(array, np.float32), (-1, -2), (0, 1))
-
-
-def _from_torch(array: Float[np.ndarray, "o i *n"]) -> Float[np.ndarray, "*n i o"]:
-    return np.ascontiguousarray(np.moveaxis(array.astype(np.float32), (0, 1), (-1, -2)))
+def _flax_array(half: Tensor) -> Float[np.ndarray, "*n i o"]:
+    return from_torch(_KERNEL, half()).astype(np.float32)

@@ -9,7 +9,7 @@ that the model's own layers would have.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
@@ -49,16 +49,14 @@ def layers(params: PyTree, leaf: str = "kernel") -> dict[str, Path]:
     return {torch_name((*path, "kernel")).removesuffix(".weight"): path for path in paths}
 
 
-def kohya_names(part: str, names: Iterable[str], family: str) -> dict[str, str]:
+def kohya_names(part: str, names: Collection[str], family: str) -> dict[str, str]:
     """Kohya's name for each layer of a part; `names` are all that it has."""
-    names = list(names)
     original = original_names(names) if (part, family) == ("unet", "sdxl") else {name: name for name in names}
     return {name: _underscored(_PREFIXES[family][part], other) for name, other in original.items()}
 
 
-def known_names(part: str, names: Iterable[str], family: str) -> dict[str, str]:
+def known_names(part: str, names: Collection[str], family: str) -> dict[str, str]:
     """Every name that a file may have for a layer of a part → the layer; a `.processor` in old ones is left out."""
-    names = list(names)
     known = {f"{part}.{name}": name for name in names}
     if part == "unet":
         known |= {name: name for name in names}
@@ -70,7 +68,7 @@ def known_names(part: str, names: Iterable[str], family: str) -> dict[str, str]:
     return known
 
 
-def original_names(names: Iterable[str]) -> dict[str, str]:
+def original_names(names: Collection[str]) -> dict[str, str]:
     """The original code's name for each layer of a denoiser; `names` are all that it has."""
     places = {name: match.groups() for name in names if (match := _BLOCK.match(name))}
     # The original numbers one list of blocks: a residual block with its attention is one, so is a change of size.

@@ -29,6 +29,11 @@ _VELOCITY_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _VELOCITY_DEVIATION = 0.09
 
 
+def is_open_clip(part: str, family: str) -> bool:
+    """Whether a text encoder is OpenCLIP's; the others are CLIP's."""
+    return TEXT_PREFIXES[family][part].endswith(".model.")
+
+
 def unet_config(tensors: Mapping[str, Tensor], family: str) -> Config:
     """The denoiser's, but for `sample_size`."""
     shape = {name.removeprefix(UNET): tensor.shape for name, tensor in tensors.items() if name.startswith(UNET)}
@@ -42,7 +47,8 @@ def unet_config(tensors: Mapping[str, Tensor], family: str) -> Config:
     heads = 8 if family == "sd1" else [max(width // 64, 1) for width in widths]
     is_xl = family == "sdxl"
     added = shape["label_emb.0.0.weight"][1] if is_xl else None
-    pooled = tensors["conditioner.embedders.1.model.text_projection"].shape[1] if is_xl else 0
+    projection = tensors.get(f"{TEXT_PREFIXES['sdxl']['text_encoder_2']}text_projection")
+    pooled = projection.shape[1] if projection else 1280
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
@@ -82,9 +88,8 @@ def _down_blocks(shape: Mapping[str, tuple[int, ...]]) -> tuple[list[int], int, 
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:
-    """One more than the highest number that the pattern finds at the beginning of a name, or 0."""
-    found = [match for match in map(re.compile(pattern).match, names) if match]
-    return max((int(match[1]) + 1 for match in found), default=0)
+    """How many numbers the pattern finds at the beginnings of names."""
+    return len({match[1] for match in map(re.compile(pattern).match, names) if match})
 
 
 def vae_config(tensors: Mapping[str, Tensor], family: str) -> Config:
@@ -106,11 +111,11 @@ def vae_config(tensors: Mapping[str, Tensor], family: str) -> Config:
     }
 
 
-def text_config(tensors: Mapping[str, Tensor], part: str, prefix: str) -> Config:
-    """A text encoder's: CLIP's or OpenCLIP's, which the names tell apart."""
+def text_config(tensors: Mapping[str, Tensor], part: str, family: str) -> Config:
+    """A text encoder's."""
+    prefix, is_open = TEXT_PREFIXES[family][part], is_open_clip(part, family)
     shape = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
-    is_open_clip = prefix.endswith(".model.")
-    if is_open_clip:
+    if is_open:
         embedding, positions = shape["token_embedding.weight"], shape["positional_embedding"]
         hidden = shape["transformer.resblocks.0.mlp.c_fc.weight"][0]
         # Stable Diffusion 2's last layer is put to no use, and no part of diffusers' model.
@@ -125,7 +130,7 @@ def text_config(tensors: Mapping[str, Tensor], part: str, prefix: str) -> Config
         "architectures": ["CLIPTextModelWithProjection" if has_projection else "CLIPTextModel"],
         "bos_token_id": 0,
         "eos_token_id": 2,  # transformers' sign that the end of a text is its highest token
-        "hidden_act": "gelu" if is_open_clip else "quick_gelu",
+        "hidden_act": "gelu" if is_open else "quick_gelu",
         "hidden_size": embedding[1],
         "intermediate_size": hidden,
         "layer_norm_eps": 1e-5,
@@ -171,15 +176,10 @@ def _predicts_velocity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     return False
 
 
-def latent_size(metadata: Mapping[str, str], config: Config, prediction_type: str, family: str) -> int:
-    """The latents' side in training, of the header's resolution, or as the family's first models had it.
-
-    Args:
-        config: the autoencoder's.
-    """
-    downscale = 2 ** (len(config["block_out_channels"]) - 1)
+def latent_size(metadata: Mapping[str, str], prediction_type: str, family: str) -> int:
+    """The latents' side in training, of the header's resolution, or as the family's first models had it."""
     if match := re.fullmatch(r"(\d{2,5})x\d+", metadata.get("modelspec.resolution", "")):
-        return int(match[1]) // downscale
+        return int(match[1]) // 8
     if family == "sd2":
         return 96 if prediction_type == "v_prediction" else 64
     return {"sd1": 64, "sdxl": 128}[family]

@@ -227,12 +227,16 @@ def open_clip_rules(config: Mapping[str, Any], prefix: str, has_projection: bool
             yield from _same(f"{original}.{old}", f"{name}.{new}")
 
 
-def unused_open_clip(config: Mapping[str, Any], prefix: str, dtype: np.dtype) -> dict[str, np.ndarray]:
+# ln 100, at which CLIP's training clips the logarithm of what it multiplies similarities by.
+LOGIT_SCALE = np.asarray(np.log(100.0), np.float32)
+
+
+def unused_open_clip(config: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
     """What only the original holds of Stable Diffusion 2's text encoder: its last layer, the projection, the scale.
 
     The encoding is that of the layer before the last, so diffusers' text encoder ends there. Loaders of the original
     layout expect the names, and put the values to no use. Here the layer passes its input on (what it adds has the
-    weight 0), the projection is the identity, and the scale is what CLIP's training clips it to.
+    weight 0), and the projection is the identity.
     """
     width, hidden = config["hidden_size"], config["intermediate_size"]
     block = f"{prefix}transformer.resblocks.{config['num_hidden_layers']}"
@@ -249,13 +253,8 @@ def unused_open_clip(config: Mapping[str, Any], prefix: str, dtype: np.dtype) ->
         "mlp.c_proj.bias": (width,),
     }
     return {
-        **{f"{block}.{name}": np.zeros(shape, dtype) for name, shape in zeros.items()},
-        **{f"{block}.{norm}.weight": np.ones(width, dtype) for norm in ("ln_1", "ln_2")},
-        f"{prefix}text_projection": np.eye(width).astype(dtype),
-        f"{prefix}logit_scale": logit_scale(dtype),
+        **{f"{block}.{name}": np.zeros(shape, np.float32) for name, shape in zeros.items()},
+        **{f"{block}.{norm}.weight": np.ones(width, np.float32) for norm in ("ln_1", "ln_2")},
+        f"{prefix}text_projection": np.eye(width, dtype=np.float32),
+        f"{prefix}logit_scale": LOGIT_SCALE,
     }
-
-
-def logit_scale(dtype: np.dtype) -> np.ndarray:
-    """ln 100, at which CLIP's training clips the logarithm of the scale of its similarities."""
-    return np.asarray(np.log(100.0)).astype(dtype)

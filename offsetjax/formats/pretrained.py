@@ -8,10 +8,9 @@ from etils import epath
 
 from offsetjax.errors import UserError
 from offsetjax.formats.diffusers import PARTS, PICKLES, Directory, pickle_message
+from offsetjax.formats.single_file import SUPPORTED, WHERE, SingleFile, open_single_file
 from offsetjax.formats.tensors import Tensor
 
-_WHERE = "model.pretrained"
-SUPPORTED = "Stable Diffusion 1.x, 2.x and XL base"
 _PIPELINES = re.compile(r"(Flax)?StableDiffusion(XL)?(Img2Img|ControlNet)?Pipeline")
 
 
@@ -27,7 +26,7 @@ class Pretrained:
     path: epath.Path
     family: str
     layout: str
-    source: Directory
+    source: Directory | SingleFile
 
     def has(self, part: str) -> bool:
         """Whether it holds a part, or (`model_index`) says how the parts work together."""
@@ -54,7 +53,19 @@ class Pretrained:
 
     def carried(self) -> dict[str, Tensor]:
         """Tensors of a single file that no part holds, by their original names, to be written with it again."""
-        return {}
+        return dict(self.source.carried) if isinstance(self.source, SingleFile) else {}
+
+    def ignored(self) -> tuple[str, ...]:
+        """The names of what training left in a single file, averaged weights and the like, which is not read."""
+        return self.source.ignored if isinstance(self.source, SingleFile) else ()
+
+    def metadata(self) -> dict[str, str]:
+        """What the header of the file says, or that of the denoiser's weights.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return dict(self.source.header) if isinstance(self.source, SingleFile) else self.source.metadata()
 
 
 def open_pretrained(path: epath.PathLike, variant: str = "") -> Pretrained:
@@ -72,8 +83,16 @@ def open_pretrained(path: epath.PathLike, variant: str = "") -> Pretrained:
         _check_variant(directory)
         return Pretrained(path, _family(directory), "diffusers", directory)
     if path.suffix in PICKLES:
-        raise UserError(pickle_message(path))
-    raise UserError(f"{_WHERE}: {path} is neither a diffusers directory nor a .safetensors file")
+        raise UserError(pickle_message(path, WHERE))
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{WHERE}: {path} is neither a diffusers directory nor a .safetensors file; to fetch a model of the "
+            "Hugging Face hub: hf download NAME --local-dir DIRECTORY"
+        )
+    if variant:
+        raise UserError(f"model.variant: {variant!r} cannot apply to {path}, which is one file; leave it out")
+    file = open_single_file(path)
+    return Pretrained(path, file.family, "single_file", file)
 
 
 def _check_variant(directory: Directory) -> None:
@@ -92,23 +111,23 @@ def _family(directory: Directory) -> str:
         UserError: none that is supported.
     """
     pipeline = directory.read_config("model_index").get("_class_name") if directory.has("model_index") else None
-    if pipeline is not None and not _PIPELINES.fullmatch(pipeline):
+    if pipeline is not None and not _PIPELINES.fullmatch(str(pipeline)):
         raise UserError(
-            f"{_WHERE}: {directory.path} is a {pipeline}, which is not one of the supported families ({SUPPORTED})"
+            f"{WHERE}: {directory.path} is a {pipeline}, which is not one of the supported families ({SUPPORTED})"
         )
     if not any(directory.has(part) for part in PARTS):
-        raise UserError(f"{_WHERE}: {directory.path} holds none of {', '.join(PARTS)}; is it a diffusers directory?")
+        raise UserError(f"{WHERE}: {directory.path} holds none of {', '.join(PARTS)}; is it a diffusers directory?")
     unet = directory.read_config("unet") if directory.has("unet") else {}
     if directory.has("text_encoder_2") or unet.get("addition_embed_type") == "text_time":
         if unet and not directory.has("text_encoder") and directory.has("text_encoder_2"):
             raise UserError(
-                f"{_WHERE}: {directory.path} is the refiner of SDXL, which is not one of the supported families "
+                f"{WHERE}: {directory.path} is the refiner of SDXL, which is not one of the supported families "
                 f"({SUPPORTED})"
             )
         return "sdxl"
-    if unet.get("in_channels", 4) > unet.get("out_channels", 4):
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
         raise UserError(
-            f"{_WHERE}: {directory.path} has a denoiser of {unet['in_channels']} input channels, for inpainting or the "
+            f"{WHERE}: {directory.path} has a denoiser of {unet['in_channels']} input channels, for inpainting or the "
             f"like, which is not supported; use the model that makes pictures of text alone"
         )
     if unet:

@@ -16,22 +16,40 @@ def open_sharded(index: epath.PathLike, where: str) -> dict[str, Tensor]:
     Raises:
         UserError: it is no such index, it names files elsewhere, or one of them is missing, damaged or another's.
     """
-    index = epath.Path(index)
-    try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"].items())
-        files = sorted(set(weight_map.values()))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: {index} is no index of safetensors files ({error!r}); fetch it again") from error
-    for file in files:
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file) or ".." in file:
-            raise UserError(f"{where}: {index} names {file!r}, which is no file beside it; fetch it again")
-        if not (index.parent / file).exists():
-            raise UserError(f"{where}: {index.parent / file} is missing, which {index.name} names; fetch it")
-    tensors = open_tensors([index.parent / file for file in files], where)
-    if missing := [name for name in weight_map if name not in tensors]:
-        file = index.parent / weight_map[missing[0]]
-        raise UserError(f"{where}: {file} is damaged ({missing[0]} is missing); fetch it again")
+    tensors = open_tensors(shard_files(index, where), where)
+    for name, file in _weight_map(epath.Path(index), where).items():
+        if name not in tensors:
+            raise UserError(
+                f"{where}: {epath.Path(index).parent / file} is damaged ({name} is missing); fetch it again"
+            )
     return tensors
+
+
+def shard_files(index: epath.PathLike, where: str) -> list[epath.Path]:
+    """The files that an index names, which all are there.
+
+    Raises:
+        UserError: it is no such index, it names files elsewhere, or one of them is missing.
+    """
+    index = epath.Path(index)
+    files = [index.parent / name for name in sorted(set(_weight_map(index, where).values()))]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{where}: {file} is missing, which {index.name} names; fetch it")
+    return files
+
+
+def _weight_map(index: epath.Path, where: str) -> dict[str, str]:
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{where}: {index} is no index of safetensors files ({error!r}); fetch it again") from error
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or ".." in name:
+            raise UserError(f"{where}: {index} names {name!r}, which is no file beside it; fetch it again")
+    if not weight_map:
+        raise UserError(f"{where}: {index} names no files; fetch it again")
+    return weight_map
 
 
 def write_sharded(

@@ -79,7 +79,10 @@ def with_ndim(tensor: Tensor, ndim: int) -> Tensor:
 
     def read(index: Index) -> np.ndarray:
         ranges = _whole(index, shape)
-        return tensor.read(ranges[:given]).reshape([part.stop - part.start for part in ranges])
+        array = tensor.read(ranges[:given])
+        array = array.reshape(array.shape[:ndim] + (1,) * (ndim - given))
+        added: Any = (..., *ranges[given:])
+        return array[added] if ndim > given else array
 
     return Tensor(shape, tensor.dtype, read)
 

@@ -73,7 +73,11 @@ def pretrained_tokenizers(config: ConfigDict) -> tuple[CLIPTokenizer, ...] | Non
         return None
     folder = epath.Path(config.model.pretrained)
     if not is_learned and folder.is_dir():
-        return tuple(load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts)
+        tokenizers = tuple(load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts)
+        for part, tokenizer in zip(parts, tokenizers, strict=True):  # some files do not say how long a caption may be
+            length = config.model[part].max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, length)
+        return tokenizers
     if any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):
         raise UserError(
             f"model.pretrained: {folder} brings no tokenizer, and its text encoder knows "
@@ -114,14 +118,10 @@ def check_initial(config: ConfigDict, pipeline: Pipeline) -> None:
             initial_tensors(config, part, getattr(pipeline, part))
 
 
-def lora_targets(config: ConfigDict, part: str) -> tuple[str, ...]:
-    """The modules of a part that have adapters, by the ends of their names."""
-    return config.lora.targets if part == "unet" else config.lora.text_encoder_targets
-
-
 def _new_adapters(config: ConfigDict, part: str, model: Any) -> PyTree:
     key = stream_key(config.seed, f"init/{part}/adapters")
-    return init_adapters(key, abstract_params(model), lora_targets(config, part), config.lora.rank)
+    field = "targets" if part == "unet" else "text_encoder_targets"
+    return init_adapters(key, abstract_params(model), config.lora[field], config.lora.rank, f"lora.{field}")
 
 
 def adopt_lora(config: ConfigDict) -> None:
@@ -134,7 +134,7 @@ def adopt_lora(config: ConfigDict) -> None:
         return
     loaded = _read_lora(config)
     defaults = default_config().lora
-    found = {"rank": loaded.rank, "alpha": loaded.alpha}
+    found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}
     found |= {"targets": loaded.targets("unet")} if "unet" in loaded.adapters else {}
     text = [part for part in text_parts(config) if part in loaded.adapters]
     if text and not config.optimizer.text_encoder_learning_rate:
@@ -145,7 +145,8 @@ def adopt_lora(config: ConfigDict) -> None:
     if text:
         found["text_encoder_targets"] = loaded.targets(*text)
     for key, value in found.items():
-        if config.lora[key] not in (value, defaults[key]):
+        is_same = config.lora[key] == value or (isinstance(value, tuple) and set(config.lora[key]) == set(value))
+        if not is_same and config.lora[key] != defaults[key]:
             raise UserError(
                 f"config: lora.{key} = {config.lora[key]!r}, but {config.lora.pretrained} has {value!r}; leave it out"
             )

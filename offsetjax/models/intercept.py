@@ -58,15 +58,20 @@ def _group_norm(module: nn.GroupNorm, x: Float[Array, "b h w c"], groups: int) -
     scale = module.param("scale", module.scale_init, (channels,), module.param_dtype)
     bias = module.param("bias", module.bias_init, (channels,), module.param_dtype)
     epsilon = 1e-6 if isinstance(module.parent, FlaxTransformer2DModel) else module.epsilon
-    grouped = x.astype(jnp.float32).reshape(*x.shape[:3], groups, channels // groups)
+
+    def over_groups(channel_means: Float[Array, "b c"]) -> Float[Array, "b 1 1 c"]:
+        # x itself is never split into groups, which would not fit a TPU's tiles.
+        means = channel_means.reshape(batch, groups, -1).mean(-1)
+        return means.repeat(channels // groups, axis=1)[:, None, None]
+
     # Both moments in one reading of x, and exact where the mean is large: of x less the mean of its middle row. Moments
     # about any point give the same result, so the gradient need not pass through the point.
-    point = jax.lax.stop_gradient(grouped[:, height // 2].mean((1, 3))).reshape(batch, 1, 1, groups, 1)
-    grouped = grouped - point
-    mean = grouped.mean((1, 2, 4), keepdims=True)
-    variance = jnp.maximum(jnp.square(grouped).mean((1, 2, 4), keepdims=True) - jnp.square(mean), 0.0)
-    gain = jax.lax.rsqrt(variance + epsilon) * scale.reshape(groups, -1)
-    return (grouped * gain + (bias.reshape(groups, -1) - mean * gain)).reshape(x.shape).astype(x.dtype)
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jax.lax.stop_gradient(over_groups(x32[:, height // 2].mean(1)))
+    mean = over_groups(centred.mean((1, 2)))
+    variance = jnp.maximum(over_groups(jnp.square(centred).mean((1, 2))) - jnp.square(mean), 0.0)
+    gain = jax.lax.rsqrt(variance + epsilon) * scale
+    return (centred * gain + (bias - mean * gain)).astype(x.dtype)
 
 
 def _geglu(module: FlaxGEGLU, x: Float[Array, "b n d"], deterministic: bool = True) -> Float[Array, "b n e"]:

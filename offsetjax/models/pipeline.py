@@ -41,7 +41,7 @@ class Pipeline:
     @property
     def is_conditioned_on_size(self) -> bool:
         """Whether the denoiser takes SDXL's pooled text and micro-conditioning (arXiv 2307.01952)."""
-        return self.unet.config["addition_embed_type"] == "text_time"
+        return self.unet.has_added_conditions
 
     def tokenize(self, captions: Sequence[str]) -> Int[np.ndarray, "b e n"]:
         """Token ids of captions for each of the e text encoders, padded and cut to their length."""

@@ -77,12 +77,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
-    if config.task == "diffusion" and config.model.family not in ("", pretrained.family):
+    if pretrained.family and config.task == "diffusion" and config.model.family not in ("", pretrained.family):
         raise UserError(
             f"config: model.family = {config.model.family!r}, but {pretrained.path} is a {FAMILIES[pretrained.family]} "
             f"model ({pretrained.family}); give another model.pretrained, or leave model.family out"
         )
-    if config.task == "diffusion":
+    if config.task == "diffusion" and pretrained.family:
         config.model.family = pretrained.family
     sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config, part)}
     if config.task == "diffusion" and not is_from_scratch(config, "unet"):

@@ -4,7 +4,9 @@ A run keeps its frozen parts in `frozen/`, in diffusers' form and in the type in
 outside its work directory is needed to resume, sample or export, and what was imported can be exported bit for bit.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -25,9 +27,22 @@ from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
 CARRIED_FILE = "carried.safetensors"
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A model that is known by what it says of itself."""
+
+    text: str
+    model: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(described: _Described) -> PyTree:
+    return jax.eval_shape(described.model.init, jax.random.key(0))
+
+
 def abstract_params(model: Any) -> PyTree:
-    """The shapes of a part's parameters."""
-    return jax.eval_shape(model.init, jax.random.key(0))
+    """The shapes of a part's parameters; remembered, for tracing a denoiser takes seconds."""
+    return _abstract(_Described(repr(model), model))
 
 
 def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
@@ -68,6 +83,8 @@ def write_frozen(
 ) -> None:
     """Writes the parts that training does not change, tensor by tensor, and the tokenizers."""
     directory = epath.Path(directory)
+    if directory.exists():  # of a start that did not come to its end, of another model perhaps
+        directory.rmtree()
     for part, named in tensors.items():
         files.write_part(directory, part, getattr(pipeline, part).torch_config(), named)
     write_tokenizers(directory, pipeline.tokenizers)

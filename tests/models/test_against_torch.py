@@ -1,10 +1,10 @@
-"""Each network, loaded from what PyTorch wrote, gives PyTorch's numbers: outputs, and the denoiser's gradients."""
+"""Small networks of any architecture give PyTorch's numbers; and what our networks promise besides."""
 
 import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -13,85 +13,76 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jaxtyping import PyTree
-from ml_collections import ConfigDict
+from jaxtyping import Array, PyTree
 
 from offsetjax.config import default_config
-from offsetjax.formats.names import params_to_tensors
-from offsetjax.models.autoencoder import standardised
-from offsetjax.models.pipeline import build, load_params, resolve, save_part
+from offsetjax.models.autoencoder import Autoencoder, standardised
+from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
-from tests import torch_models
+from tests import tiny, torch_models
+from tests.torch_models import counterpart, gradient_errors, params_of, relative_error
 
-CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+FLOAT32 = jnp.dtype("float32")
 UNETS = {
     "8 groups": {},
-    "32 groups, linear projection": {
-        "norm_num_groups": 32,
-        "block_out_channels": (32, 64),
+    "linear projection, sizes": {
         "use_linear_projection": True,
-        "attention_head_dim": 4,
-    },
-    "2 layers, all blocks attend": {
-        "layers_per_block": 2,
-        "down_block_types": (CROSS[0],) * 2,
-        "up_block_types": (CROSS[1],) * 2,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
     },
 }
 
 
-def load(directory: pathlib.Path, part: str, saved: Any) -> tuple[ConfigDict, Any, PyTree]:
-    """A part as a user loads it: written by PyTorch, its architecture and its weights read by ours."""
-    saved.save_pretrained(directory / part)
-    torch_models.scheduler().save_pretrained(directory / "scheduler")
-    config = default_config()
-    config.model.pretrained, config.model.dtype = str(directory), "float32"
-    config.model.from_scratch = tuple({"unet", "vae", "text_encoder"} - {part})
-    config = resolve(config)
-    model = getattr(build(config), part)
-    return config, model, load_params(directory, part, model)
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny.quick_compilation(pathlib.Path(tmp_path_factory.getbasetemp())):
+        yield
 
 
-def relative_error(ours: Any, theirs: torch.Tensor) -> float:
-    theirs = theirs.detach().numpy()
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+def config_of(part: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The default config of a part with other values."""
+    return {**default_config().model[part].to_dict(), **values}
+
+
+def unet_of(**changes: Any) -> UNet:
+    return UNet(config_of("unet", {**torch_models.UNET, **changes}), FLOAT32)
+
+
+def vae_of(**changes: Any) -> Autoencoder:
+    return Autoencoder(config_of("vae", {**torch_models.VAE, **changes}))
 
 
 def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("2 layers") else ()) for name in UNETS]
-)
-def test_the_denoiser_and_its_gradients_are_pytorchs(name: str, tmp_path: pathlib.Path) -> None:
-    theirs = torch_models.unet(**UNETS[name])
-    _, unet, params = load(tmp_path, "unet", theirs)
+@pytest.mark.parametrize("name", UNETS)
+def test_the_denoiser_and_its_gradients_are_pytorchs(name: str) -> None:
+    unet = unet_of(**UNETS[name])
+    theirs = counterpart(unet)
     latents, hidden, timesteps = normal(2, 4, 8, 8), normal(2, 5, 24), np.array([3, 980], np.int32)
     wanted = normal(2, 4, 8, 8)[::-1].copy()
+    added = {"text_embeds": normal(2, 16), "time_ids": 512 + normal(6, 2).T} if unet.has_added_conditions else None
 
-    def loss(params: PyTree) -> tuple[jax.Array, jax.Array]:
-        prediction = unet.apply(params, latents, timesteps, hidden)
+    def loss(params: PyTree) -> tuple[Array, Array]:
+        prediction = unet.apply(params, latents, timesteps, hidden, added)
         return jnp.mean(jnp.square(prediction - wanted)), prediction
 
-    gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(params)
-    prediction = theirs(torch.from_numpy(latents), torch.from_numpy(timesteps), torch.from_numpy(hidden)).sample
+    gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(params_of(theirs, unet))
+    *inputs, conditions = jax.tree.map(torch.from_numpy, (latents, timesteps, hidden, added))
+    prediction = theirs(*inputs, added_cond_kwargs=conditions).sample
     torch.nn.functional.mse_loss(prediction, torch.from_numpy(wanted)).backward()
 
     assert relative_error(ours, prediction) < 1e-4
-    found = params_to_tensors(gradients)
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    assert found.keys() == expected.keys()
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    for tensor, gradient in expected.items():
-        # Some gradients are zero but for rounding: a shift of all keys does not change a softmax.
-        scale = max(float(gradient.abs().max()), 1e-4 * largest)
-        assert np.abs(found[tensor] - gradient.numpy()).max() < 1e-3 * scale, tensor
+    errors = gradient_errors(gradients, theirs)
+    assert max(errors.values()) < 1e-3, errors
 
 
-def test_bfloat16_computes_its_convolutions_in_bfloat16_and_returns_float32(tmp_path: pathlib.Path) -> None:
-    theirs = torch_models.unet()
-    _, unet, params = load(tmp_path, "unet", theirs)
+def test_bfloat16_computes_its_convolutions_in_bfloat16_and_returns_float32() -> None:
+    unet = unet_of()
+    theirs = counterpart(unet)
+    params = params_of(theirs, unet)
     inputs = normal(2, 4, 8, 8), np.array([3, 980], np.int32), normal(2, 5, 24)
     half = UNet(unet.config, jnp.dtype("bfloat16"))
     graph = str(jax.make_jaxpr(lambda *inputs: half.apply(params, *inputs))(*inputs))
@@ -115,9 +106,10 @@ def test_bfloat16_computes_its_convolutions_in_bfloat16_and_returns_float32(tmp_
     ],
     ids=["attention", "no attention"],
 )
-def test_the_autoencoder_is_pytorchs(changes: dict, tmp_path: pathlib.Path) -> None:
-    theirs = torch_models.vae(**changes)
-    _, vae, params = load(tmp_path, "vae", theirs)
+def test_the_autoencoder_is_pytorchs(changes: dict[str, Any]) -> None:
+    vae = vae_of(**changes)
+    theirs = counterpart(vae)
+    params = params_of(theirs, vae)
     pixels, latents = normal(2, 3, 16, 16), normal(2, 4, 8, 8)
     with torch.no_grad():
         posterior = theirs.encode(torch.from_numpy(pixels)).latent_dist
@@ -129,10 +121,9 @@ def test_the_autoencoder_is_pytorchs(changes: dict, tmp_path: pathlib.Path) -> N
     assert relative_error(jax.jit(vae.decode)(params, latents), decoded) < 1e-4
 
 
-def test_standardised_latents_have_mean_0_and_deviation_1_and_decode_to_the_same_picture(
-    tmp_path: pathlib.Path,
-) -> None:
-    _, vae, params = load(tmp_path, "vae", torch_models.vae())
+def test_standardised_latents_have_mean_0_and_deviation_1_and_decode_to_the_same_picture() -> None:
+    vae = vae_of()
+    params = params_of(counterpart(vae), vae)
     pixels = normal(8, 3, 16, 16)
     encode, decode = jax.jit(vae.encode), jax.jit(vae.decode)
     mean, log_variance = (np.asarray(moment) for moment in encode(params, pixels))
@@ -148,29 +139,16 @@ def test_standardised_latents_have_mean_0_and_deviation_1_and_decode_to_the_same
 
 
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
-def test_the_text_encoder_is_pytorchs(hidden_act: str, tmp_path: pathlib.Path) -> None:
-    theirs = torch_models.text_encoder(hidden_act=hidden_act)
-    config, text_encoder, params = load(tmp_path, "text_encoder", theirs)
-    assert config.model.text_encoder.hidden_act == hidden_act
+def test_the_text_encoder_is_pytorchs(hidden_act: str) -> None:
+    text_encoder = TextEncoder(config_of("text_encoder", {**torch_models.TEXT, "hidden_act": hidden_act}), FLOAT32)
+    theirs = counterpart(text_encoder)
     input_ids = np.random.default_rng(0).integers(0, 600, (3, 12), dtype=np.int32)
     input_ids[0, 5:] = 599  # padding, which is attended to
     with torch.no_grad():
-        hidden = theirs(torch.from_numpy(input_ids)).last_hidden_state
-    assert relative_error(jax.jit(text_encoder.apply)(params, input_ids), hidden) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("part", "make"),
-    [("unet", torch_models.unet), ("vae", torch_models.vae), ("text_encoder", torch_models.text_encoder)],
-)
-def test_pytorch_loads_a_model_that_begins_here(part: str, make: Callable, tmp_path: pathlib.Path) -> None:
-    """The names and shapes of all parameters, without a checkpoint to copy them from."""
-    _, model, _ = load(tmp_path / "theirs", part, make())
-    drawn = jax.tree.map(lambda leaf: normal(*leaf.shape), jax.eval_shape(model.init, jax.random.key(0)))
-    save_part(tmp_path / "ours", part, model, drawn)
-    again, report = type(make()).from_pretrained(tmp_path / "ours" / part, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    assert sum(p.numel() for p in again.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(drawn))
+        expected = theirs(torch.from_numpy(input_ids)).last_hidden_state
+    hidden, pooled = jax.jit(text_encoder.apply)(params_of(theirs, text_encoder), input_ids)
+    assert relative_error(hidden, expected) < 1e-4
+    assert pooled is None
 
 
 def test_building_the_models_prints_nothing() -> None:

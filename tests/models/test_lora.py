@@ -1,6 +1,7 @@
 """LoRA: an adapted model is the model with merged weights, and PyTorch's PEFT agrees."""
 
 import copy
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from tests import tiny, torch_models
 # Linear layers in attention and outside of it, convolutions of 1x1 and 3x3, with strides 1 and 2.
 TARGETS = ("to_q", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "downsamplers.0.conv", "time_embedding.linear_1")
 RANK, ALPHA = 4, 2.0
+# A denoiser that compiles quickly: it attends in its middle alone.
+SMALL = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 FLOAT32 = jnp.dtype("float32")
 
 
@@ -37,8 +40,8 @@ def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def unet(dtype: str = "float32") -> UNet:
-    return UNet(default_config().model.unet.to_dict() | torch_models.UNET, jnp.dtype(dtype))
+def unet(dtype: str = "float32", **changes: Any) -> UNet:
+    return UNet(default_config().model.unet.to_dict() | torch_models.UNET | changes, jnp.dtype(dtype))
 
 
 def text_encoder() -> TextEncoder:
@@ -47,7 +50,7 @@ def text_encoder() -> TextEncoder:
 
 def base_of(module: torch.nn.Module, model: Any) -> PyTree:
     """PyTorch's parameters as ours."""
-    tensors = {name: of_array(parameter.detach().numpy()) for name, parameter in module.named_parameters()}
+    tensors = {name: of_array(parameter.detach().numpy().copy()) for name, parameter in module.named_parameters()}
     like = jax.eval_shape(model.init, jax.random.key(0))
     lazy = flax_tensors(tensors, like, "test")
     return jax.tree.map(lambda tensor: tensor(), lazy, is_leaf=lambda leaf: isinstance(leaf, Tensor))
@@ -91,16 +94,18 @@ def with_peft(module: torch.nn.Module, adapters: PyTree, targets: tuple[str, ...
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fresh_adapters_change_nothing(dtype: str) -> None:
-    model = unet(dtype)
-    base = jax.jit(model.init)(jax.random.key(0))
+    model = unet(dtype, **SMALL)
+    base = base_of(torch_models.unet(**SMALL), model)
     adapters = init_adapters(jax.random.key(1), base, TARGETS, RANK)
-    adapted = jax.jit(Adapted(model, 0.5).apply)({"base": base, "adapters": adapters}, *inputs())
-    np.testing.assert_array_equal(adapted, jax.jit(model.apply)(base, *inputs()))
+    # Otherwise XLA keeps float32 between some bfloat16 operations: which, depends on what stands around them.
+    exactly = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    adapted = exactly(Adapted(model, 0.5).apply)({"base": base, "adapters": adapters}, *inputs())
+    np.testing.assert_array_equal(adapted, exactly(model.apply)(base, *inputs()))
 
 
 def test_outputs_and_gradients_are_those_of_the_model_with_merged_weights() -> None:
-    model = unet()
-    base = base_of(torch_models.unet(), model)
+    model = unet(**SMALL)
+    base = base_of(torch_models.unet(**SMALL), model)
     adapters = randomised(init_adapters(jax.random.key(1), base, TARGETS, RANK))
     wanted = normal(2, 4, 8, 8, seed=5)
 
@@ -113,8 +118,9 @@ def test_outputs_and_gradients_are_those_of_the_model_with_merged_weights() -> N
         return jnp.square(prediction - wanted).mean(), prediction
 
     (_, ours), found = jax.jit(jax.value_and_grad(adapted_loss, has_aux=True))(adapters)
-    (_, theirs), expected = jax.jit(jax.value_and_grad(merged_loss, has_aux=True))(adapters)
-    plain = jax.jit(model.apply)(base, *inputs())
+    merged = jax.jit(jax.value_and_grad(merged_loss, has_aux=True))
+    (_, theirs), expected = merged(adapters)
+    (_, plain), _ = merged(jax.tree.map(np.zeros_like, adapters))
     assert relative_error(plain, theirs) > 0.1, "the adapters do something"
     assert relative_error(ours, theirs) < 1e-5
     largest = max(np.abs(gradient).max() for gradient in jax.tree.leaves(expected))
@@ -124,8 +130,8 @@ def test_outputs_and_gradients_are_those_of_the_model_with_merged_weights() -> N
 
 
 def test_a_base_in_bfloat16_computes_in_it_and_only_float32_adapters_are_trained() -> None:
-    model = unet("bfloat16")
-    base = base_of(torch_models.unet(), model)
+    model = unet("bfloat16", **SMALL)
+    base = base_of(torch_models.unet(**SMALL), model)
     half = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), base)
     adapters = init_adapters(jax.random.key(1), half, TARGETS, RANK)
 
@@ -141,21 +147,19 @@ def test_a_base_in_bfloat16_computes_in_it_and_only_float32_adapters_are_trained
         # At the start `up` is 0: what `down` is does not matter yet, and `up` is pulled at once.
         assert (np.abs(gradient).max() > 0) == (side == "up"), path
 
-    trained = randomised(adapters)
-    ours = jax.jit(Adapted(model, 0.5).apply)({"base": half, "adapters": trained}, *inputs())
-    exact = jax.jit(unet().apply)(merged_params(base, trained, 0.5), *inputs())
-    assert ours.dtype == FLOAT32 and relative_error(ours, exact) < 0.1
 
-
-def test_the_denoiser_with_adapters_is_pefts() -> None:
-    theirs = torch_models.unet()
-    base = base_of(theirs, unet())
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_the_denoiser_with_adapters_is_pefts(dtype: str, error: float) -> None:
+    theirs, model = torch_models.unet(), unet(dtype)
+    base = base_of(theirs, model)
     adapters = randomised(init_adapters(jax.random.key(1), base, TARGETS, RANK))
     theirs = with_peft(theirs, adapters, TARGETS)
-    ours = jax.jit(Adapted(unet(), ALPHA / RANK).apply)({"base": base, "adapters": adapters}, *inputs())
+    base = jax.tree.map(lambda array: jnp.asarray(array, dtype), base)
+    ours = jax.jit(Adapted(model, ALPHA / RANK).apply)({"base": base, "adapters": adapters}, *inputs())
     with torch.no_grad():
         prediction = theirs(*map(torch.from_numpy, inputs())).sample
-    assert relative_error(ours, prediction) < 1e-4
+    assert ours.dtype == FLOAT32
+    assert relative_error(ours, prediction) < error
 
 
 def test_the_text_encoder_with_adapters_is_pefts() -> None:
@@ -223,7 +227,7 @@ def test_down_is_drawn_as_pytorch_draws_a_layer_and_by_the_layers_name() -> None
         ("attn1.to_qq", "did you mean attn1.to_q"),
         ("q", "such as to_q"),
         ("o_q", "did you mean to_q"),
-        ("norm1", "did you mean"),
+        ("norm1", "such as to_q"),
         ("up_blocks", ""),
     ],
 )
