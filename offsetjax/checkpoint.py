@@ -112,7 +112,7 @@ def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int
         kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"}
         spec = {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": kvstore}
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: tuple[Any, ...]) -> np.ndarray:
             def fetch() -> np.ndarray:
                 stored = tensorstore.open(spec, open=True, read=True, context=context).result()
                 if stored.shape != like.shape:

@@ -66,6 +66,6 @@ def encode_captions(
         is_empty = (input_ids == empty_ids).all((1, 2))
         hidden = jnp.where(is_empty[:, None, None], 0.0, hidden)
         pooled = None if pooled is None else jnp.where(is_empty[:, None], 0.0, pooled)
-    if not pipeline.is_conditioned_on_size:
+    if pooled is None or not pipeline.is_conditioned_on_size:
         return hidden, None
     return hidden, {"text_embeds": pooled, "time_ids": time_ids}

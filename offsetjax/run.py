@@ -26,14 +26,13 @@ from offsetjax.data.stream import Stream, captions, check_fingerprint, make_stre
 from offsetjax.diffusion.noise import describe
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
-from offsetjax.formats.names import torch_tensors
+from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.models.autoencoder import standardised
 from offsetjax.models.initial import (
     abstract_trained,
     adopt_lora,
     carried_tensors,
     check_initial,
-    initial_params,
     initial_tensors,
     initial_trained,
     pretrained_tokenizers,
@@ -41,7 +40,7 @@ from offsetjax.models.initial import (
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts, text_parts
 from offsetjax.models.resolve import resolve
 from offsetjax.models.tokenizer import Tokens, tokenize, train_tokenizer
-from offsetjax.models.weights import load_frozen, read_tokenizers, write_frozen
+from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.objective import training_noise
 from offsetjax.step import TrainState, init_state
 from offsetjax.workdir import read_config, write_config
@@ -100,7 +99,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     check_initial(config, pipeline)
     tensors = {part: initial_tensors(config, part, getattr(pipeline, part)) for part in frozen_parts(config)}
     if config.task == "diffusion" and config.model.vae.scaling_factor == 0:
-        vae = initial_params(config, "vae", pipeline.vae)
+        vae = on_host(flax_tensors(tensors["vae"], abstract_params(pipeline.vae), "vae"))
         mean, std = latent_statistics(config, pipeline, vae, source)
         tensors["vae"] = torch_tensors(standardised(vae, mean, std))
         config.model.vae.scaling_factor = 1.0

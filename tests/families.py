@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import shutil
 from typing import Any
 
 import diffusers
@@ -13,7 +14,7 @@ from offsetjax import presets
 from offsetjax.config import default_config
 from offsetjax.models.pipeline import build
 from offsetjax.models.text import TextEncoder
-from offsetjax.models.tokenizer import clip_tokenizer
+from offsetjax.models.tokenizer import clip_tokenizer, save_tokenizer, train_tokenizer
 from tests import torch_models
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -94,3 +95,41 @@ def saved(base: pathlib.Path, family: str, dtype: str = "float32") -> pathlib.Pa
     directory = base / f"{family}_{dtype}"
     pipeline(narrow_config(family), getattr(torch, dtype)).save_pretrained(directory)
     return directory
+
+
+def save_tiny_xl(directory: pathlib.Path) -> None:
+    """Writes an SDXL pipeline that compiles in seconds: two blocks, a learnt vocabulary, two small text encoders."""
+    save_tokenizer(train_tokenizer(torch_models.CAPTIONS, 600, 12), directory / "words")
+    words = directory / "words"
+    second = {**torch_models.TEXT, "hidden_size": 32, "projection_dim": 32, "hidden_act": "gelu"}
+    marks = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    unet = {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 24 + 32,
+        "norm_num_groups": 8,
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    }
+    text_config, second_config = (
+        transformers.CLIPTextConfig(**values, **marks) for values in (torch_models.TEXT, second)
+    )
+    diffusers.StableDiffusionXLPipeline(
+        vae=torch_models.vae(scaling_factor=0.13025),
+        text_encoder=torch_models.randomise(transformers.CLIPTextModel(text_config), 3),
+        text_encoder_2=torch_models.randomise(transformers.CLIPTextModelWithProjection(second_config), 4),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(words),
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(words, pad_token="!"),
+        unet=torch_models.randomise(diffusers.UNet2DConditionModel(**unet), 1),
+        scheduler=torch_models.scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(directory)
+    shutil.rmtree(words)

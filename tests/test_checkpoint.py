@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jaxtyping import PyTree
 
@@ -107,29 +108,54 @@ def test_no_checkpoint_at_all_is_refused(tmp_path: pathlib.Path) -> None:
         checkpoint.restore(manager, _like())
 
 
+def _resume(manager: ocp.CheckpointManager) -> bool:
+    state, position = checkpoint.restore(manager, _like())
+    return _bytes(state) == _bytes(_state(4)) and position == DATA
+
+
+def _read_part(manager: ocp.CheckpointManager) -> bool:
+    return _bytes(checkpoint.restore_part(manager, "dense", _like(2, 4)["dense"])) == _bytes(_state(4)["dense"])
+
+
+def _read_tensors(manager: ocp.CheckpointManager) -> bool:
+    tensors = checkpoint.open_part(manager, "dense", _like()["dense"])
+    return _bytes(jax.tree.map(lambda tensor: tensor(), tensors)) == _bytes(_state(4)["dense"])
+
+
+# As a training, a sampling and an export read; true if they read what was written.
+READERS = {"resume": _resume, "part": _read_part, "tensors": _read_tensors}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_was_written_is_read(saved: pathlib.Path, reader: str) -> None:
+    with checkpoint.open_checkpoints(saved) as manager:
+        assert READERS[reader](manager)
+
+
 RESTORE = """
 import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
 from offsetjax import checkpoint
 from offsetjax.errors import UserError
-from tests.test_checkpoint import DATA, _bytes, _like, _state
+from tests.test_checkpoint import READERS
 
-for workdir in sys.argv[1:]:
+for workdir in sys.argv[2:]:
     try:
         with checkpoint.open_checkpoints(workdir) as manager:
-            state, data = checkpoint.restore(manager, _like())
-        print(json.dumps({"is_right": _bytes(state) == _bytes(_state(4)) and data == DATA}))
+            print(json.dumps({"is_right": READERS[sys.argv[1]](manager)}))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
 """
 
 
-def _restore_apart(workdirs: list[pathlib.Path]) -> list[dict[str, Any]]:
+def _restore_apart(workdirs: list[pathlib.Path], reader: str = "resume") -> list[dict[str, Any]]:
     """What becomes of each, in a process of its own.
 
     Where orbax cannot read one array, it leaves behind its reads of the others, which complain whenever they end.
     """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-    command = [sys.executable, "-c", RESTORE, *map(str, workdirs)]
+    command = [sys.executable, "-c", RESTORE, reader, *map(str, workdirs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -143,7 +169,10 @@ DAMAGES = {
 }
 
 
-def test_a_damaged_file_is_refused_in_one_line_or_harmless(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_a_damaged_file_is_refused_in_one_line_or_harmless(
+    saved: pathlib.Path, tmp_path: pathlib.Path, reader: str
+) -> None:
     whole = saved / "checkpoints" / "4"
     files = sorted(path for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
     workdirs = []
@@ -153,14 +182,15 @@ def test_a_damaged_file_is_refused_in_one_line_or_harmless(saved: pathlib.Path, 
             shutil.copytree(saved, workdir)
             hurt(workdir / "checkpoints" / "4" / file.relative_to(whole))
             workdirs.append(workdir)
-    outcomes = dict(zip((workdir.name for workdir in workdirs), _restore_apart(workdirs), strict=True))
+    outcomes = dict(zip((workdir.name for workdir in workdirs), _restore_apart(workdirs, reader), strict=True))
     errors = {name: outcome["error"] for name, outcome in outcomes.items() if "error" in outcome}
     assert all(error.startswith("checkpoint: ") and "\n" not in error for error in errors.values()), errors
     assert {name.split()[0] for name in errors} == set(DAMAGES)
     assert not [name for name, outcome in outcomes.items() if name not in errors and not outcome["is_right"]]
 
 
-def test_a_flipped_bit_is_found_and_its_array_named(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_a_flipped_bit_is_found_and_its_array_named(saved: pathlib.Path, tmp_path: pathlib.Path, reader: str) -> None:
     whole = saved / "checkpoints" / "4"
     largest = max((path for path in whole.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     rng = np.random.default_rng(0)
@@ -173,7 +203,7 @@ def test_a_flipped_bit_is_found_and_its_array_named(saved: pathlib.Path, tmp_pat
         start = bytes(content).index(_state(4)["dense"]["kernel"].tobytes())
         content[start + place] ^= 1 << bit
         file.write_bytes(content)
-    outcomes = _restore_apart(workdirs)
+    outcomes = _restore_apart(workdirs, reader)
     assert all("dense/kernel is damaged" in outcome.get("error", "") for outcome in outcomes), outcomes
 
 
@@ -184,10 +214,11 @@ def test_a_stray_directory_is_refused_by_its_name_or_passed_over(saved: pathlib.
     assert outcome.get("is_right") or "checkpoints/900 cannot be read" in outcome["error"]
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: pathlib.Path, reader: str) -> None:
     other = _state(4)
     other["dense"]["kernel"] = np.zeros((64, 16), np.float32)
     with checkpoint.open_checkpoints(tmp_path) as manager:
         checkpoint.save(manager, 4, _place(other, 1, 1), DATA)
-    [outcome] = _restore_apart([tmp_path])
+    [outcome] = _restore_apart([tmp_path], reader)
     assert "checkpoints/4 cannot be read" in outcome["error"]

@@ -5,6 +5,7 @@ Parts go by the names of diffusers' folders: `unet`, `vae`, `text_encoder` and, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,7 @@ def build(config: ConfigDict, tokenizers: Sequence[CLIPTokenizer] = ()) -> Pipel
     """The parts of `config.model`, with `config.lora.rank` those that are trained with adapters."""
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     is_sdxl = family(config) == "sdxl"
-    parts = {
+    parts: dict[str, Any] = {
         "unet": UNet(model.unet.to_dict(), dtype),
         "text_encoder": TextEncoder(model.text_encoder.to_dict(), dtype, is_penultimate=is_sdxl),
     }

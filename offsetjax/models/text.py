@@ -57,7 +57,7 @@ class TextEncoder:
         """The hidden states of the tokens and, with `has_projection`, the projected state of the end of the text."""
         inputs = self._inputs(jnp.asarray(input_ids))
         with torch_numerics():
-            output = self._module().apply({"params": params}, *inputs, output_hidden_states=self.is_penultimate)
+            output: Any = self._module().apply({"params": params}, *inputs, output_hidden_states=self.is_penultimate)
         hidden = output.hidden_states[-2] if self.is_penultimate else output.last_hidden_state
         return hidden.astype(self.dtype), output.text_embeds if self.has_projection else None
 

@@ -5,6 +5,7 @@ outside its work directory is needed to resume, sample or export, and what was i
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,17 +56,27 @@ def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
     """
 
     def place(tensor: Tensor, sharding: NamedSharding) -> jax.Array:
-        read: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading
+        # Devices that hold the same part share one reading. Several parts are cut from the whole where they make up most
+        # of it: a part of the columns cannot be read from a file without its rows.
+        held = {_bounds(index) for index in sharding.addressable_devices_indices_map(tensor.shape).values()}
+        is_mostly_held = len(held) > 1 and 2 * len(held) * math.prod(sharding.shard_shape(tensor.shape)) > tensor.size
+        whole = tensor() if is_mostly_held else None
+        read: dict[Any, np.ndarray] = {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            place = tuple((each.start, each.stop) for each in index)
-            if place not in read:
-                read[place] = np.asarray(tensor.read(index)).astype(dtype, copy=False)
-            return read[place]
+        def part(index: Any) -> np.ndarray:
+            if (bounds := _bounds(index)) not in read:
+                array = tensor.read(index) if whole is None else whole[index]
+                read[bounds] = np.asarray(array).astype(dtype, copy=False)
+            return read[bounds]
 
         return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=jnp.dtype(dtype))
 
     return jax.tree.map(place, tensors, shardings, is_leaf=lambda leaf: isinstance(leaf, Tensor))
+
+
+def _bounds(index: Any) -> tuple[tuple[int | None, int | None], ...]:
+    """A tuple of slices as what can be a key."""
+    return tuple((each.start, each.stop) for each in index)
 
 
 def on_host(tensors: PyTree) -> PyTree:
