@@ -6,8 +6,9 @@ spare, and lie on buckets too: tensors are read by ranges of bytes, and written 
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from offsetjax.formats.header import MAX_BYTES, Entry, format_header, parse_head
 
 Index = tuple[slice, ...]
 
+_AHEAD = 2  # tensors read while another is written
 _BLOCK = 64  # rows and columns transposed at once: what the nearest cache holds
 
 
@@ -247,7 +249,7 @@ def write_tensors(
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file, one tensor after the other: at most three are in memory.
+    """Writes a safetensors file, one tensor after the other: at most four are in memory.
 
     Args:
         dtype: of the floating-point tensors in the file; None: each keeps its own.
@@ -279,16 +281,15 @@ def converted(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Ten
 
 
 def _prefetched(tensors: Mapping[str, Tensor]) -> Iterator[np.ndarray]:
-    """Each array, in C order; while it is used, the next one is read."""
-    with ThreadPoolExecutor(1) as background:
-        pending = None
+    """Each array, in C order; while it is used, the next two are read."""
+    with ThreadPoolExecutor(_AHEAD) as background:
+        pending: deque[Future[np.ndarray]] = deque()
         for name, tensor in tensors.items():
-            following = background.submit(_read_contiguous, name, tensor)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+            pending.append(background.submit(_read_contiguous, name, tensor))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _read_contiguous(name: str, tensor: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ Each makes a converted model give PyTorch's numbers, and no parameter changes it
   input (Flax: float32, which would turn bfloat16 convolutions into float32 ones); its variance does not drown in the
   mean (Flax takes E x² - (E x)², which on a picture of one colour is rounding and nothing else);
 - softmax is taken in float32, of scores in float32 (diffusers' and transformers' Flax: in the compute type);
-- upsampling repeats pixels (diffusers' Flax gathers them, whose gradient is a scatter that adds in the compute type);
+- upsampling repeats pixels (diffusers' Flax gathers them and scatters their gradients: the same numbers, slowly);
 - the autoencoder's attention can be left out (`mid_block_add_attention=False`, as in PyTorch).
 """
 
@@ -66,8 +66,8 @@ def _group_norm(module: nn.GroupNorm, x: Float[Array, "b h w c"], groups: int) -
 
     # Both moments in one reading of x, and exact where the mean is large: of x less the mean of its middle row. Moments
     # about any point give the same result, so the gradient need not pass through the point.
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jax.lax.stop_gradient(over_groups(x32[:, height // 2].mean(1)))
+    point = jax.lax.stop_gradient(over_groups(x[:, height // 2].astype(jnp.float32).mean(1)))
+    centred = x.astype(jnp.float32) - point
     mean = over_groups(centred.mean((1, 2)))
     variance = jnp.maximum(over_groups(jnp.square(centred).mean((1, 2))) - jnp.square(mean), 0.0)
     gain = jax.lax.rsqrt(variance + epsilon) * scale
