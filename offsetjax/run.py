@@ -35,6 +35,7 @@ from offsetjax.models.initial import (
     check_initial,
     initial_tensors,
     initial_trained,
+    left_out_tensors,
     pretrained_tokenizers,
 )
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts, text_parts
@@ -105,6 +106,8 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
         config.model.vae.scaling_factor = 1.0
         pipeline = build(config, tokenizers)
         _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
+    if left_out := left_out_tensors(config):
+        _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))

@@ -61,6 +61,13 @@ def carried_tensors(config: ConfigDict) -> dict[str, Tensor]:
     return open_pretrained(config.model.pretrained, config.model.variant).carried()
 
 
+def left_out_tensors(config: ConfigDict) -> tuple[str, ...]:
+    """The names of what a single file holds of its own training, which is no part of a model."""
+    if not config.model.pretrained:
+        return ()
+    return tuple(open_pretrained(config.model.pretrained, config.model.variant).ignored())
+
+
 def pretrained_tokenizers(config: ConfigDict) -> tuple[CLIPTokenizer, ...] | None:
     """The tokenizers that come with the weights; None where captions have to teach one.
 

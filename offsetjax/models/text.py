@@ -55,13 +55,23 @@ class TextEncoder:
         self, params: PyTree, input_ids: Int[Array, "b n"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b p"] | None]:
         """The hidden states of the tokens and, with `has_projection`, the projected state of the end of the text."""
+        module, variables = self._module(), {"params": params}
         inputs = self._inputs(jnp.asarray(input_ids))
         with torch_numerics():
-            output: Any = self._module().apply({"params": params}, *inputs, output_hidden_states=self.is_penultimate)
-        hidden = output.hidden_states[-2] if self.is_penultimate else output.last_hidden_state
-        return hidden.astype(self.dtype), output.text_embeds if self.has_projection else None
+            output = module.apply(variables, *inputs, output_hidden_states=self.is_penultimate)
+            hidden = output.hidden_states[-2] if self.is_penultimate else output.last_hidden_state
+            if not self.has_projection:
+                return hidden.astype(self.dtype), None
+            # Flax takes the end of each text from all texts at once, for which the devices would have to exchange them.
+            end = jnp.argmax(input_ids, axis=1)[:, None, None]
+            pooled = jnp.take_along_axis(output.last_hidden_state, end, axis=1)[:, 0]
+            return hidden.astype(self.dtype), module.apply(variables, pooled, method=_project)
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that transformers reads."""
         config = CLIPTextConfig(**self.config, **_MARKS, architectures=[self.class_name], torch_dtype="float32")
         return json.loads(config.to_json_string())
+
+
+def _project(module: nn.Module, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:
+    return module.text_projection(pooled)
