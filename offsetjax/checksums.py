@@ -3,8 +3,8 @@
     c = Σ_i w_i · m_i  mod 2³²,   m_i = (i · 0x9E3779B1 mod 2³²) | 1
 
 over the array's 32-bit words w in row-major order (16-bit numbers count as one word each). A changed word changes c,
-for every m_i is odd; several cancel with a chance of 2⁻³². It is multilinear hashing with fixed multipliers (D. Lemire and
-O. Kaser, "Strongly universal string hashing is fast", arXiv 1202.4961): made against accidents, not against attackers.
+for every m_i is odd; several cancel with a chance of 2⁻³². It is multilinear hashing with fixed multipliers (D. Lemire
+and O. Kaser, "Strongly universal string hashing is fast", arXiv 1202.4961), against accidents, not attackers.
 """
 
 from collections.abc import Mapping

@@ -95,12 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a directory; one file in the original layout; the adapters of a LoRA training. Default: %(default)s",
     )
     sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    sub.add_argument(
-        "--lora_keys", choices=("kohya", "diffusers"), default="kohya", help="of --format=lora; %(default)s"
-    )
-    sub.add_argument(
-        "--max_shard_gb", type=float, default=10.0, help="split a directory's weights beyond this; %(default)s"
-    )
+    sub.add_argument("--lora_keys", choices=("kohya", "diffusers"), help="of --format=lora; kohya without it")
+    sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 without it")
     sub.add_argument("--out", required=True, help="a folder, or FILE.safetensors, that does not exist yet")
 
     data = command("data", None, "build or inspect a data set").add_subparsers(required=True, metavar="build|inspect")

@@ -9,8 +9,6 @@ No more than a few tensors are in memory, whatever the model's size.
 
 import contextlib
 import dataclasses
-import datetime
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,6 +25,7 @@ from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
 from offsetjax.formats.single_file import write_single_file
 from offsetjax.formats.tensors import Tensor
+from offsetjax.metadata import header
 from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
@@ -34,11 +33,6 @@ from offsetjax.objective import training_noise
 from offsetjax.workdir import Stored, open_stored
 
 FORMATS = ("diffusers", "single_file", "lora")
-_ORIGINAL = {
-    "sd1": "https://github.com/CompVis/stable-diffusion",
-    "sd2": "https://github.com/Stability-AI/stablediffusion",
-    "sdxl": "https://github.com/Stability-AI/generative-models",
-}
 
 
 def export(
@@ -49,8 +43,8 @@ def export(
     step: int | None = None,
     params: str | None = None,
     dtype: str = "float32",
-    lora_keys: str = "kohya",
-    max_shard_gb: float = 10.0,
+    lora_keys: str | None = None,
+    max_shard_gb: float | None = None,
 ) -> None:
     """Writes a model that PyTorch programs load; adapters are merged into their base but for `form = "lora"`.
 
@@ -59,8 +53,8 @@ def export(
     Args:
         form: diffusers (a directory), single_file or lora (a file whose name ends in .safetensors).
         params: "ema" or "raw"; None is the config's `sample.params`.
-        lora_keys: kohya or diffusers.
-        max_shard_gb: a directory's weights beyond so many gigabytes are split over several files.
+        lora_keys: kohya, as without it, or diffusers.
+        max_shard_gb: a directory's weights beyond so many gigabytes, without it 10, are split over several files.
 
     Raises:
         UserError: `out` exists, the form does not go with the training, or the checkpoint cannot be read.
@@ -70,6 +64,10 @@ def export(
         raise UserError(f"export: {out} exists; give another --out, or remove it")
     if form != "diffusers" and out.suffix != ".safetensors":
         raise UserError(f"export: --format={form} writes one file; give an --out that ends in .safetensors, not {out}")
+    if lora_keys and form != "lora":
+        raise UserError(f"export: --lora_keys cannot apply to --format={form}; leave it out")
+    if max_shard_gb is not None and (form != "diffusers" or max_shard_gb <= 0):
+        raise UserError(f"export: --max_shard_gb={max_shard_gb} must be above 0, and needs --format=diffusers")
     stored = open_stored(workdir, step, params)
     if form != "diffusers" and stored.config.task == "autoencoder":
         raise UserError(f"export: {workdir} trained an autoencoder alone; use --format=diffusers")
@@ -81,11 +79,11 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if form == "diffusers":
-            _write_directory(temporary, stored, dtype, int(max_shard_gb * 1e9), out.name)
+            _write_directory(temporary, stored, dtype, int((max_shard_gb or 10.0) * 1e9), out.name)
         elif form == "single_file":
             _write_single_file(temporary, stored, dtype, out.stem)
         else:
-            _write_lora(temporary, stored, dtype, out.stem, lora_keys)
+            _write_lora(temporary, stored, dtype, out.stem, lora_keys or "kohya")
         temporary.rename(out)
     finally:
         if temporary.exists():
@@ -178,61 +176,6 @@ def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator
             return dataclasses.replace(tensor, read=read)
 
         yield {part: {name: watched(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
-
-
-def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: str) -> dict[str, str]:
-    """The header's `modelspec.*` (the field's standard) and `ss_*` (kohya's names): how the model was trained.
-
-    Args:
-        form: of the export: diffusers, single_file or lora.
-        title: the file's name.
-    """
-    side = str(config.data.resolution)
-    optimizer = config.optimizer
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(config) + ("/lora" if form == "lora" else ""),
-        "modelspec.implementation": _ORIGINAL[family(config)] if form == "single_file" else "diffusers",
-        "modelspec.title": title,
-        "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config.schedule.prediction_type],
-        "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
-        **_noise_names(pipeline, config),
-        "ss_zero_terminal_snr": str(config.schedule.zero_terminal_snr),
-        "ss_v_parameterization": str(config.schedule.prediction_type == "v_prediction"),
-        "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
-        "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
-        "ss_learning_rate": repr(optimizer.learning_rate),
-        "ss_unet_lr": repr(optimizer.learning_rate),
-        "ss_text_encoder_lr": repr(optimizer.text_encoder_learning_rate or None),
-        "ss_max_train_steps": str(config.train.steps),
-        "ss_steps": str(step),
-        "ss_seed": str(config.seed),
-        "ss_resolution": f"({side}, {side})",
-    }
-
-
-def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
-    """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None."""
-    noise, side = config.noise, config.data.resolution // pipeline.vae.downscale
-    strength = float(f"{training_noise(pipeline, config).strengths_at(side * side).max():.6g}")
-    return {
-        "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
-        "ss_noise_offset_random_strength": str(noise.random_strength),
-        "ss_adaptive_noise_scale": repr(noise.adaptive_scale or None),
-        "ss_multires_noise_iterations": repr(noise.pyramid_levels or None),
-        "ss_multires_noise_discount": repr(noise.pyramid_discount or None),
-        "ss_ip_noise_gamma": repr(noise.input_perturbation or None),
-    }
-
-
-def _architecture(config: ConfigDict) -> str:
-    if family(config) == "sd2":
-        return {"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"}[
-            config.schedule.prediction_type
-        ]
-    return {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[family(config)]
 
 
 def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:

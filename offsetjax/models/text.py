@@ -58,14 +58,15 @@ class TextEncoder:
         module, variables = self._module(), {"params": params}
         inputs = self._inputs(jnp.asarray(input_ids))
         with torch_numerics():
-            output = module.apply(variables, *inputs, output_hidden_states=self.is_penultimate)
+            output: Any = module.apply(variables, *inputs, output_hidden_states=self.is_penultimate)
             hidden = output.hidden_states[-2] if self.is_penultimate else output.last_hidden_state
             if not self.has_projection:
                 return hidden.astype(self.dtype), None
             # Flax takes the end of each text from all texts at once, for which the devices would have to exchange them.
             end = jnp.argmax(input_ids, axis=1)[:, None, None]
             pooled = jnp.take_along_axis(output.last_hidden_state, end, axis=1)[:, 0]
-            return hidden.astype(self.dtype), module.apply(variables, pooled, method=_project)
+            projected: Any = module.apply(variables, pooled, method=_project)
+        return hidden.astype(self.dtype), projected
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that transformers reads."""
@@ -73,5 +74,5 @@ class TextEncoder:
         return json.loads(config.to_json_string())
 
 
-def _project(module: nn.Module, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:
+def _project(module: Any, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:
     return module.text_projection(pooled)

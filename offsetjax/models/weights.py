@@ -56,8 +56,8 @@ def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
     """
 
     def place(tensor: Tensor, sharding: NamedSharding) -> jax.Array:
-        # Devices that hold the same part share one reading. Several parts are cut from the whole where they make up most
-        # of it: a part of the columns cannot be read from a file without its rows.
+        # Devices that hold the same part share one reading. Several parts are cut from the whole where they make up
+        # most of it: a part of the columns cannot be read from a file without its rows.
         held = {_bounds(index) for index in sharding.addressable_devices_indices_map(tensor.shape).values()}
         is_mostly_held = len(held) > 1 and 2 * len(held) * math.prod(sharding.shard_shape(tensor.shape)) > tensor.size
         whole = tensor() if is_mostly_held else None

@@ -3,6 +3,7 @@
 import functools
 import math
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,6 +202,16 @@ def test_the_caption_as_a_whole_is_that_of_a_config_which_names_the_end_of_text(
         expected = theirs(torch.from_numpy(captions())).text_embeds
     _, ours = jax.jit(text_encoder.apply)(params_of(theirs, text_encoder), captions())
     assert relative_error(ours, expected) < 1e-4
+
+
+def test_devices_exchange_nothing_to_encode_their_captions() -> None:
+    text_encoder = build(narrow("sdxl"), "text_encoder_2")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("data",)))
+    apply = jax.jit(text_encoder.apply, in_shardings=(replicated, split), out_shardings=split)
+    params = jax.eval_shape(text_encoder.init, jax.random.key(0))
+    program = apply.lower(params, jax.ShapeDtypeStruct((16, NUM_TOKENS), jnp.int32)).compile().as_text()
+    assert not re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute)\(", program)
 
 
 def a_small_unet(dtype: str = "float32") -> UNet:
