@@ -47,9 +47,9 @@ from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import Autoencoder, standardised
 from offsetjax.models.initial import initial_params
 from offsetjax.models.pipeline import Pipeline, build
-from offsetjax.models.resolve import resolve
+from offsetjax.models.resolve import check_resolution, resolve
 from offsetjax.report.leak import leak_figure
-from offsetjax.run import check_resolution, latent_statistics, open_stream
+from offsetjax.run import latent_statistics, open_stream
 
 _log = logging.getLogger("offsetjax")
 

@@ -1,6 +1,7 @@
 """The command `offsetjax`: one command, sub-commands; a user's mistake is one line and exit status 2."""
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
+        _check_paths(options)
         options.run(options, rest)
     except UserError as error:
         print(f"offsetjax: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"offsetjax: error: {where}{error.strerror}; see to it and try again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("offsetjax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -38,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Command | None, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, allow_abbrev=False)
+        sub = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 
@@ -63,20 +71,25 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--workdir", help="of a training")
     which.add_argument("--model", help="a diffusers directory or a single file: exported, or never trained here")
     _checkpoint_arguments(sub)
-    sub.add_argument("--lora", default="", help="a LoRA file, for --model")
+    sub.add_argument("--lora", default="", help="a LoRA file to draw with, for --model")
     sub.add_argument("--variant", default="", help="of the weights of --model, such as fp16")
     sub.add_argument(
         "--compare",
         metavar="MODEL",
-        help="a work directory, a diffusers directory or a single file: draw with it too, side by side in compare.png",
+        help="a work directory, a diffusers directory or a single file to draw with too, from the same seeds: "
+        "compare.png has its pictures on the left, those of --workdir or --model on the right",
     )
     sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
     sub.add_argument("--seed", action="append", type=int, help="may be given several times; 0 without it")
-    sub.add_argument("--start_noise", choices=("matched", "plain"), help="the sampler's start; the config's without it")
-    sub.add_argument("--sampler", help="the config's sample.sampler without it; so with those below")
-    sub.add_argument("--guidance_scale", type=float)
-    sub.add_argument("--guidance_rescale", type=float)
-    sub.add_argument("--num_steps", type=int)
+    sub.add_argument(
+        "--start_noise",
+        choices=("matched", "plain"),
+        help="start from the noise of training, or from plain noise as other programs do",
+    )
+    sub.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m")
+    sub.add_argument("--guidance_scale", type=float, help="of the prompt; 1: none, the prompt is followed as learnt")
+    sub.add_argument("--guidance_rescale", type=float, help="how much of the contrast that guidance adds is undone, 0 to 1")
+    sub.add_argument("--num_steps", type=int, help="of the sampler")
     sub.add_argument(
         "--brightness",
         action="append",
@@ -84,9 +97,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of the start, in standard deviations, from dark (-2) to bright (2); may be given several times",
     )
     sub.add_argument("--out", required=True, help="a folder for the pictures")
+    sub.epilog = (
+        "How to draw, where it is not given, is in the config's section sample; of a --model the defaults are taken, "
+        "and its noise and size are read from its file."
+    )
 
     sub = command("export", _export, "write a model that PyTorch programs load")
-    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--workdir", required=True, help="of a training")
     _checkpoint_arguments(sub)
     sub.add_argument(
         "--format",
@@ -94,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         default="diffusers",
         help="a directory; one file in the original layout; the adapters of a LoRA training. Default: %(default)s",
     )
-    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    sub.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights; %(default)s without it"
+    )
     sub.add_argument("--lora_keys", choices=("kohya", "diffusers"), help="of --format=lora; kohya without it")
     sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 without it")
     sub.add_argument("--out", required=True, help="a folder, or FILE.safetensors, that does not exist yet")
@@ -121,7 +140,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--step", type=int, help="the newest without it")
-    sub.add_argument("--params", choices=("ema", "raw"), help="the config's sample.params without it")
+    sub.add_argument("--params", choices=("ema", "raw"), help="averaged or not; the config's sample.params without it")
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    for name, value in vars(options).items():
+        if name in ("config", "workdir", "model", "compare", "images", "data", "out") and value == "":
+            raise UserError(f"--{name} is empty; give a path")
 
 
 def _no_more(rest: Sequence[str]) -> None:
@@ -162,9 +187,9 @@ def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
     for name in ("step", "params") if options.model else ("lora", "variant"):
-        if getattr(options, name):
+        if getattr(options, name) not in (None, ""):
             raise UserError(f"sample: --{name} cannot apply to --{'model' if options.model else 'workdir'}")
-    from offsetjax.pretrained import load_model
+    from offsetjax.pretrained import check_model, load_model
     from offsetjax.sample import compare, sample
     from offsetjax.workdir import Trained, load_trained
 
@@ -183,6 +208,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     seeds = options.seed or [0]
     if options.compare:
+        check_model(options.compare)  # the other model is drawn with first
         compare(lambda: load_model(options.compare), load, options.out, options.prompt, seeds, **settings)
     else:
         sample(load(), options.out, options.prompt, seeds, **settings)

@@ -9,6 +9,7 @@ No more than a few tensors are in memory, whatever the model's size.
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,7 +67,7 @@ def export(
         raise UserError(f"export: --format={form} writes one file; give an --out that ends in .safetensors, not {out}")
     if lora_keys and form != "lora":
         raise UserError(f"export: --lora_keys cannot apply to --format={form}; leave it out")
-    if max_shard_gb is not None and (form != "diffusers" or max_shard_gb <= 0):
+    if max_shard_gb is not None and (form != "diffusers" or not 0 < max_shard_gb < math.inf):
         raise UserError(f"export: --max_shard_gb={max_shard_gb} must be above 0, and needs --format=diffusers")
     stored = open_stored(workdir, step, params)
     if form != "diffusers" and stored.config.task == "autoencoder":

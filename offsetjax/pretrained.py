@@ -1,11 +1,13 @@
 """A model that no work directory holds, for sampling: an exported one, or one that was never trained here."""
 
 import json
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax import sharding
@@ -19,10 +21,10 @@ from offsetjax.models.initial import (
     part_tensors,
     pretrained_tokenizers,
 )
-from offsetjax.models.pipeline import build, frozen_parts, network_parts
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, network_parts
 from offsetjax.models.resolve import resolve
 from offsetjax.models.weights import load
-from offsetjax.workdir import Trained, load_trained
+from offsetjax.workdir import Trained, load_trained, read_config
 
 
 def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Trained:
@@ -38,10 +40,37 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
     Raises:
         UserError: it is none of these, or a part of it cannot be read.
     """
-    if (epath.Path(path) / "config.json").exists() and not (epath.Path(path) / "model_index.json").exists():
+    if _is_workdir(path):
         if variant or lora:
             raise UserError(f"sample: {path} is a work directory, to which --variant and --lora cannot apply")
         return load_trained(path)
+    config, pipeline, tensors = _open(path, variant, lora)
+    mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
+    place = partial(sharding.shardings, mesh)
+    weights = {}
+    for part, tree in tensors.items():
+        dtype = jnp.float32 if part == "vae" else jnp.dtype(config.model.dtype)
+        weights[part] = load(tree, place(tree), dtype)
+    frozen = {part: weights.pop(part) for part in frozen_parts(config)}
+    if lora:
+        weights = initial_trained(config, pipeline, place(abstract_trained(config, pipeline)))
+    return Trained(config, pipeline, weights, frozen, 0, "raw", mesh)
+
+
+def check_model(path: epath.PathLike) -> None:
+    """Raises the UserErrors of `load_model`, as far as the headers of files tell."""
+    if _is_workdir(path):
+        read_config(path)
+    else:
+        _open(path)
+
+
+def _is_workdir(path: epath.PathLike) -> bool:
+    return all((epath.Path(path) / name).exists() for name in ("config.json", "checkpoints"))
+
+
+def _open(path: epath.PathLike, variant: str = "", lora: str = "") -> tuple[ConfigDict, Pipeline, dict[str, PyTree]]:
+    """The config of a model, its parts, and their tensors, which are not read yet."""
     pretrained = open_pretrained(path, variant)
     config = default_config()
     config.model.pretrained, config.model.variant = str(path), variant
@@ -55,33 +84,24 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
     adopt_lora(config)
     _describe(config, pretrained)
     pipeline = build(config, pretrained_tokenizers(config) or ())
-    mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
-    place = partial(sharding.shardings, mesh)
-    weights = {}
-    for part in network_parts(config):
-        tensors = part_tensors(pretrained, part, getattr(pipeline, part))
-        dtype = jnp.float32 if part == "vae" else jnp.dtype(config.model.dtype)
-        weights[part] = load(tensors, place(tensors), dtype)
-    frozen = {part: weights.pop(part) for part in frozen_parts(config)}
-    if lora:
-        weights = initial_trained(config, pipeline, place(abstract_trained(config, pipeline)))
-    return Trained(config, pipeline, weights, frozen, 0, "raw", mesh)
+    parts = network_parts(config)
+    return config, pipeline, {part: part_tensors(pretrained, part, getattr(pipeline, part)) for part in parts}
 
 
 def _describe(config: ConfigDict, pretrained: Pretrained) -> None:
     """Sets the noise and the size of the training, as far as the model's header tells."""
     header = pretrained.metadata()
     downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)
-    resolution = header.get("modelspec.resolution", "").partition("x")[0]
-    is_known = "offsetjax.noise" in header and resolution.isdecimal()
-    config.data.resolution = int(resolution) if is_known else config.model.unet.sample_size * downscale
+    size = re.fullmatch(r"(\d{1,5})x\d+", header.get("modelspec.resolution", ""))
+    own = config.model.unet.sample_size * downscale
+    config.data.resolution = int(size[1]) if size and "offsetjax.noise" in header else own
     try:
         noise = json.loads(header.get("offsetjax.noise", "{}"))
         for key in noise.keys() & config.noise.keys():
             with config.noise.ignore_type():
                 config.noise[key] = tuple(noise[key]) if isinstance(noise[key], list) else noise[key]
         validate(config)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"sample: {pretrained.path}: what its header says of its noise cannot be read ({error}); export it again"
         ) from error

@@ -39,7 +39,7 @@ from offsetjax.models.initial import (
     pretrained_tokenizers,
 )
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts, text_parts
-from offsetjax.models.resolve import resolve
+from offsetjax.models.resolve import check_resolution, resolve
 from offsetjax.models.tokenizer import Tokens, tokenize, train_tokenizer
 from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.objective import training_noise
@@ -115,17 +115,6 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the work directory is written")
     return config
-
-
-def check_resolution(config: ConfigDict) -> None:
-    """Raises a UserError unless pictures of `data.resolution` can be halved as often as the networks do."""
-    networks = ("vae", "unet") if config.task == "diffusion" else ("vae",)
-    unit = 2 ** sum(len(config.model[part].block_out_channels) - 1 for part in networks)
-    if config.data.resolution % unit:
-        raise UserError(
-            f"config: data.resolution = {config.data.resolution} must be a multiple of {unit}, "
-            f"which the blocks of {' and '.join(networks)} halve it by"
-        )
 
 
 def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:

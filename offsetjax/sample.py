@@ -23,6 +23,7 @@ from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.encode import encode_captions
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, join
+from offsetjax.models.resolve import check_resolution
 from offsetjax.objective import training_noise
 from offsetjax.pictures import Picture, write_comparison, write_png, write_samples
 from offsetjax.random import stream_key
@@ -233,6 +234,7 @@ def draw_model(
         raise UserError("sample: this is the training of an autoencoder, which draws nothing from prompts")
     config.sample.update(settings)
     validate(config)
+    check_resolution(config)
     if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
     sampler = make_sampler(model.pipeline, config, model.mesh)
@@ -252,12 +254,21 @@ def sample(
     **settings: Any,
 ) -> list[Picture]:
     """Draws into `out`: `NAME.png`, `NAME.json` and each picture's own PNG; otherwise as `draw_model`."""
+    out = _folder(out)
     pictures, about = draw_model(model, prompts, seeds, **settings)
-    out = epath.Path(out)
     write_samples(out, name, pictures, about)
     for index, picture in enumerate(pictures):
         write_png(out / f"{name}_{index:03}_seed_{picture.seed}.png", Image.fromarray(picture.image))
     return pictures
+
+
+def _folder(out: epath.PathLike) -> epath.Path:
+    """The folder for the pictures; one that cannot be is told before the pictures are drawn."""
+    out = epath.Path(out)
+    there = next((path for path in (out, *out.parents) if path.exists()), None)
+    if there and not there.is_dir():
+        raise UserError(f"sample: {there} is a file; give an --out that is a folder, or can be one")
+    return out
 
 
 def sample_workdir(
@@ -293,6 +304,7 @@ def compare(
     Both draw from the same seeds, at the size and by the settings of the second, each from the noise of its own
     training. One is in memory at a time.
     """
+    out = _folder(out)
     after_model = load_after()
     config = after_model.config
     after, about_after = draw_model(after_model, prompts, seeds, **settings)
@@ -301,4 +313,4 @@ def compare(
     before_model.config.seed, before_model.config.data.resolution = config.seed, config.data.resolution
     before_model.config.sample.update({**config.sample.to_dict(), "params": before_model.config.sample.params})
     before, about_before = draw_model(before_model, prompts, seeds, **settings)
-    write_comparison(epath.Path(out), before, after, {"before": about_before, "after": about_after})
+    write_comparison(out, before, after, {"before": about_before, "after": about_after})

@@ -47,11 +47,12 @@ class Stored:
 
     def part(self, part: str) -> dict[str, Tensor]:
         """A part as it draws, by PyTorch's names: adapters are merged into their base."""
-        if part not in self.params:
-            return frozen_tensors(self.frozen, part)
-        if not self.config.lora.rank:
+        if part in self.params and not self.config.lora.rank:
             return torch_tensors(self.params[part])
-        return merged_tensors(frozen_tensors(self.frozen, part), self.adapters(part), adapter_scale(self.config))
+        tensors = frozen_tensors(self.frozen, part, getattr(self.pipeline, part))
+        if part not in self.params:
+            return tensors
+        return merged_tensors(tensors, self.adapters(part), adapter_scale(self.config))
 
     def adapters(self, part: str) -> PyTree:
         """The adapters of a part, on the host."""
@@ -119,8 +120,13 @@ _FIELD = {"raw": "params", "ema": "ema_params"}
 
 
 def _open(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipeline, str]:
-    config = read_config(workdir)
+    config, folder = read_config(workdir), epath.Path(workdir)
+    if not (folder / "checkpoints").exists():
+        raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
     if which == "ema" and not config.optimizer.ema_decay:
         raise UserError("params: no average was kept (optimizer.ema_decay = 0); use --params=raw")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
-    return config, build(config, read_tokenizers(epath.Path(workdir) / "frozen")), which
+    pipeline = build(config, read_tokenizers(folder / "frozen"))
+    if config.task == "diffusion" and len(pipeline.tokenizers) != len(pipeline.text_encoders):
+        raise UserError(f"workdir: {folder / 'frozen'} lacks a tokenizer; restore it from a copy")
+    return config, pipeline, which

@@ -7,10 +7,9 @@ import diffusers
 import jax
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 import torch
 import transformers
-from etils import epath
 
 from offsetjax.config import default_config
 from offsetjax.errors import UserError
@@ -123,7 +122,8 @@ def test_the_average_or_the_raw_parameters_are_written(
     assert load_trained(workdir).which == "ema"
     export(workdir, tmp_path / "raw", params="raw")
     raw, average = (
-        files.read_tensors(epath.Path(folder), "unet")["conv_out.weight"]() for folder in (tmp_path / "raw", exported)
+        safetensors.numpy.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"]
+        for folder in (tmp_path / "raw", exported)
     )
     assert np.abs(raw - average).max() > 0
 

@@ -229,6 +229,16 @@ def test_the_state_is_donated_and_the_step_is_compiled_once() -> None:
     assert trainer.train_step._cache_size() == 1
 
 
+def test_captions_that_were_cut_are_counted_from_the_first_step_on() -> None:
+    config = _config()
+    train_step = jax.jit(make_train_step(lambda params, *_: params["w"] * jnp.ones(1), config))
+    state = init_state({"w": jnp.ones(1)}, config)
+    for total in (3, 6):
+        batch = _batch() | {"is_truncated": np.arange(32) < 3}
+        state, metrics = train_step(state, None, batch)
+        assert int(state.truncated) == int(metrics["captions_truncated"]) == total
+
+
 def test_the_metrics_are_those_of_the_step() -> None:
     trainer = Trainer(_config(), _mesh(1, 1))
     batch = add_position(jax.tree.map(jnp.asarray, _batch()), 32)

@@ -1,7 +1,6 @@
 """The small base model of the article's re-enactment: v prediction, plain noise, pictures of every brightness.
 
-    offsetjax train --config=configs/article/base.py --workdir=runs/article_base \
-        --config.data.path=runs/article_data --config.model.pretrained=runs/article_vae
+    offsetjax train --config=configs/article/base.py --workdir=runs/article_base --config.data.path=runs/article_data
     offsetjax export --workdir=runs/article_base --dtype=float16 --out=configs/article/pretrained
 
 The data and the autoencoder come from `configs/article/autoencoder.py`. Captions name the scene and say nothing of its
@@ -21,6 +20,7 @@ from offsetjax.presets import small
 def get_config() -> ConfigDict:
     config = default_config()
     small(config)
+    config.model.pretrained = "runs/article_vae"
     config.model.from_scratch = ("unet", "text_encoder", "tokenizer")
     config.train.steps = 1600
     config.train.global_batch_size = 8

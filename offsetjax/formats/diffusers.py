@@ -54,9 +54,8 @@ class Directory:
         """
         file = self.path / _CONFIGS.get(part, f"{part}/config.json")
         if not file.exists():
-            raise UserError(
-                f"{self.where}: {file} is missing; give a whole diffusers directory, or add to model.from_scratch"
-            )
+            or_else = f", or add {part} to model.from_scratch" if part in PARTS else ""
+            raise UserError(f"{self.where}: {file} is missing; give a whole diffusers directory{or_else}")
         try:
             config = json.loads(file.read_text())
         except (ValueError, RecursionError) as error:

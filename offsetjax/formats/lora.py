@@ -171,9 +171,9 @@ def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str
             adapters[layer] = _adapter(layer, given, configs)
         except ValueError as error:
             problems.append(f"{layer.part}.{layer.name} {error}")
-    if problems or not adapters:
+    if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        what = "; ".join(problems[:4]) or "it holds no adapters"
+        what = "; ".join(problems[:4])
         raise UserError(f"lora.pretrained: {file}: {what}{more}; is it for another family than {family}?")
     rank, alpha, arrays = _alike(adapters)
     trees: dict[str, dict] = {}
@@ -221,6 +221,8 @@ def _open(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for kind, pattern in _OTHER_KINDS.items():
         if key := next(filter(pattern.search, tensors), None):
             raise UserError(f"lora.pretrained: {file} holds {kind} ({key}), which is not supported; use a plain LoRA")
+    if not any(end.search(key) for key in tensors for end in _ENDINGS.values()):
+        raise UserError(f"lora.pretrained: {file}: it holds no adapters; is it a model? Give that as model.pretrained")
     return tensors, metadata
 
 

@@ -85,6 +85,9 @@ def flax_tensors(tensors: Mapping[str, Tensor], like: PyTree, where: str) -> PyT
         if tensor.shape != wanted:
             problems.append(f"{name} has shape {tensor.shape}, not {wanted}")
             continue
+        if "float" not in tensor.dtype.name:
+            problems.append(f"{name} holds {tensor.dtype.name}, not numbers with a floating point")
+            continue
         params[path] = transposed(tensor, _FROM_TORCH[len(shape)]) if path[-1] == "kernel" else tensor
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -29,6 +29,17 @@ _VELOCITY_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _VELOCITY_DEVIATION = 0.09
 
 
+class _Shapes(dict[str, tuple[int, ...]]):
+    """The shapes of one part by name without the part's prefix; a name that is missing is told with it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str):
+        self._prefix = prefix
+        super().__init__((name.removeprefix(prefix), t.shape) for name, t in tensors.items() if name.startswith(prefix))
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise KeyError(self._prefix + name)
+
+
 def is_open_clip(part: str, family: str) -> bool:
     """Whether a text encoder is OpenCLIP's; the others are CLIP's."""
     return TEXT_PREFIXES[family][part].endswith(".model.")
@@ -36,7 +47,7 @@ def is_open_clip(part: str, family: str) -> bool:
 
 def unet_config(tensors: Mapping[str, Tensor], family: str) -> Config:
     """The denoiser's, but for `sample_size`."""
-    shape = {name.removeprefix(UNET): tensor.shape for name, tensor in tensors.items() if name.startswith(UNET)}
+    shape = _Shapes(tensors, UNET)
     widths, layers, depths = _down_blocks(shape)
     with_attention = [depth > 0 for depth in depths]
     # A block without transformers says nothing of their depth; the last says that of the middle's.
@@ -94,7 +105,7 @@ def _count(names: Mapping[str, Any], pattern: str) -> int:
 
 def vae_config(tensors: Mapping[str, Tensor], family: str) -> Config:
     """The autoencoder's, but for `sample_size`."""
-    shape = {name.removeprefix(VAE): tensor.shape for name, tensor in tensors.items() if name.startswith(VAE)}
+    shape = _Shapes(tensors, VAE)
     blocks = _count(shape, r"encoder\.down\.(\d+)\.")
     return {
         "_class_name": "AutoencoderKL",
@@ -114,7 +125,7 @@ def vae_config(tensors: Mapping[str, Tensor], family: str) -> Config:
 def text_config(tensors: Mapping[str, Tensor], part: str, family: str) -> Config:
     """A text encoder's."""
     prefix, is_open = TEXT_PREFIXES[family][part], is_open_clip(part, family)
-    shape = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    shape = _Shapes(tensors, prefix)
     if is_open:
         embedding, positions = shape["token_embedding.weight"], shape["positional_embedding"]
         hidden = shape["transformer.resblocks.0.mlp.c_fc.weight"][0]

@@ -119,7 +119,8 @@ def _family(directory: Directory) -> str:
         raise UserError(f"{WHERE}: {directory.path} holds none of {', '.join(PARTS)}; is it a diffusers directory?")
     unet = directory.read_config("unet") if directory.has("unet") else {}
     if directory.has("text_encoder_2") or unet.get("addition_embed_type") == "text_time":
-        if unet and not directory.has("text_encoder") and directory.has("text_encoder_2"):
+        is_half = pipeline == "StableDiffusionXLPipeline"  # the base model's, which lacks a folder
+        if unet and not is_half and not directory.has("text_encoder") and directory.has("text_encoder_2"):
             raise UserError(
                 f"{WHERE}: {directory.path} is the refiner of SDXL, which is not one of the supported families "
                 f"({SUPPORTED})"

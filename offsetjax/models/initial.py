@@ -82,7 +82,12 @@ def pretrained_tokenizers(config: ConfigDict) -> tuple[CLIPTokenizer, ...] | Non
     if not is_learned and folder.is_dir():
         tokenizers = tuple(load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts)
         for part, tokenizer in zip(parts, tokenizers, strict=True):  # some files do not say how long a caption may be
-            length = config.model[part].max_position_embeddings
+            known, length = config.model[part].vocab_size, config.model[part].max_position_embeddings
+            if len(tokenizer) > known:
+                raise UserError(
+                    f"model.pretrained: {folder} has a tokenizer of {len(tokenizer)} tokens, of which its {part} knows "
+                    f"{known}; give the tokenizer that it was trained with"
+                )
             tokenizer.model_max_length = min(tokenizer.model_max_length, length)
         return tokenizers
     if any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):

@@ -1,5 +1,6 @@
 """What a checkpoint says of itself, and what a config says of it: the family, the architecture, the schedule."""
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -8,6 +9,8 @@ from offsetjax.config import default_config, flatten
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
 from offsetjax.models.pipeline import FAMILIES, family, network_parts, text_parts
+
+_ACTIVATIONS = ("quick_gelu", "gelu")
 
 # What a checkpoint's config.json may say of things that this boundary does not vary.
 _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -47,6 +50,8 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
         "latents_mean": (None,),
         "latents_std": (None,),
     },
+    "text_encoder": {"hidden_act": _ACTIVATIONS},
+    "text_encoder_2": {"hidden_act": _ACTIVATIONS},
     "scheduler": {
         "beta_schedule": ("scaled_linear",),
         "prediction_type": ("epsilon", "v_prediction"),
@@ -96,6 +101,11 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
             if key not in stored:
                 continue
             value = _normalise(stored[key], key, stored, section[key])
+            if not _is_like(value, defaults[prefix + key]):
+                raise UserError(
+                    f"model.pretrained: {pretrained.path}: {part} has {key} = {stored[key]!r}, where others have such "
+                    f"as {defaults[prefix + key]!r}; fetch it again"
+                )
             if section[key] not in (value, defaults[prefix + key]):
                 raise UserError(
                     f"config: {prefix}{key} = {section[key]!r}, but {pretrained.path} has {value!r}; leave it out, or "
@@ -127,6 +137,16 @@ def _normalise(value: Any, key: str, stored: dict[str, Any], like: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value of a config.json has the type of its default; numbers are finite and not below 0."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(_is_like(each, default[0]) for each in value)
+    if isinstance(default, bool | str):
+        return type(value) is type(default)
+    is_number = isinstance(value, int | float if isinstance(default, float) else int) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
+
+
 def check_architecture(config: ConfigDict) -> None:
     """Raises a UserError unless the denoiser takes what the text encoders give."""
     if config.task != "diffusion":
@@ -148,4 +168,15 @@ def check_architecture(config: ConfigDict) -> None:
         raise UserError(
             f"config: model.unet.projection_class_embeddings_input_dim must be {pooled}: the projection of "
             "text_encoder_2 and six embeddings of addition_time_embed_dim"
+        )
+
+
+def check_resolution(config: ConfigDict) -> None:
+    """Raises a UserError unless pictures of `data.resolution` can be halved as often as the networks do."""
+    networks = ("vae", "unet") if config.task == "diffusion" else ("vae",)
+    unit = 2 ** sum(len(config.model[part].block_out_channels) - 1 for part in networks)
+    if config.data.resolution % unit:
+        raise UserError(
+            f"config: data.resolution = {config.data.resolution} must be a multiple of {unit}, "
+            f"which the blocks of {' and '.join(networks)} halve it by"
         )

@@ -77,9 +77,13 @@ def load_tokenizer(directory: epath.PathLike) -> CLIPTokenizer:
         for file in directory.iterdir():
             (Path(local) / file.name).write_bytes(file.read_bytes())
         try:
-            return CLIPTokenizer.from_pretrained(local)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"tokenizer: {directory} cannot be read: {error}") from error
+            tokenizer = CLIPTokenizer.from_pretrained(local)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = " ".join(str(error).split())[:200]
+            raise UserError(f"tokenizer: {directory} cannot be read: {what}; fetch it again") from error
+    if len(tokenizer.encoder) > len(_symbols()) + len(tokenizer.bpe_ranks) + 2:  # words that no merge makes
+        raise UserError(f"tokenizer: {directory}/merges.txt is not whole; fetch it again")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, directory: epath.PathLike) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
+from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
 from offsetjax.formats.tensors import Tensor, open_tensors, write_tensors
@@ -42,8 +43,21 @@ def _abstract(described: _Described) -> PyTree:
 
 
 def abstract_params(model: Any) -> PyTree:
-    """The shapes of a part's parameters; remembered, for tracing a denoiser takes seconds."""
-    return _abstract(_Described(repr(model), model))
+    """The shapes of a part's parameters; remembered, for tracing a denoiser takes seconds.
+
+    Raises:
+        UserError: the configuration is of no such network.
+    """
+    try:
+        return _abstract(_Described(repr(model), model))
+    except UserError:
+        raise
+    except Exception as error:  # Flax and jax raise several kinds
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"model: no {model.class_name} can be built of its configuration ({first[:160]}); see the config's model "
+            "section, and the config.json of model.pretrained"
+        ) from error
 
 
 def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
@@ -115,9 +129,15 @@ def read_tokenizers(directory: epath.PathLike) -> tuple[CLIPTokenizer, ...]:
     return tuple(load_tokenizer(folder) for folder in folders if folder.exists())
 
 
-def frozen_tensors(directory: epath.PathLike, part: str) -> dict[str, Tensor]:
-    """A part that `write_frozen` wrote, by PyTorch's names, not read yet."""
-    return files.Directory(epath.Path(directory)).tensors(part)
+def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str, Tensor]:
+    """A part that `write_frozen` wrote, by PyTorch's names, not read yet.
+
+    Raises:
+        UserError: it is missing, damaged or not the model's.
+    """
+    tensors = files.open_part(directory, part)
+    flax_tensors(tensors, abstract_params(model), f"workdir: {directory}/{part}")
+    return tensors
 
 
 def carried_of(directory: epath.PathLike) -> dict[str, Tensor]:
@@ -141,7 +161,7 @@ def load_frozen(
     loaded = {}
     for part in parts:
         like = abstract_params(getattr(pipeline, part))
-        tensors = flax_tensors(frozen_tensors(directory, part), like, f"workdir: {directory}/{part}")
+        tensors = flax_tensors(files.open_part(directory, part), like, f"workdir: {directory}/{part}")
         dtype = np.float32 if part == "vae" else jnp.dtype(config.model.dtype)
         loaded[part] = load(tensors, shardings_of(like), dtype)
     return loaded

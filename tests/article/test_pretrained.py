@@ -1,8 +1,10 @@
 """The base model that the project ships is what `configs/article/base.py` describes."""
 
+import inspect
 import json
 from pathlib import Path
 
+import diffusers
 import jax
 import numpy as np
 import pytest
@@ -34,7 +36,10 @@ def test_its_architecture_is_the_config_s(config):
     for part in ("unet", "text_encoder"):
         stored = json.loads((PRETRAINED / part / "config.json").read_text())
         for key, value in config.model[part].items():
-            if (part, key) != ("unet", "sample_size"):  # the size of its latents stands in data.resolution
+            if key not in stored:  # diffusers fills it in
+                default = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters[key].default
+                assert build(config).unet.torch_config()[key] == default, key
+            elif (part, key) != ("unet", "sample_size"):  # the size of its latents stands in data.resolution
                 assert stored[key] == (list(value) if isinstance(value, tuple) else value), key
 
 

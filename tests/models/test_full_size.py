@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 at full size, with random weights, on this machine: needs 18 GiB of memory and ten minutes."""
+"""Stable Diffusion 1 at full size, with random weights, on this machine: needs 18 GiB of memory and five minutes."""
 
 import gc
 import resource
@@ -41,9 +41,11 @@ def from_pytorch(unet: UNet, inputs: tuple[np.ndarray, ...]) -> tuple[PyTree, to
 
 
 def timed(what: str, function: Any, *arguments: Any) -> Any:
-    """The function's result, waited for; compiling is not counted."""
+    """The function's result, waited for, and the seconds of compiling and of running."""
     start = time.monotonic()
-    compiled = function.lower(*arguments).compile()
+    # The CPU's usual order of operations keeps twice as much in memory, for the sake of running several at once.
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    compiled = function.lower(*arguments).compile(compiler_options=options)
     report(f"{what}, compiling", start)
     start = time.monotonic()
     result = jax.block_until_ready(compiled(*arguments))
@@ -60,25 +62,23 @@ def test_stable_diffusion_1_at_full_size_predicts_as_pytorch_does_and_learns() -
     inputs = normal(1, 4, 64, 64), np.array([500], np.int32), normal(1, 77, 768)
     params, expected = from_pytorch(unet, inputs)
     gc.collect()
-
-    assert relative_error(timed("forward", jax.jit(unet.apply), params, *inputs), expected) < 1e-4
+    error = relative_error(timed("forward", jax.jit(unet.apply), params, *inputs), expected)
+    print(f"largest difference from PyTorch, in terms of the largest value: {error:.1e}")
+    assert error < 1e-4
 
     noise = normal(1, 4, 64, 64)[..., ::-1].copy()
+    optimizer = optax.adamw(1e-5)
 
     def loss(params: PyTree) -> Array:
         return jnp.square(unet.apply(params, *inputs) - noise).mean()
 
-    before, gradients = timed("loss and gradients", jax.jit(jax.value_and_grad(loss)), params)
-    # The moments are made after the gradients, whose activations need the room: 9.6 GiB of state and 13.9 GiB of
-    # gradients and activations would be more than this machine has.
-    optimizer = optax.adamw(1e-5)
-    state = jax.jit(optimizer.init)(params)
-
-    def update(params: PyTree, state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, Array]:
+        value, gradients = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state, value
 
-    params, state = timed("AdamW", jax.jit(update, donate_argnums=(0, 1, 2)), params, state, gradients)
+    state = jax.jit(optimizer.init)(params)
+    params, state, before = timed("training step", jax.jit(step, donate_argnums=(0, 1)), params, state)
     after = timed("loss", jax.jit(loss), params)
     print(f"loss {before:.4f}, after one step {after:.4f}")
     assert after < before
