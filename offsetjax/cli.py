@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m")
     sub.add_argument("--guidance_scale", type=float, help="of the prompt; 1: none, the prompt is followed as learnt")
-    sub.add_argument("--guidance_rescale", type=float, help="how much of the contrast that guidance adds is undone, 0 to 1")
+    sub.add_argument(
+        "--guidance_rescale", type=float, help="how much of the contrast that guidance adds is undone, 0 to 1"
+    )
     sub.add_argument("--num_steps", type=int, help="of the sampler")
     sub.add_argument(
         "--brightness",
@@ -112,7 +114,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a directory; one file in the original layout; the adapters of a LoRA training. Default: %(default)s",
     )
     sub.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights; %(default)s without it"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the weights; %(default)s without it",
     )
     sub.add_argument("--lora_keys", choices=("kohya", "diffusers"), help="of --format=lora; kohya without it")
     sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 without it")
