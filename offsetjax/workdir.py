@@ -121,10 +121,10 @@ _FIELD = {"raw": "params", "ema": "ema_params"}
 
 def _open(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipeline, str]:
     config, folder = read_config(workdir), epath.Path(workdir)
-    if not (folder / "checkpoints").exists():
-        raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
     if which == "ema" and not config.optimizer.ema_decay:
         raise UserError("params: no average was kept (optimizer.ema_decay = 0); use --params=raw")
+    if not (folder / "checkpoints").exists():
+        raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
     pipeline = build(config, read_tokenizers(folder / "frozen"))
     if config.task == "diffusion" and len(pipeline.tokenizers) != len(pipeline.text_encoders):
