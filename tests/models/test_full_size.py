@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 at full size, with random weights, on this machine: needs 18 GiB of memory and five minutes."""
+"""Stable Diffusion 1 at full size, with random weights, on this machine: needs 21 GiB of memory and two minutes."""
 
 import gc
 import resource
@@ -55,7 +55,7 @@ def timed(what: str, function: Any, *arguments: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_stable_diffusion_1_at_full_size_predicts_as_pytorch_does_and_learns() -> None:
+def test_stable_diffusion_1_at_full_size_predicts_as_pytorch_does_and_learns_as_its_gradients_foresee() -> None:
     config = default_config()
     presets.stable_diffusion_1(config)
     unet = UNet(config.model.unet.to_dict(), jnp.dtype("float32"))
@@ -67,18 +67,23 @@ def test_stable_diffusion_1_at_full_size_predicts_as_pytorch_does_and_learns() -
     assert error < 1e-4
 
     noise = normal(1, 4, 64, 64)[..., ::-1].copy()
-    optimizer = optax.adamw(1e-5)
+    # Adam's first step moves all 860 M weights by nearly this much: at 1e-5 it already leaps over the minimum.
+    optimizer = optax.adamw(1e-7)
 
     def loss(params: PyTree) -> Array:
         return jnp.square(unet.apply(params, *inputs) - noise).mean()
 
-    def step(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, Array]:
+    def step(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+        foreseen = optax.tree.vdot(gradients, updates)
+        return optax.apply_updates(params, updates), state, value, foreseen
 
     state = jax.jit(optimizer.init)(params)
-    params, state, before = timed("training step", jax.jit(step, donate_argnums=(0, 1)), params, state)
-    after = timed("loss", jax.jit(loss), params)
-    print(f"loss {before:.4f}, after one step {after:.4f}")
-    assert after < before
+    step_in_place = jax.jit(step, donate_argnums=(0, 1))
+    params, state, before, foreseen = timed("training step", step_in_place, params, state)
+    del state
+    change = timed("loss", jax.jit(loss), params) - before
+    print(f"loss {before:.4f}, its change {change:.5f}, foreseen by the gradients {foreseen:.5f}")
+    assert change < 0
+    assert abs(change - foreseen) < 0.1 * abs(foreseen)
