@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh and gke.sh: settings from flags and an env file; commands run, or printed so that they can be pasted.
+# Sourced by tpu_vm.sh: settings from flags and an env file; commands run, or printed so that they can be pasted.
 #
 # `settings` names what --key=value and KEY=VALUE may set, `switches` the flags without a value. Each is a variable of that
 # name, which the script has given its default. What follows `--` is the array `arguments`.
