@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh: settings from flags and an env file; commands run, or printed so that they can be pasted.
+# Sourced by tpu_vm.sh and gke.sh: settings from flags and an env file; commands that are run, or printed to be pasted.
 #
-# `settings` names what --key=value and KEY=VALUE may set, `switches` the flags without a value. Each is a variable of that
-# name, which the script has given its default. What follows `--` is the array `arguments`.
+# `settings` names what --key=value and KEY=VALUE may set, `switches` the flags without a value. Each is a variable of
+# that name, which the script has given its default. What follows `--` is the array `arguments`.
 
 arguments=()
 exec 3>&1 # the script's own standard output, even where a command's is captured
@@ -36,7 +36,8 @@ run() { if [[ $dry_run == yes ]]; then printf '%s\n' "$(quoted "$@")" >&3; else 
 
 set_value() { # origin key value
   # shellcheck disable=SC2154
-  [[ " $settings " == *" $2 "* && $2 != *" "* ]] || mistake "$1: there is no setting $(quoted "$2"); there are: $settings"
+  [[ " $settings " == *" $2 "* && $2 != *" "* ]] ||
+    mistake "$1: there is no setting $(quoted "$2"); there are: $settings"
   [[ $3 != *[[:cntrl:]]* ]] || mistake "a control character in the value of $2"
   printf -v "$2" '%s' "$3"
 }
@@ -76,7 +77,8 @@ read_settings() { # flags, and what follows `--`
       --*=*) set_value "$1" "${flag%%=*}" "${flag#*=}" ;;
       --?*)
         # shellcheck disable=SC2154
-        [[ " $switches " == *" $flag "* && $flag != *" "* ]] || mistake "unknown flag $(quoted "$1"); settings are --key=value"
+        [[ " $switches " == *" $flag "* && $flag != *" "* ]] ||
+          mistake "unknown flag $(quoted "$1"); settings are --key=value"
         printf -v "$flag" yes
         ;;
       *) mistake "unknown argument $(quoted "$1"); what is for the training follows --" ;;
@@ -98,7 +100,8 @@ check_arguments() {
     [[ $argument != *[[:cntrl:]]* ]] || mistake "a control character in the argument ${argument//[[:cntrl:]]/?}"
     [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
   done
-  [[ -n $workdir ]] || mistake "the training's arguments follow --, such as: -- --config=configs/sd15_offset.py --workdir=gs://…"
+  [[ -n $workdir ]] ||
+    mistake "the training's arguments follow --, such as: -- --config=configs/sd15_offset.py --workdir=gs://…"
   # The workers share no disk, and theirs go with the slice.
   [[ $workdir == gs://* ]] || mistake "--workdir=$(quoted "$workdir"): a work directory on gs://… is needed"
 }

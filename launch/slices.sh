@@ -10,7 +10,8 @@ complaint() {
 
 # The reasons for which asking again does not help.
 is_final() {
-  [[ $1 =~ [Qq]uota|PERMISSION_DENIED|INVALID_ARGUMENT|NOT_FOUND|unrecognized\ arguments|argument\ -|[Rr]eauthentication ]]
+  local pattern="[Qq]uota|PERMISSION_DENIED|INVALID_ARGUMENT|NOT_FOUND|[Rr]eauthentication"
+  [[ $1 =~ $pattern|unrecognized\ arguments|argument\ - ]]
 }
 
 refused() { # reason
@@ -25,10 +26,9 @@ refused() { # reason
 
 # Sets state, to ABSENT where there is none, and reason.
 describe() {
-  local line initiator=""
+  local line initiator="" fields=state.state,state.stateInitiator,state.failedData.error.message
   state=${assumed-ACTIVE} reason=""
-  if line=$(run "${qr[@]}" describe "$name" "${where[@]}" \
-    --format='value[separator="|"](state.state,state.stateInitiator,state.failedData.error.message)' 2>"$scratch/err"); then
+  if line=$(run "${qr[@]}" describe "$name" "${where[@]}" "--format=value[separator=\"|\"]($fields)" 2>"$scratch/err"); then
     [[ -z $line ]] || IFS='|' read -r state initiator reason <<<"$line"
     if [[ $state == SUSPEND* && $initiator == SERVICE ]]; then reason="preempted${reason:+: $reason}"; fi
   elif grep -q NOT_FOUND "$scratch/err"; then
@@ -41,10 +41,10 @@ describe() {
 
 # Sets nodes, states and workers: the name, the state and the number of workers of each slice.
 find_nodes() {
-  local node node_state count
+  local node node_state count fields="name.basename(),state,networkEndpoints.len()"
   nodes=() states=() workers=()
   run gcloud compute tpus tpu-vm list "${where[@]}" --filter="queuedResource~\"/queuedResources/$name\$\"" \
-    --format='csv[no-heading](name.basename(),state,networkEndpoints.len())' >"$scratch/nodes" 2>"$scratch/err" || return
+    --format="csv[no-heading]($fields)" >"$scratch/nodes" 2>"$scratch/err" || return
   if [[ $dry_run == yes ]]; then assumed_nodes >"$scratch/nodes"; fi
   while IFS=, read -r node node_state count; do
     nodes+=("$node") states+=("$node_state") workers+=("$count")
@@ -65,13 +65,13 @@ must_be_ready() {
   ((${#nodes[@]} <= node_count)) || mistake "$name has ${#nodes[@]} slices, and --node_count=$node_count"
   ((${#nodes[@]} == node_count)) || give_up "$name has ${#nodes[@]} slices, and --node_count=$node_count"
   for i in "${!nodes[@]}"; do
-    [[ ${states[i]} == READY ]] || give_up "slice ${nodes[i]} is ${states[i]}, not READY: it is being repaired, or is gone"
+    [[ ${states[i]} == READY ]] || give_up "slice ${nodes[i]} is ${states[i]}, not READY: under repair, or gone"
   done
 }
 
 remedy_of() { # state
   case $1 in
-    FAILED | SUSPENDED | SUSPENDING) printf '%s' "a slice cannot be restarted; \`delete --yes\` and then \`create\` make a new one" ;;
+    FAILED | SUSPEND*) printf '%s' "a slice cannot be restarted; \`delete --yes\` and \`create\` make a new one" ;;
     *) printf '%s' "\`create\` asks for it, or waits for it" ;;
   esac
 }
@@ -80,7 +80,9 @@ on_node() { # index workers command [file]: copies the file there first
   local flags=("${where[@]}" ${route[@]+"${route[@]}"} "--worker=$2")
   # gcloud tries ten times; without these a machine that is gone takes two minutes each time, and one that goes hangs.
   local patience=-oConnectTimeout=20
-  [[ -z ${4-} ]] || run "${vm[@]}" scp "$4" "${nodes[$1]}:offsetjax.tar.gz" "${flags[@]}" "--scp-flag=$patience" || return
+  if [[ -n ${4-} ]]; then
+    run "${vm[@]}" scp "$4" "${nodes[$1]}:offsetjax.tar.gz" "${flags[@]}" "--scp-flag=$patience" || return
+  fi
   run "${vm[@]}" ssh "${nodes[$1]}" "${flags[@]}" "--ssh-flag=$patience -oServerAliveInterval=15" "--command=$3"
 }
 

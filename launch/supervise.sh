@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2154 # the variables are tpu_vm.sh's
-# Sourced by tpu_vm.sh: `supervise` creates the slices, sets them up, trains and watches, and does so again after a failure.
+# Sourced by tpu_vm.sh: `supervise` creates the slices, sets them up, trains, watches, and does so again after a failure.
 #
-# A preempted slice cannot be restarted, only created again; the run goes on from its work directory on gs://. What only the
-# user can mend (exit status 2 of any step, or of the training) ends it at once.
+# A preempted slice cannot be restarted, only created again; the run goes on from its work directory on gs://. What only
+# the user can mend (exit status 2 of any step, or of the training) ends it at once.
 
 id=""  # of the run that is watched
 how="" # it went: done, stopped, mistake, again or unreachable
@@ -60,7 +60,8 @@ adopt() {
   ask_status
   ids=$(awk '$2 == "running" {print $3}' "$scratch/answers" | sort -u)
   if [[ -z $ids ]]; then return; fi
-  [[ $ids == *-"$(digest)" && $ids != *$'\n'* ]] || mistake "$name is busy with another run, $(xargs <<<"$ids"): \`stop\` it first"
+  [[ $ids == *-"$(digest)" && $ids != *$'\n'* ]] ||
+    mistake "$name is busy with another run, $(xargs <<<"$ids"): \`stop\` it first"
   id=$ids
   say "watching run $id, which goes on already"
 }
@@ -125,7 +126,7 @@ judge() {
     # A slice under repair comes back, or is PREEMPTED in the end.
     if ! all_ready || ((++silent < 10)); then return; fi
     report_silence
-    how=unreachable why="workers do not answer although $name is ACTIVE; the training may go on: see launch/README.md, on SSH"
+    how=unreachable why="workers do not answer, but $name is ACTIVE; the training may go on: see launch/README.md, on SSH"
     return
   fi
   silent=0
@@ -144,7 +145,8 @@ judge() {
   else
     # Those that lost a peer notice, by its heartbeat, and end; if not, they are ended.
     lonely=${lonely:-$SECONDS}
-    if ((SECONDS - lonely >= grace)); then how=again why="the training ended on some workers only, with exit status ${codes// /, }"; fi
+    ((SECONDS - lonely < grace)) ||
+      { how=again why="the training ended on some workers only, with exit status ${codes// /, }"; }
   fi
   if [[ -n $how ]] && ((running > 0)); then on_workers "$worker_sh stop $id now"; fi
 }

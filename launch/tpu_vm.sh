@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, one slice or several, through gcloud and its queued resources. launch/README.md is the manual.
+# Trains on Cloud TPU VMs, one slice or several, through gcloud and its queued resources. The manual: launch/README.md.
 #
 #   launch/tpu_vm.sh create    --env=FILE                    asks for the slices, and waits until they are there
 #   launch/tpu_vm.sh setup     --env=FILE                    copies this checkout to every worker, and sets it up there
-#   launch/tpu_vm.sh train     --env=FILE -- ARGUMENTS…      starts `offsetjax train ARGUMENTS…` on every worker; prints the run
-#   launch/tpu_vm.sh status    --env=FILE                    the state of the slices, and of the training on every worker
+#   launch/tpu_vm.sh train     --env=FILE -- ARGUMENTS…      starts `offsetjax train ARGUMENTS…` everywhere; prints the run
+#   launch/tpu_vm.sh status    --env=FILE                    the state of the slices, and of the training on each worker
 #   launch/tpu_vm.sh logs      --env=FILE [--slice=0] [--worker=0] [--follow]
 #   launch/tpu_vm.sh stop      --env=FILE [--now]            saves and ends the training; --now kills it without saving
 #   launch/tpu_vm.sh delete    --env=FILE --yes              gives the slices back, with their disks
 #   launch/tpu_vm.sh supervise --env=FILE -- ARGUMENTS…      all of it, again and again, until the training is done
 #
-# The settings below are flags, --node_count=2, or lines of FILE, NODE_COUNT=2. --dry_run prints the commands and runs none.
+# The settings below are flags, --node_count=2, or lines of FILE, NODE_COUNT=2. --dry_run prints commands and runs none.
 # Exit status: 0; 1 where trying again may help; 2 for what only the user can mend; 143 for a run that `stop` ended.
 set -euo pipefail
 
@@ -19,7 +19,9 @@ settings="name zone project accelerator_type runtime_version node_count tier cre
 settings+=" stop_minutes max_restarts prepare"
 switches="dry_run yes now follow"
 
-name="" zone="" project="" accelerator_type="" runtime_version="" # project: gcloud's own; runtime_version: from the type
+name="" zone="" accelerator_type=""
+project=""             # gcloud's own without it
+runtime_version=""     # follows from the type
 node_count=1           # slices
 tier=spot              # spot, reserved or on_demand
 create_flags=""        # more flags for `queued-resources create`, such as --internal-ips
@@ -54,14 +56,17 @@ check_settings() {
   must_match node_count '[1-9][0-9]*' 2
   must_match tier 'spot|reserved|on_demand' spot
   must_match ssh 'external|internal|iap' iap
-  for setting in slice worker wait_minutes stop_minutes max_restarts; do must_match "$setting" '0|[1-9][0-9]{0,5}' 3; done
+  for setting in slice worker wait_minutes stop_minutes max_restarts; do
+    must_match "$setting" '0|[1-9][0-9]{0,5}' 3
+  done
   where=("--zone=$zone" ${project:+"--project=$project"})
   qr=(gcloud compute tpus queued-resources) vm=(gcloud compute tpus tpu-vm) route=()
   case $ssh in
     internal) route=(--internal-ip) ;;
     iap) vm=(gcloud alpha compute tpus tpu-vm) route=(--tunnel-through-iap) ;;
   esac
-  [[ $dry_run == yes ]] || command -v gcloud >/dev/null || mistake "no gcloud: see https://cloud.google.com/sdk/docs/install"
+  [[ $dry_run == yes ]] || command -v gcloud >/dev/null ||
+    mistake "no gcloud: see https://cloud.google.com/sdk/docs/install"
 }
 
 create() {
@@ -117,8 +122,8 @@ wait_until_active() {
       shown=$state told=$SECONDS
     fi
     ((SECONDS - began < wait_minutes * 60)) ||
-      give_up "$name is still $state after $wait_minutes min: it stays queued, and is billed once it is there; \`create\` waits" \
-        "on, \`delete --yes\` gives up"
+      give_up "$name is still $state after $wait_minutes min: it stays queued, and is billed once it is there;" \
+        "\`create\` waits on, \`delete --yes\` gives up"
     sleep "$poll"
   done
 }
@@ -131,7 +136,8 @@ pack() {
   if [[ $dry_run == yes ]]; then
     archive=offsetjax.tar.gz
   else
-    extra=$(git -C "$root" ls-files --others --exclude-standard --directory) || mistake "$root is not a git checkout: clone one"
+    extra=$(git -C "$root" ls-files --others --exclude-standard --directory) ||
+      mistake "$root is not a git checkout: clone one"
     [[ -z $extra ]] || say "not copied, because git does not track it: $(head -n 5 <<<"$extra" | xargs)"
     # A commit of the changes that are not committed, on no branch; nothing where there are none.
     commit=$(git -C "$root" -c user.name=offsetjax -c user.email=offsetjax@localhost stash create)
@@ -144,8 +150,8 @@ setup() {
   must_be_idle
   pack
   say "copying to ${#nodes[@]} slices, and setting up (a few minutes)…"
-  on_workers "rm -rf offsetjax/source && mkdir -p offsetjax/source && tar -xzf offsetjax.tar.gz -C offsetjax/source && $worker_sh setup${prepare:+ $(quoted "$prepare")}" \
-    "$archive"
+  on_workers "rm -rf offsetjax/source && mkdir -p offsetjax/source && tar -xzf offsetjax.tar.gz -C offsetjax/source &&\
+ $worker_sh setup${prepare:+ $(quoted "$prepare")}" "$archive"
   if answers_with '^[^ ]+ failed ' >&2; then give_up "setting up failed on these workers"; fi
   all_answered || { report_silence; give_up "setting up failed on the other workers"; }
   if (($(cut -d ' ' -f 2- "$scratch/answers" | sort -u | wc -l) > 1)); then
@@ -162,7 +168,7 @@ train() {
   must_be_ready
   must_be_idle
   if answers_with ' absent$' >&2; then mistake "these workers are not set up: \`setup\` does it"; fi
-  id=$(date -u +%Y%m%d-%H%M%S)-$(digest)
+  id=$(date -u +%Y%m%d-%H%M%S)-$$-$(digest)
   on_workers "$worker_sh start $id $(quoted "${arguments[@]}")"
   # A slice of which some workers train waits for the others for ever.
   if ! all_answered || grep -Evq " (running|ended) $id\b" "$scratch/answers"; then
@@ -221,7 +227,7 @@ stop() {
   for id in $ids; do on_workers "$worker_sh stop $id$([[ $now == no ]] || printf ' now')"; done
   while answers_with '^[^ ]+ running ' >"$scratch/running"; do
     ((SECONDS - began < stop_minutes * 60)) ||
-      give_up "still running after $stop_minutes min: $(head -n 1 "$scratch/running"); \`stop --now\` kills it without saving"
+      give_up "still running after $stop_minutes min: $(head -n 1 "$scratch/running"); \`stop --now\` kills it unsaved"
     sleep "$poll"
     ask_status
   done

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One worker's part of tpu_vm.sh, which copies this checkout to ~/offsetjax/source on every worker and calls this script there.
+# One worker's part of tpu_vm.sh, which copies this checkout to ~/offsetjax/source on every worker and calls it there.
 #
 #   tpu_worker.sh setup [COMMAND]           sets up ~/offsetjax/venv, runs COMMAND, and answers with the versions
 #   tpu_worker.sh start RUN ARGUMENTS…      starts `offsetjax train ARGUMENTS…`, which outlives the connection
 #   tpu_worker.sh status                    what trains here, or how the last run ended
-#   tpu_worker.sh stop RUN [now]            SIGTERM, for the checkpoint to be saved; or SIGKILL to all that the run started
+#   tpu_worker.sh stop RUN [now]            SIGTERM, for the checkpoint to be saved; or SIGKILL to all of the run
 #   tpu_worker.sh log [follow]              the last run's output
 #
-# An answer is one line, "offsetjax WORKER …": the output of all workers comes mixed, and gcloud may say that all is well
-# although it did not reach some, so that tpu_vm.sh counts the answers. gcloud repeats a command whose connection broke;
-# each of these may be repeated.
+# An answer is one line, "offsetjax WORKER …": the output of all workers comes mixed, and a worker that was not reached
+# shows only by its silence, so that tpu_vm.sh counts the answers. gcloud repeats a command whose connection broke; each
+# of these may be repeated.
 set -euo pipefail
 
 base=$HOME/offsetjax
@@ -23,7 +23,7 @@ answer() { printf 'offsetjax %s %s\n' "${HOSTNAME##*-w-}" "$*"; }
 
 last_run() { cat "$runs/last" 2>/dev/null; }
 
-# The run holds the lock as long as any process of it lives, however it ends: nothing is left behind by a crash or a reboot.
+# The run holds the lock as long as any process of it lives, however it ends: a crash or a reboot leaves nothing behind.
 is_free() { flock --nonblock "$base/lock" true; }
 
 local_sh() { OFFSETJAX_VENV=$base/venv OFFSETJAX_EXTRAS=tpu "$base/source/launch/local.sh" "$@"; }
@@ -56,7 +56,7 @@ PYTHON
 
 setup() { # [command]
   local log=$base/setup.log
-  if set_up >"$log" 2>&1 && (cd "$base" && bash -euc "${1-}") >>"$log" 2>&1 && versions >"$base/versions" 2>>"$log"; then
+  if { set_up && (cd "$base" && bash -euc "${1-}") && versions >"$base/versions"; } >"$log" 2>&1; then
     answer "ready $(cat "$base/versions") source $(cksum <"$HOME/offsetjax.tar.gz" | cut -d ' ' -f 1)"
   else
     answer "failed $(grep . "$log" | tail -n 1) (the whole log is $log)"
@@ -64,7 +64,9 @@ setup() { # [command]
 }
 
 # Processes of anyone that have the TPU open; those of others show only to root.
-holders() { { sudo -n fuser "$lockfile" /dev/accel* /dev/vfio/[0-9]* 2>/dev/null || true; } | xargs -n 1 | sort -u | xargs; }
+holders() {
+  { sudo -n fuser "$lockfile" /dev/accel* /dev/vfio/[0-9]* 2>/dev/null || true; } | xargs -n 1 | sort -u | xargs
+}
 
 start() { # run arguments...
   local run=$1 held
@@ -87,15 +89,15 @@ start() { # run arguments...
   mkdir "$runs/$run"
   printf '%s\n' "$run" >"$runs/last"
   setsid "${BASH_SOURCE[0]}" _train "$@" </dev/null >"$runs/$run/log" 2>&1 &
-  for _ in {1..50}; do
+  for _ in {1..100}; do
     if [[ -s $runs/$run/pid ]]; then break; fi
-    sleep 0.1
+    sleep 0.05
   done
   exec 9>&-
   status
 }
 
-# The detached part: the leader of a session of its own. It has descriptor 9 from `start`, and so has all that it starts.
+# The detached part: the leader of a session. It has descriptor 9, the lock, from `start`, and so has all that it starts.
 train() { # run arguments...
   local run=$1 status=0
   shift

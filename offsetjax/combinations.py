@@ -58,7 +58,7 @@ def _model(values: Values) -> Wrongs:
     is_known = bool(values["model.family"]) or not values["model.pretrained"]
     second = [path for path in values if path.startswith("model.text_encoder_2.") and values[path] != defaults[path]]
     if is_known and not is_sdxl:
-        yield second, f"{second[:1]} cannot apply: only SDXL (model.family = 'sdxl') has a second text encoder"
+        yield second, f"{', '.join(second)} cannot apply: only SDXL (model.family = 'sdxl') has a second text encoder"
         yield (
             "text_encoder_2" in values["model.from_scratch"],
             "model.from_scratch has text_encoder_2, but only SDXL (model.family = 'sdxl') has a second text encoder",

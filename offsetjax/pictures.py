@@ -9,6 +9,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+_LEAST_WIDTH = 160  # of a picture in a comparison, in pixels
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -75,28 +77,48 @@ def write_comparison(
 
 
 def side_by_side(before: Sequence[Picture], after: Sequence[Picture]) -> Image.Image:
-    """Before and after for each prompt and seed: a row a prompt under its text, a pair a seed."""
+    """Before and after for each prompt and seed: a row a prompt under its text, a pair a seed.
+
+    Small pictures are enlarged by a whole number, so that there is room for what is written under them.
+    """
     rows: dict[str, list[tuple[Picture, Picture]]] = {}
     for first, second in zip(before, after, strict=True):
         rows.setdefault(first.prompt, []).append((first, second))
-    height, width = before[0].image.shape[:2]
-    size = max(11, width // 24)
-    font = ImageFont.load_default(size)
-    gap, line = max(4, width // 64), round(1.5 * size)
-    pair_width, row_height = 2 * width + gap, height + 2 * line + gap
-    columns = max(len(row) for row in rows.values())
-    canvas = Image.new("RGB", (columns * (pair_width + 3 * gap) - gap, len(rows) * row_height + gap), "#808080")
-    ink = ImageDraw.Draw(canvas)
-    for y, (prompt, row) in enumerate(rows.items()):
-        top = gap + y * row_height
-        ink.text((gap, top), prompt or "(no prompt)", fill="white", font=font)
-        for x, pair in enumerate(row):
+    scale = -(-_LEAST_WIDTH // before[0].image.shape[1])
+    height, width = (scale * side for side in before[0].image.shape[:2])
+    letters, gap = max(13, width // 28), max(6, width // 64)
+    font, line = ImageFont.load_default(letters), round(1.5 * letters)
+    pair_width, columns = 2 * width + gap, max(map(len, rows.values()))
+    text_width = columns * (pair_width + 3 * gap) - 3 * gap
+    texts = {prompt: _wrapped(prompt or "(no prompt)", font, text_width) for prompt in rows}
+    row_heights = {prompt: (len(lines) + 1) * line + height + 2 * gap for prompt, lines in texts.items()}
+    canvas = Image.new("RGB", (text_width + 2 * gap, gap + sum(row_heights.values())), "#5a5a5a")
+    ink, top = ImageDraw.Draw(canvas), gap
+    for prompt, row in rows.items():
+        for place, text in enumerate(texts[prompt]):
+            ink.text((gap, top + place * line), text, fill="white", font=font)
+        below = top + len(texts[prompt]) * line
+        for column, pair in enumerate(row):
             for place, (name, picture) in enumerate(zip(("before", "after"), pair, strict=True)):
-                left = gap + x * (pair_width + 3 * gap) + place * (width + gap)
-                canvas.paste(Image.fromarray(picture.image), (left, top + line))
-                text = f"{name} {picture.brightness:.2f}"
-                ink.text((left, top + line + height + 1), text, fill="white", font=font)
+                left = gap + column * (pair_width + 3 * gap) + place * (width + gap)
+                image = Image.fromarray(picture.image).resize((width, height), Image.Resampling.NEAREST)
+                canvas.paste(image, (left, below))
+                text = f"{name}: brightness {picture.brightness:.2f}"
+                ink.text((left, below + height + gap // 2), text, fill="white", font=font)
+        top += row_heights[prompt]
     return canvas
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The text in lines of at most that many pixels, but for words that are wider."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def write_png(path: epath.Path, image: Image.Image) -> None:

@@ -70,7 +70,7 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
         start = start_noise(pipeline, config, keys)
         if config.sample.brightness:
             start = set_brightness(pipeline, config, frozen["vae"], start, shifts)
-        pixels = pixels_of(params, frozen, split(input_ids), negative_ids, split(start), keys)
+        pixels = split(pixels_of(params, frozen, split(input_ids), negative_ids, split(start), keys))
         return jnp.transpose(jnp.round(pixels * 255.0).astype(jnp.uint8), (0, 2, 3, 1))
 
     # What a device can decode at once shrinks fast as pictures grow: 16 of 512 px, one of 1024 px.
@@ -158,15 +158,16 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
     ) -> Float[Array, "b 3 H W"]:
         params, count = join(trained, frozen), len(input_ids)
         is_guided = sample.guidance_scale != 1.0
-        ids = jnp.concatenate([jnp.broadcast_to(negative_ids, input_ids.shape), input_ids]) if is_guided else input_ids
+        ids = _interleaved(jnp.broadcast_to(negative_ids, input_ids.shape), input_ids) if is_guided else input_ids
         conditions = encode_captions(pipeline, params, ids, jnp.broadcast_to(time_ids, (len(ids), 6)), empty_ids)
 
         def denoiser(noisy, timestep):
-            inputs = jnp.concatenate([noisy, noisy]) if is_guided else noisy
+            inputs = _interleaved(noisy, noisy) if is_guided else noisy
             prediction = pipeline.unet.apply(params["unet"], inputs, jnp.full(len(inputs), timestep), *conditions)
             if not is_guided:
                 return prediction
-            return guided(prediction[:count], prediction[count:], sample.guidance_scale, sample.guidance_rescale)
+            pairs = prediction.reshape(count, 2, *shape)
+            return guided(pairs[:, 0], pairs[:, 1], sample.guidance_scale, sample.guidance_rescale)
 
         def inject(index):
             def draw_one(key):
@@ -179,6 +180,11 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
         return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
 
     return draw
+
+
+def _interleaved(first: Array, second: Array) -> Array:
+    """Both batches as one, in pairs: where a batch is split, each pair stays on its device."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
 def draw_pictures(

@@ -21,7 +21,7 @@ from offsetjax.formats.header import MAX_BYTES, Entry, format_header, parse_head
 Index = tuple[slice, ...]
 
 _AHEAD = 2  # tensors read while another is written
-_POINTER = b"version https://git-lfs"  # what a checkout without Git LFS has in place of a large file
+_POINTER = b"version "  # how a pointer of Git LFS begins, which a checkout without it has in place of a large file
 _BLOCK = 64  # rows and columns transposed at once: what the nearest cache holds
 
 
@@ -203,9 +203,10 @@ def open_file(path: epath.PathLike, where: str) -> tuple[dict[str, Tensor], dict
     file, size = _File(path, where), path.stat().length
     if size < 8:
         raise file.damaged(f"it has {size} bytes")
-    if file.read(0, min(size, len(_POINTER))).tobytes() == _POINTER:
+    length = file.read(0, 8).tobytes()
+    if length == _POINTER:
         raise UserError(f"{where}: {path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`")
-    start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
+    start = 8 + int.from_bytes(length, "little")
     if start > min(size, MAX_BYTES):
         raise file.damaged(f"its header would have {start - 8} bytes")
     try:

@@ -59,6 +59,10 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 
+# What no network depends on: a preset's value gives way to the checkpoint's. Files differ in these, and a single file
+# of Stable Diffusion 2 does not say the second.
+_WITHOUT_EFFECT = ("model.vae.sample_size", "model.text_encoder.projection_dim")
+
 
 def is_from_scratch(config: ConfigDict, part: str) -> bool:
     """Whether a part is drawn at random rather than loaded."""
@@ -100,13 +104,13 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
         for key in section:
             if key not in stored:
                 continue
-            value = _normalise(stored[key], key, stored, section[key])
+            value = _normalise(stored[key], key, len(section.get("block_out_channels", ())), section[key])
             if not _is_like(value, defaults[prefix + key]):
                 raise UserError(
                     f"model.pretrained: {pretrained.path}: {part} has {key} = {stored[key]!r}, where others have such "
                     f"as {defaults[prefix + key]!r}; fetch it again"
                 )
-            if section[key] not in (value, defaults[prefix + key]):
+            if section[key] not in (value, defaults[prefix + key]) and prefix + key not in _WITHOUT_EFFECT:
                 raise UserError(
                     f"config: {prefix}{key} = {section[key]!r}, but {pretrained.path} has {value!r}; leave it out, or "
                     f"add {'unet' if part == 'scheduler' else part} to model.from_scratch"
@@ -129,9 +133,9 @@ def _require(part: str, stored: dict[str, Any], directory: str) -> None:
             )
 
 
-def _normalise(value: Any, key: str, stored: dict[str, Any], like: Any) -> Any:
+def _normalise(value: Any, key: str, blocks: int, like: Any) -> Any:
     if key in ("attention_head_dim", "transformer_layers_per_block") and isinstance(value, int):
-        return (value,) * len(stored["block_out_channels"])
+        return (value,) * blocks
     if value is None:
         return type(like)()
     return tuple(value) if isinstance(value, list) else value
@@ -148,10 +152,18 @@ def _is_like(value: Any, default: Any) -> bool:
 
 
 def check_architecture(config: ConfigDict) -> None:
-    """Raises a UserError unless the denoiser takes what the text encoders give."""
+    """Raises a UserError unless the autoencoder takes pictures, and the denoiser what the other networks give."""
+    model, is_sdxl = config.model, family(config) == "sdxl"
+    if (model.vae.in_channels, model.vae.out_channels) != (3, 3):
+        raise UserError("config: model.vae.in_channels and model.vae.out_channels must be 3: red, green and blue")
     if config.task != "diffusion":
         return
-    model, is_sdxl = config.model, family(config) == "sdxl"
+    channels = model.vae.latent_channels
+    if (model.unet.in_channels, model.unet.out_channels) != (channels, channels):
+        raise UserError(
+            f"config: model.unet.in_channels = {model.unet.in_channels} and model.unet.out_channels = "
+            f"{model.unet.out_channels} must be {channels}, the model.vae.latent_channels"
+        )
     hidden = sum(model[part].hidden_size for part in text_parts(config))
     if model.unet.cross_attention_dim != hidden:
         raise UserError(

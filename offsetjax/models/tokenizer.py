@@ -83,6 +83,9 @@ def load_tokenizer(directory: epath.PathLike) -> CLIPTokenizer:
             raise UserError(f"tokenizer: {directory} cannot be read: {what}; fetch it again") from error
     if len(tokenizer.encoder) > len(_symbols()) + len(tokenizer.bpe_ranks) + 2:  # words that no merge makes
         raise UserError(f"tokenizer: {directory}/merges.txt is not whole; fetch it again")
+    if not isinstance(tokenizer.model_max_length, int | float) or tokenizer.model_max_length < 2:
+        length = tokenizer.model_max_length
+        raise UserError(f"tokenizer: {directory} has model_max_length = {length!r}, no length; fetch it again")
     return tokenizer
 
 

@@ -127,55 +127,59 @@ verbs = {"create": create, "describe": describe, "delete": delete, "list": list_
 verbs[words[1]]()
 """
 
-# Sets up by writing a python that knows its versions; trains by counting to LAST_STEP in a file for each worker on "gs://".
-LAST_STEP = 20
+LAST_STEP = 12
+
+# Sets up by writing a python that knows its versions.
 LOCAL_SH = r"""#!/usr/bin/env bash
 set -eu
 me=${MACHINE//\//.}
-if [[ $1 == --help ]]; then
-  [[ $OFFSETJAX_EXTRAS == tpu ]]
-  if [[ -e $FAKE_CLOUD/broken.$me ]]; then echo "local.sh: no space left on device" >&2; exit 1; fi
-  mkdir -p "$OFFSETJAX_VENV/bin"
-  version=$(cat "$FAKE_CLOUD/version.$me" 2>/dev/null || echo 0.10.2)
-  printf '#!/bin/sh\ncat >/dev/null\necho python 3.12.3 jax %s\n' "$version" >"$OFFSETJAX_VENV/bin/python"
-  chmod +x "$OFFSETJAX_VENV/bin/python"
-  exit
-fi
-printf '%s\0' "$@" >"$FAKE_CLOUD/arguments.$me"
-for argument; do case $argument in --workdir=gs://*) workdir=$FAKE_CLOUD/gs/${argument#--workdir=gs://} ;; esac; done
-mkdir -p "$workdir"
-saved=$workdir/saved.$me
-step=$(cat "$saved" 2>/dev/null || echo 0)
-signals=0
-save() { echo "$step" >"$saved"; }
-end() {
-  signals=$((signals + 1))
-  echo "signal $signals" >>"$workdir/signals.$me"
-  save
-  sleep 0.2
-  exit 143
-}
-trap end TERM
-echo "training from step $step"
-while ((step < LAST_STEP)); do
-  sleep 0.03 &
-  wait $!
-  if [[ -s $workdir/exits.$me ]]; then
-    code=$(head -n 1 "$workdir/exits.$me")
-    sed -i 1d "$workdir/exits.$me"
-    exit "$code"
-  fi
-  if [[ -e $workdir/hold ]]; then continue; fi
-  step=$((step + 1))
-  echo "$step" >>"$workdir/steps.$me"
-  if ((step % 5 == 0)); then save; fi
-done
+[[ $OFFSETJAX_EXTRAS == tpu ]]
+if [[ $1 == train ]]; then exec "$FAKE_CLOUD/machine_bin/offsetjax" "$@"; fi
+if [[ -e $FAKE_CLOUD/broken.$me ]]; then echo "local.sh: no space left on device" >&2; exit 1; fi
+mkdir -p "$OFFSETJAX_VENV/bin"
+version=$(cat "$FAKE_CLOUD/version.$me" 2>/dev/null || echo 0.10.2)
+printf '#!/bin/sh\ncat >/dev/null\necho python 3.12.3 jax %s\n' "$version" >"$OFFSETJAX_VENV/bin/python"
+chmod +x "$OFFSETJAX_VENV/bin/python"
+"""
+
+# Trains by counting to LAST_STEP on "gs://", each worker for itself; every fifth step is saved.
+OFFSETJAX = r"""
+import os, pathlib, signal, sys, time
+
+cloud, me = pathlib.Path(os.environ["FAKE_CLOUD"]), os.environ["MACHINE"].replace("/", ".")
+(cloud / f"arguments.{me}").write_bytes(b"".join(os.fsencode(argument) + b"\0" for argument in sys.argv[1:]))
+(workdir,) = [a.removeprefix("--workdir=gs://") for a in sys.argv if a.startswith("--workdir=gs://")]
+folder = cloud / "gs" / workdir
+folder.mkdir(parents=True, exist_ok=True)
+saved, exits = folder / f"saved.{me}", folder / f"exits.{me}"
+signals = []
+signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+step = int(saved.read_text()) if saved.exists() else 0
+print("training from step", step, flush=True)
+while step < LAST_STEP:
+    time.sleep(0.03)
+    if signals:
+        saved.write_text(str(step))
+        time.sleep(0.2)
+        (folder / f"signals.{me}").write_text(str(len(signals)))
+        sys.exit(143)
+    codes = exits.read_text().split() if exits.exists() else []
+    if codes:
+        exits.write_text(" ".join(codes[1:]))
+        sys.exit(int(codes[0]))
+    if (folder / "hold").exists():
+        continue
+    step += 1
+    with (folder / f"steps.{me}").open("a") as file:
+        file.write(f"{step}\n")
+    if step % 5 == 0:
+        saved.write_text(str(step))
 """
 
 SLEEP = r"""#!/bin/sh
 case $1 in 0.*) exec /bin/sleep "$1" ;; esac
 echo "$1" >>"$FAKE_CLOUD/sleeps"
-exec /bin/sleep 0.1
+exec /bin/sleep 0.05
 """
 
 
@@ -197,6 +201,8 @@ class Cloud:
         self._make_checkout()
         self._executable("bin/gcloud", f"#!{sys.executable} -IS\n{GCLOUD}")
         self._executable("bin/sleep", SLEEP)
+        offsetjax = OFFSETJAX.replace("LAST_STEP", str(LAST_STEP))
+        self._executable("machine_bin/offsetjax", f"#!{sys.executable} -IS\n{offsetjax}")
         self._executable("machine_bin/sudo", '#!/bin/sh\nshift\nexec "$@"\n')
         self._executable("machine_bin/fuser", '#!/bin/sh\ncat "$FAKE_CLOUD/holder"\n')
 
@@ -204,7 +210,7 @@ class Cloud:
         (self.checkout / "launch").mkdir(parents=True)
         for name in ("settings.sh", "slices.sh", "supervise.sh", "tpu_vm.sh", "tpu_worker.sh"):
             shutil.copy(LAUNCH / name, self.checkout / "launch")
-        self._executable("a checkout/launch/local.sh", LOCAL_SH.replace("LAST_STEP", str(LAST_STEP)))
+        self._executable("a checkout/launch/local.sh", LOCAL_SH)
         for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
             self.git(*command)
 
@@ -225,7 +231,7 @@ class Cloud:
         ours |= {
             "PATH": path or f"{self.root / 'bin'}:{os.environ['PATH']}",
             "FAKE_CLOUD": str(self.root),
-            "OFFSETJAX_POLL_SECONDS": "0.05",
+            "OFFSETJAX_POLL_SECONDS": "0.02",
             "OFFSETJAX_GRACE_SECONDS": "1",
         }
         command, *rest = args
@@ -298,8 +304,9 @@ class Cloud:
             subprocess.run(["pkill", "-KILL", "--session", session.read_text().strip()], check=False, timeout=60)
 
     def preempt(self) -> None:
+        """Spot: the machines are gone first, and the queued resource says so a little later."""
         self.kill_machines()
-        shutil.rmtree(self.root / "machines")
+        (self.root / "machines").rename(self.root / "gone")
         it = json.loads((self.root / "resource.json").read_text())
         it["states"] = ["SUSPENDING|SERVICE|", "SUSPENDED|SERVICE|"]
         (self.root / "resource.json").write_text(json.dumps(it))

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(cloud: Cloud) -> No
     cloud.preempt()
     status, err = end_of(process)
     assert status == 0, err
-    assert "SUSPEND" in err and "trying again in 30 s (failure 1 of at most 10 in a row)" in err
+    assert "trying again in 30 s (failure 1 of at most 10 in a row)" in err
     assert len(cloud.calls("create")) == 2
     assert len(cloud.calls("delete", "--force")) == 1
     for worker in ("my-tpu.0", "my-tpu.1"):
@@ -51,7 +52,9 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(cloud: Cloud) -> No
         assert steps[-1] == LAST_STEP
         assert set(steps) == set(range(1, LAST_STEP + 1))
         assert len(steps) < LAST_STEP + 5
-        assert len(steps) > len(set(steps)) or steps == sorted(steps)
+        # It went back, if at all, to a step that was saved, and not to the beginning.
+        assert all(after == before + 1 or after % 5 == 1 for before, after in pairwise(steps))
+        assert steps.count(1) == 1
     source = cloud.file("machines/my-tpu/0/offsetjax/source/launch/settings.sh")
     assert "# changed" not in source.read_text()
 
@@ -83,13 +86,13 @@ def test_what_only_the_user_can_mend_is_not_tried_again(cloud: Cloud, plan: dict
     assert len(cloud.calls("create")) <= 1
 
 
-def test_a_run_that_was_saved_or_stalled_or_crashed_is_started_again_after_growing_pauses(cloud: Cloud) -> None:
-    run_file(cloud, "exits.my-tpu.0").write_text("143\n75\n134\n")
+def test_a_run_that_was_saved_or_stalled_is_started_again_after_growing_pauses(cloud: Cloud) -> None:
+    run_file(cloud, "exits.my-tpu.0").write_text("143\n75\n")
     status, err = end_of(cloud.start("supervise", *TRAINING))
     assert status == 0, err
-    for failure, (code, pause) in enumerate({143: 30, 75: 60, 134: 120}.items(), 1):
+    for failure, (code, pause) in enumerate({143: 30, 75: 60}.items(), 1):
         assert f"ended with exit status {code}; trying again in {pause} s (failure {failure} of at most 10" in err
-    assert cloud.file("sleeps").read_text() == "30\n60\n120\n"
+    assert cloud.file("sleeps").read_text() == "30\n60\n"
     assert cloud.steps("my-tpu.0") == list(range(1, LAST_STEP + 1))
     assert len(cloud.calls("create")) == 1
 
@@ -110,9 +113,9 @@ def test_a_worker_that_waits_for_a_lost_peer_is_ended_and_all_start_again(cloud:
 
 def test_failures_in_a_row_are_counted_and_bounded(cloud: Cloud) -> None:
     run_file(cloud, "exits.my-tpu.0").write_text("1\n" * 9)
-    status, err = end_of(cloud.start("supervise", "--max_restarts=2", *TRAINING))
-    assert (status, "that was failure 3 in a row (--max_restarts=2)" in err) == (1, True), err
-    assert len([call for call in cloud.calls("ssh") if " start " in call[-1]]) == 3
+    status, err = end_of(cloud.start("supervise", "--max_restarts=1", *TRAINING))
+    assert (status, "that was failure 2 in a row (--max_restarts=1)" in err) == (1, True), err
+    assert len([call for call in cloud.calls("ssh") if " start " in call[-1]]) == 2
 
 
 def test_a_long_run_starts_the_count_anew(cloud: Cloud) -> None:
@@ -139,8 +142,11 @@ def test_a_run_that_goes_on_already_is_watched(cloud: Cloud) -> None:
     run = cloud.do("train", *TRAINING).strip()
     status, err = end_of(cloud.start("supervise", *OTHER_TRAINING))
     assert (status, f"busy with another run, {run}" in err, err.count("\n")) == (2, True, 1)
+    before = len(cloud.calls("ssh"))
+    process = cloud.start("supervise", *TRAINING)
+    cloud.wait_for(lambda: len(cloud.calls("ssh")) >= before + 2)
     run_file(cloud, "hold").unlink()
-    status, err = end_of(cloud.start("supervise", *TRAINING))
+    status, err = end_of(process)
     assert (status, f"watching run {run}" in err, f"run {run} is done" in err) == (0, True, True), err
     assert cloud.steps("my-tpu.0") == list(range(1, LAST_STEP + 1))
 
@@ -152,7 +158,7 @@ def test_silence_of_an_active_slice_is_no_reason_to_delete_it(cloud: Cloud) -> N
     cloud.plan["drop"] = {"word": "status", "worker": "my-tpu/0", "when": "before"}
     cloud.write_plan()
     status, err = end_of(process)
-    assert (status, "do not answer although my-tpu is ACTIVE; the training may go on" in err) == (1, True), err
+    assert (status, "do not answer, but my-tpu is ACTIVE; the training may go on" in err) == (1, True), err
     assert cloud.calls("delete") == []
 
 

@@ -37,7 +37,7 @@ def dry_run(cloud: Cloud, command: str, *flags: str) -> list[str]:
     """The lines, with the run's id and the checkout's place replaced."""
     more = TRAINING if command in ("train", "supervise") and "--" not in flags else ()
     out = cloud.do(command, "--dry_run", "--yes", *flags, *more)
-    return re.sub(r"\d{8}-\d{6}-\d+", "RUN", out.replace(str(cloud.checkout), "CHECKOUT")).splitlines()
+    return re.sub(r"\d{8}-\d{6}-\d+-\d+", "RUN", out.replace(str(cloud.checkout), "CHECKOUT")).splitlines()
 
 
 def test_a_dry_run_prints_what_would_be_run(cloud: Cloud) -> None:
@@ -151,7 +151,7 @@ def test_from_nothing_to_a_saved_run_on_two_slices(cloud: Cloud) -> None:
     cloud.file("gs/bucket/run").mkdir(parents=True)
     cloud.file("gs/bucket/run/hold").touch()
     run = cloud.do("train", two, *TRAINING).strip()
-    assert re.fullmatch(r"\d{8}-\d{6}-\d+", run)
+    assert re.fullmatch(r"\d{8}-\d{6}-\d+-\d+", run)
     out = cloud.do("status", two)
     assert out.startswith("my-tpu: ACTIVE\nmy-tpu-0: READY, 2 workers\n")
     assert out.count(f": run {run} is running\n") == 4
@@ -291,7 +291,7 @@ def test_stop_signals_once_and_waits_until_the_checkpoint_is_saved(cloud: Cloud)
     cloud.plan["drop"] = {"word": " stop ", "worker": "my-tpu/0", "when": "after"}
     cloud.do("stop")
     cloud.do("stop")
-    assert cloud.file("gs/bucket/run/signals.my-tpu.0").read_text() == "signal 1\n"
+    assert cloud.file("gs/bucket/run/signals.my-tpu.0").read_text() == "1"
     assert cloud.file("gs/bucket/run/saved.my-tpu.0").exists()
 
 
