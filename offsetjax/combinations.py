@@ -79,9 +79,10 @@ def _model(values: Values) -> Wrongs:
         text_targets in adapted and not learns_text,
         f"{text_targets} cannot apply: the text encoders are frozen; set optimizer.text_encoder_learning_rate",
     )
+    is_drawn = not values["model.pretrained"] or "unet" in values["model.from_scratch"]
     yield (
-        has_adapters and "unet" in values["model.from_scratch"],
-        "lora.rank needs a model to adapt: take unet out of model.from_scratch, or set lora.rank = 0",
+        has_adapters and is_drawn and values["task"] == "diffusion",
+        "lora.rank needs a model to adapt: set model.pretrained, with unet not in model.from_scratch, or lora.rank = 0",
     )
 
 

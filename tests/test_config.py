@@ -216,6 +216,7 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
             {"lora.rank": 4, "lora.text_encoder_targets": (), "optimizer.text_encoder_learning_rate": 1e-6},
             ("lora.text_encoder_targets is empty", "q_proj"),
         ),
+        ({"lora.rank": 4}, ("lora.rank needs a model", "set model.pretrained")),
         (
             {"lora.rank": 4, "model.pretrained": "a", "model.from_scratch": ("unet",)},
             ("lora.rank needs a model", "model.from_scratch"),
