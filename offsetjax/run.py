@@ -81,6 +81,7 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     """
     mesh = sharding.make_mesh(config)
     is_new = not (workdir / "config.json").exists()
+    _meet("the work directory is looked at")  # the first process must not write before the others have looked
     config = (_begin if is_new else _reopen)(config, workdir, source)
     pipeline = build(config, read_tokenizers(workdir / "frozen"))
     frozen = load_frozen(workdir / "frozen", config, pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
@@ -112,9 +113,14 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
         workdir.mkdir(parents=True, exist_ok=True)
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the work directory is written")
+    _meet("the work directory is written")
     return config
+
+
+def _meet(where: str) -> None:
+    """Waits until all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:

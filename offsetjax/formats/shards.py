@@ -67,23 +67,23 @@ def write_sharded(
         dtype, metadata: as for `write_tensors`.
         max_shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
     """
-    folder, tensors = epath.Path(folder), converted(tensors, dtype)
+    folder, sizes = epath.Path(folder), converted(tensors, dtype)
     files: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
-    for name, tensor in tensors.items():
+    for name, tensor in sizes.items():
         if tensor.nbytes > room and files[-1]:
             files.append({})
             room = max_shard_bytes
-        files[-1][name] = tensor
+        files[-1][name] = tensors[name]
         room -= tensor.nbytes
     if len(files) == 1:
-        write_tensors(folder / f"{stem}.safetensors", tensors, metadata=metadata)
+        write_tensors(folder / f"{stem}.safetensors", tensors, dtype=dtype, metadata=metadata)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(files, 1):
         file = f"{stem}-{number:05}-of-{len(files):05}.safetensors"
-        write_tensors(folder / file, shard, metadata=metadata)
+        write_tensors(folder / file, shard, dtype=dtype, metadata=metadata)
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -4,7 +4,10 @@ The safetensors library maps whole files into memory and writes from memory. Mod
 spare, and lie on buckets too: tensors are read by ranges of bytes, and written one after the other.
 """
 
+import contextlib
+import errno
 import math
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +25,8 @@ Index = tuple[slice, ...]
 
 _AHEAD = 2  # tensors read while another is written
 _POINTER = b"version "  # how a pointer of Git LFS begins, which a checkout without it has in place of a large file
-_BLOCK = 64  # rows and columns transposed at once: what the nearest cache holds
+_BLOCK_BYTES = 1 << 21  # written in one call
+_TILE = 64  # columns transposed at once
 
 
 @dataclass(frozen=True)
@@ -262,16 +266,44 @@ def write_tensors(
     Raises:
         UserError: a value is beyond the range of `dtype`.
     """
-    tensors = converted(tensors, dtype)
+    headed = converted(tensors, dtype)
     # The order of the safetensors library: the largest dtypes first, so that all are aligned.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    names = sorted(headed, key=lambda name: (-headed[name].dtype.itemsize, name))
     entries, end = [], 0
-    for name, tensor in ordered.items():
+    for name in names:
+        tensor = headed[name]
         entries.append(Entry(name, tensor.dtype, tensor.shape, end, end := end + tensor.nbytes))
+    header = format_header(entries, metadata or {})
     with epath.Path(file).open("wb") as stream:
-        stream.write(format_header(entries, metadata or {}))
-        for array in _prefetched(ordered):
-            stream.write(array.reshape(-1).view(np.uint8).data)
+        _reserve(stream, len(header) + end)
+        stream.write(header)
+        for entry, array in zip(entries, _prefetched({name: tensors[name] for name in names}), strict=True):
+            with _in_range(entry.name, entry.dtype):
+                for block in _blocks(array, entry.dtype):
+                    stream.write(block.reshape(-1).view(np.uint8).data)
+
+
+def _reserve(stream: IO[bytes], size: int) -> None:
+    """Room for the whole file, where it lies on a local disk: it is then written faster, and a full disk known first.
+
+    Raises:
+        OSError: the disk has not so much left.
+    """
+    try:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # a remote file, or a system or a disk that cannot
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+
+
+@contextlib.contextmanager
+def _in_range(name: str, dtype: np.dtype) -> Iterator[None]:
+    """Refuses values that a conversion inside would make infinite."""
+    try:
+        with np.errstate(over="raise"):
+            yield
+    except FloatingPointError as error:
+        raise UserError(f"{name} has values beyond the range of {dtype.name}; give another --dtype") from error
 
 
 def converted(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
@@ -285,31 +317,39 @@ def converted(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Ten
 
 
 def _prefetched(tensors: Mapping[str, Tensor]) -> Iterator[np.ndarray]:
-    """Each array, in C order; while it is used, the next two are read."""
+    """Each array; while it is used, the next two are read."""
+
+    def read(name: str, tensor: Tensor) -> np.ndarray:
+        with _in_range(name, tensor.dtype):
+            return tensor()
+
     with ThreadPoolExecutor(_AHEAD) as background:
         pending: deque[Future[np.ndarray]] = deque()
         for name, tensor in tensors.items():
-            pending.append(background.submit(_read_contiguous, name, tensor))
+            pending.append(background.submit(read, name, tensor))
             if len(pending) > _AHEAD:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _read_contiguous(name: str, tensor: Tensor) -> np.ndarray:
-    try:
-        with np.errstate(over="raise"):
-            array = tensor()
-    except FloatingPointError as error:
-        raise UserError(f"{name} has values beyond the range of {tensor.dtype.name}; give another --dtype") from error
-    if array.flags.c_contiguous:
-        return array
-    contiguous = np.empty(array.shape, array.dtype)
-    if array.ndim < 2:
-        contiguous[...] = array
-        return contiguous
-    for i in range(0, array.shape[0], _BLOCK):  # thrice as fast as numpy, which copies row by row
-        for j in range(0, array.shape[1], _BLOCK):
-            block = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
-            contiguous[block] = array[block]
-    return contiguous
+def _blocks(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """An array's elements in C order and in a dtype, in pieces that stay in a core's cache until they are written.
+
+    Transposing and converting a whole array would write it to memory and read it back once more, to pages that have to
+    be made for it; a piece is valid until the next is asked for.
+    """
+    if array.ndim < 2 or (array.flags.c_contiguous and array.dtype == dtype):
+        array = array.reshape(-1)
+    rows = max(1, _BLOCK_BYTES // max(1, math.prod(array.shape[1:]) * dtype.itemsize))
+    scratch = np.empty((min(rows, len(array)), *array.shape[1:]), dtype)
+    for begin in range(0, len(array), rows):
+        piece = array[begin : begin + rows]
+        if piece.flags.c_contiguous and piece.dtype == dtype:
+            yield piece
+            continue
+        block = scratch[: len(piece)]
+        for column in range(0, piece.shape[1] if piece.ndim > 1 else 1, _TILE):  # numpy alone copies row by row
+            tile = (slice(None), slice(column, column + _TILE))[: piece.ndim]
+            np.copyto(block[tile], piece[tile], casting="unsafe")
+        yield block
