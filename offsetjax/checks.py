@@ -89,6 +89,7 @@ CHECKS: dict[str, Check] = {
     "optimizer.ema_decay": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "mesh.data": (lambda value: value == -1 or value >= 1, "-1 or at least 1"),
     "mesh.fsdp": (lambda value: value == -1 or value >= 1, "-1 or at least 1"),
+    "mesh.tensor": (lambda value: value == -1 or value >= 1, "-1 or at least 1"),
     "checkpoint.every_steps": _at_least(1),
     "checkpoint.max_to_keep": _at_least(1),
     "sample.every_steps": _at_least(0),

@@ -26,8 +26,8 @@ def _training(values: Values) -> Wrongs:
         f"train.global_batch_size = {batch} must be a multiple of train.accumulate_steps = {parts}",
     )
     yield (
-        values["mesh.data"] == values["mesh.fsdp"] == -1,
-        "only one of mesh.data and mesh.fsdp can be -1 (all devices that are left)",
+        [values[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")].count(-1) > 1,
+        "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (all devices that are left)",
     )
     watches = any(values[f"{section}.every_steps"] for section in ("sample", "validation", "probe"))
     yield (

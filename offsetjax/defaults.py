@@ -170,7 +170,7 @@ def default_config() -> ConfigDict:
             "ema_decay": 0.9999,  # 0: no average is kept
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices an axis; -1: all that are left
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices an axis; -1: all that are left
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 3})
     config.sample = ConfigDict(
         {

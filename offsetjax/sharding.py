@@ -1,14 +1,22 @@
 """The mesh and the rules that place every array on it.
 
-Axes: `data` replicates parameters, `fsdp` shards them; a batch is split over both. A parameter, its optimizer moments
-and its average are placed by the first rule whose pattern is found in its path.
+Axes of the mesh:
+
+- `data` replicates parameters; it alone reaches from slice to slice;
+- `fsdp` splits parameters, to be gathered where they are used (`fsdp.py`); a batch is split over `data` and `fsdp`;
+- `tensor` splits the heads of attention and the width of feed-forward layers, and stays split where they are used
+  (Megatron, arXiv 1909.08053).
+
+A parameter, its optimizer moments and its average are placed by the first rule whose pattern is found in its path.
 """
 
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -16,50 +24,94 @@ from ml_collections import ConfigDict
 
 from offsetjax.errors import UserError
 
-# Pattern of the path → which dimension is split over fsdp: None for none of them, otherwise the largest that divides.
-RULES: tuple[tuple[str, str | None], ...] = (
-    (r"/(bias|scale)$", None),
-    (r"/(kernel|embedding)$", "largest"),
-    (r".*", None),
-)
+AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of `config.mesh`, over all devices.
+class Rule(NamedTuple):
+    """How the arrays whose path has `pattern` are split.
+
+    Attributes:
+        tensor_axis: the array's axis that is split over `tensor`, where it divides.
+        is_split: whether the largest other axis that divides is split over `fsdp`.
+    """
+
+    pattern: str
+    tensor_axis: int | None
+    is_split: bool
+
+
+RULES = (
+    Rule(r"/(to_q|to_k|to_v|q_proj|k_proj|v_proj|net_0/proj|fc1)/kernel$", 1, True),  # columns: heads, hidden units
+    Rule(r"/(to_out_0|out_proj|net_2|fc2)/kernel$", 0, True),  # rows: what those columns give
+    Rule(r"/(kernel|embedding)$", None, True),
+    Rule(r".*", None, False),
+)
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config.mesh`, over all devices of this machine or those given.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or the batch or the slices do not divide.
     """
-    shape = {"data": config.mesh.data, "fsdp": config.mesh.fsdp}
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    shape = {axis: config.mesh[axis] for axis in AXES}
     known = int(np.prod([size for size in shape.values() if size != -1]))
-    if devices % known or (-1 not in shape.values() and known != devices):
-        raise UserError(f"config: mesh {shape} does not fit {devices} devices; mesh.data = -1 uses all that are left")
-    shape = {axis: devices // known if size == -1 else size for axis, size in shape.items()}
-    if config.train.global_batch_size // config.train.accumulate_steps % devices:
+    if len(devices) % known or (-1 not in shape.values() and known != len(devices)):
         raise UserError(
-            f"config: train.global_batch_size / train.accumulate_steps = "
-            f"{config.train.global_batch_size // config.train.accumulate_steps} must be a multiple of the "
-            f"{devices} devices"
+            f"config: mesh {shape} does not fit {len(devices)} devices; mesh.data = -1 uses all that are left"
         )
-    return mesh_of(**shape)
+    shape = {axis: len(devices) // known if size == -1 else size for axis, size in shape.items()}
+    if shape["data"] % _num_slices(devices):
+        raise UserError(
+            f"config: mesh.data = {shape['data']} must be a multiple of the {_num_slices(devices)} slices: parameters "
+            "are split within a slice, and replicated over the slices"
+        )
+    shares, batch = shape["data"] * shape["fsdp"], config.train.global_batch_size // config.train.accumulate_steps
+    if batch % shares:
+        split_over = f"{len(devices)} devices" if shares == len(devices) else f"mesh.data x mesh.fsdp = {shares}"
+        raise UserError(
+            f"config: train.global_batch_size / train.accumulate_steps = {batch} must be a multiple of the {split_over}"
+        )
+    return mesh_of(**shape, devices=devices)
 
 
-def mesh_of(*, data: int, fsdp: int) -> Mesh:
-    """A mesh of `data x fsdp` devices."""
+def mesh_of(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first `data x fsdp x tensor` devices: neighbours along `tensor`, slices along `data`."""
+    devices = jax.devices()[: data * fsdp * tensor] if devices is None else devices
+    slices = _num_slices(devices)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+    else:
+        within, between = (data // slices, fsdp, tensor), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     # Explicit axes, the default, refuse a vmap over a sharded batch.
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
-    """Where the array of this path and shape lies, on a mesh with `fsdp` shards."""
-    rule = next(split for pattern, split in RULES if re.search(pattern, path))
-    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0 and size >= fsdp]
-    if rule is None or fsdp == 1 or not divisible:
-        return P()
-    axis = max(divisible, key=lambda axis: shape[axis])
-    return P(*("fsdp" if i == axis else None for i in range(len(shape))))
+def _num_slices(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def spec(path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
+    """Where the array of this path and shape lies, on a mesh with `mesh_shape` devices an axis."""
+    rule = _rule(path)
+    split: list[str | None] = [None] * len(shape)
+
+    def divides(axis: int, over: str) -> bool:
+        return split[axis] is None and mesh_shape[over] > 1 and shape[axis] % mesh_shape[over] == 0 and shape[axis] > 0
+
+    if rule.tensor_axis is not None and len(shape) == 2 and divides(rule.tensor_axis, "tensor"):
+        split[rule.tensor_axis] = "tensor"
+    divisible = [axis for axis in range(len(shape)) if divides(axis, "fsdp")]
+    if rule.is_split and divisible:
+        split[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+    return P(*split) if any(split) else P()
+
+
+def _rule(path: str) -> Rule:
+    return next(rule for rule in RULES if re.search(rule.pattern, path))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -67,8 +119,48 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/" + jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def specs(mesh: Mesh, tree: PyTree) -> PyTree:
+    """A `PartitionSpec` for each array (or abstract array) of a tree, by `RULES`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec(path_name(path), leaf.shape, mesh.shape), tree)
+
+
 def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     """A `NamedSharding` for each array (or abstract array) of a tree, by `RULES`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh.shape["fsdp"])), tree
-    )
+    return jax.tree.map(lambda where: NamedSharding(mesh, where), specs(mesh, tree))
+
+
+class Placed(NamedTuple):
+    """What one rule places: the number of arrays, their elements, and how many of those a device holds."""
+
+    pattern: str
+    arrays: int
+    elements: int
+    elements_per_device: int
+    undivided: tuple[str, ...]  # large arrays that the rule would split, and no axis of which divides
+
+
+def placed(mesh: Mesh, tree: PyTree) -> tuple[Placed, ...]:
+    """What each rule places of a tree, in the rules' order; rules that place nothing are left out."""
+    rows = []
+    leaves = [(path_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    for rule in RULES:
+        mine = [(path, shape) for path, shape in leaves if _rule(path) is rule]
+        if not mine:
+            continue
+        local = {path: NamedSharding(mesh, spec(path, shape, mesh.shape)).shard_shape(shape) for path, shape in mine}
+        undivided = tuple(
+            path for path, shape in mine if rule.is_split and local[path] == shape and np.prod(shape) >= _LARGE
+        )
+        rows.append(
+            Placed(
+                rule.pattern,
+                len(mine),
+                sum(int(np.prod(shape)) for _, shape in mine),
+                sum(int(np.prod(shape)) for shape in local.values()),
+                undivided if mesh.shape["fsdp"] > 1 else (),
+            )
+        )
+    return tuple(rows)
+
+
+_LARGE = 2**16  # elements; below, an array that is whole on every device costs nothing that could be seen

@@ -75,6 +75,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "optimizer.max_grad_norm": (0.0, float("inf")),
     "optimizer.ema_decay": (-0.1, 1.0),
     "mesh.data": (0, -2),
+    "mesh.tensor": (0, -2),
     "mesh.fsdp": (0, -2),
     "checkpoint.every_steps": (0,),
     "checkpoint.max_to_keep": (0,),
@@ -149,7 +150,7 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
     ("changes", "words"),
     [
         ({"train.global_batch_size": 6, "train.accumulate_steps": 4}, ("global_batch_size = 6", "multiple", "4")),
-        ({"mesh.data": -1, "mesh.fsdp": -1}, ("only one of mesh.data and mesh.fsdp",)),
+        ({"mesh.data": -1, "mesh.fsdp": -1}, ("only one of mesh.data, mesh.fsdp and mesh.tensor",)),
         ({"schedule.beta_start": 0.02, "schedule.beta_end": 0.01}, ("beta_start must be below",)),
         ({"optimizer.ema_decay": 0.0}, ("sample.params = 'ema'", "sample.params = 'raw'")),
         ({"task": "autoencoder", "noise.offset_strength": 0.1}, ("noise.offset_strength", "set it back")),

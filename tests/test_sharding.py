@@ -15,6 +15,7 @@ from offsetjax.models.pipeline import build
 from offsetjax.step import TrainState, init_state
 
 FSDP = 8
+MESH = {"data": 1, "fsdp": FSDP, "tensor": 1}
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,9 @@ def test_without_fsdp_everything_is_whole(state: TrainState) -> None:
 
 
 def test_an_array_that_does_not_divide_is_whole() -> None:
-    assert sharding.spec("/conv_in/kernel", (3, 3, 3, 5), 8) == P()
-    assert sharding.spec("/conv_in/kernel", (3, 3, 4, 16), 8) == P(None, None, None, "fsdp")
-    assert sharding.spec("/token_embedding/embedding", (49408, 768), 8) == P("fsdp", None)
+    assert sharding.spec("/conv_in/kernel", (3, 3, 3, 5), MESH) == P()
+    assert sharding.spec("/conv_in/kernel", (3, 3, 4, 16), MESH) == P(None, None, None, "fsdp")
+    assert sharding.spec("/token_embedding/embedding", (49408, 768), MESH) == P("fsdp", None)
 
 
 def _config(data: int, fsdp: int, global_batch_size: int = 8, accumulate_steps: int = 1) -> ConfigDict:
@@ -88,7 +89,7 @@ def _config(data: int, fsdp: int, global_batch_size: int = 8, accumulate_steps: 
 )
 def test_the_mesh_takes_all_devices(data: int, fsdp: int, shape: tuple[int, int]) -> None:
     mesh = sharding.make_mesh(_config(data, fsdp))
-    assert tuple(mesh.shape.values()) == shape
+    assert tuple(mesh.shape.values()) == (*shape, 1)
     assert len(set(mesh.devices.flat)) == 8
 
 
