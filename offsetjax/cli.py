@@ -55,6 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", required=True, help="where the run lives: a folder or gs://…")
     sub.epilog = _OVERRIDES
 
+    sub = command("plan", _plan, "say what a training needs of TPUs, and how fast it may be, without having any")
+    sub.add_argument("--config", required=True, help="the config file of the training to be; no weights or data needed")
+    sub.add_argument(
+        "--topology",
+        action="append",
+        required=True,
+        help="such as v5e:4x4, or cpu:8 for virtual devices of this machine; may be given several times",
+    )
+    sub.add_argument("--num_slices", type=int, default=1, help="of that topology; %(default)s without it")
+    sub.add_argument("--full", action="store_true", help="generate code too, for the compiler's own estimate: slow")
+    sub.add_argument("--search", action="store_true", help="look for the largest batch that fits, by more compilations")
+    sub.add_argument("--cache_dir", help="where what is compiled is kept; ~/.cache/offsetjax/plan without it")
+    sub.add_argument("--out", help="FILE.json")
+    sub.epilog = _OVERRIDES
+
     sub = command("calibrate", _calibrate, "measure the data's latents, and recommend a noise for them")
     sub.add_argument("--config", required=True, help="the config file of the training to be")
     sub.add_argument("--out", required=True, help="FILE.json, for noise.calibration; FILE.png is put beside it")
@@ -150,7 +165,7 @@ def _checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _check_paths(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
-        if name in ("config", "workdir", "model", "compare", "images", "data", "out") and value == "":
+        if name in ("config", "workdir", "model", "compare", "images", "data", "out", "cache_dir") and value == "":
             raise UserError(f"--{name} is empty; give a path")
 
 
@@ -178,6 +193,23 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.train import train
 
     train(config, options.workdir)
+
+
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from offsetjax.config import load_config
+
+    config = load_config(options.config, _overrides(rest))
+    from offsetjax.plan.command import plan
+
+    plan(
+        config,
+        options.topology,
+        num_slices=options.num_slices,
+        is_full=options.full,
+        searches=options.search,
+        out=options.out,
+        cache_dir=options.cache_dir,
+    )
 
 
 def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:

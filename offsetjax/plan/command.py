@@ -1,0 +1,101 @@
+"""The command `offsetjax plan`."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from offsetjax.errors import UserError
+from offsetjax.plan.compile import Compiled, Request, check_topology, compile_step
+from offsetjax.plan.estimate import Plan, estimate
+from offsetjax.plan.search import largest_batch
+from offsetjax.plan.show import show
+
+
+def plan(
+    config: ConfigDict,
+    topologies: Sequence[str],
+    *,
+    num_slices: int = 1,
+    is_full: bool = False,
+    searches: bool = False,
+    out: str | None = None,
+    cache_dir: str | None = None,
+) -> list[Plan]:
+    """Compiles the train step of a config for each topology, prints what that tells, and writes it as JSON.
+
+    Args:
+        topologies: such as `v5e:4x4`; `cpu:8` are 8 virtual devices of this machine.
+        num_slices: of each topology, joined over the data-centre network.
+        is_full: generate the code too, for the compiler's own estimate of the time; takes ten times as long.
+        searches: look for the largest batch that fits as well.
+        out: a file for the JSON.
+        cache_dir: where what is compiled is kept; ~/.cache/offsetjax/plan without it.
+
+    Raises:
+        UserError: a topology that cannot be had, or on which the config cannot run.
+    """
+    if num_slices < 1:
+        raise UserError(f"plan: --num_slices={num_slices} must be at least 1")
+    if out and not epath.Path(out).parent.is_dir():
+        raise UserError(f"plan: --out={out} is in no folder that exists; make it first")
+    for topology in topologies:
+        check_topology(topology, num_slices)
+    folder = Path(cache_dir) if cache_dir else Path.home() / ".cache" / "offsetjax" / "plan"
+    plans = []
+    for topology in topologies:
+        request = Request(config, topology, num_slices, is_full, folder)
+        compiled = _compile(request)
+        found = estimate(request, compiled)
+        if searches:
+            found["largest_batch"] = _search(request, found)
+        plans.append(found)
+    console = Console()
+    console.print(show(plans))
+    if out:
+        epath.Path(out).write_text(json.dumps(plans, indent=2) + "\n")
+    return plans
+
+
+def _compile(request: Request) -> Compiled:
+    """Compiles with a line that says what is done and since when."""
+    slices = f"{request.num_slices} x " if request.num_slices > 1 else ""
+    where = f"{slices}{request.topology}, batch {request.config.train.global_batch_size}"
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return compile_step(request, lambda phase: print(f"{where}: {phase}", file=sys.stderr, flush=True))
+    with console.status(where) as status:
+        return compile_step(request, _clock(status.update, where))
+
+
+def _clock(update: Callable[[str], None], where: str) -> Callable[[str], None]:
+    begin = time.monotonic()
+
+    def progress(phase: str) -> None:
+        update(f"{where}: {phase} ({time.monotonic() - begin:.0f} s)")
+
+    return progress
+
+
+def _search(request: Request, found: Plan) -> dict[str, Any]:
+    """The largest batch a device that fits, and what it takes."""
+    devices = found["devices"] * request.config.train.accumulate_steps
+    hbm = found["bytes_per_device"]["hbm"]
+    if hbm is None:
+        raise UserError(f"plan: --search cannot apply to {request.topology}, whose memory is not known; leave it out")
+
+    def total(batch: int) -> int:
+        config = request.config.copy_and_resolve_references()
+        config.train.global_batch_size = batch * devices
+        other = Request(config, request.topology, request.num_slices, False, request.cache_dir)
+        return estimate(other, _compile(other))["bytes_per_device"]["total"]
+
+    first = max(1, request.config.train.global_batch_size // devices)
+    batch, needs = largest_batch(total, hbm, first, found["bytes_per_device"]["total"])
+    return {"batch_per_device": batch, "total": needs}

@@ -1,0 +1,189 @@
+"""From a compiled step to a plan: memory, FLOPs, traffic, and an estimate of the time, with what it assumes.
+
+    roofline = Σ over operations of max(FLOPs / peak, bytes / HBM bandwidth)
+    time over ICI = bytes that a device sends / bandwidth of the links along the axes that the group spans
+    time over DCN = bytes that a device sends / its share of its host's network
+
+No operation can be faster than its roofline, and no step faster than the largest of the three; if nothing is hidden
+behind anything else, they add up. MFU is the model's FLOPs, recomputation left out, over the step's time at peak.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from offsetjax.chips import Chip, chip_of
+from offsetjax.plan import hlo
+from offsetjax.plan.compile import Compiled, Request
+from offsetjax.plan.costs import Collective, Work, collectives, works
+
+ASSUMPTIONS = (
+    "the fastest step hides all traffic between chips behind computing, the slowest none of it",
+    "each operation runs at its roofline: at the peak of bfloat16, or at the whole bandwidth of HBM",
+    "a float32 product counts as the bfloat16 products that its precision takes",
+    "collectives use every link along the axes of the torus that their devices span, one way for each",
+    "input and checkpoints keep up with the steps",
+)
+
+Plan = dict[str, Any]
+
+
+class Seconds(NamedTuple):
+    """One step's parts, in seconds; None is not known."""
+
+    matrix: float | None
+    hbm: float | None
+    roofline: float | None
+    ici: float | None
+    dcn: float | None
+    cycles: float | None
+
+
+def estimate(request: Request, compiled: Compiled) -> Plan:
+    """The plan of one topology, ready for JSON."""
+    facts, chip = compiled.facts, chip_of(compiled.facts["device_kind"])
+    module = hlo.parse(compiled.hlo) if compiled.hlo else None
+    work, exchanged = (list(works(module)), list(collectives(module))) if module else ([], [])
+    seconds = _seconds(work, exchanged, facts["coordinates"], request.topology, chip) if work else Seconds(*(None,) * 6)
+    devices = facts["num_devices"]
+    chips = devices // (chip.devices_per_chip if chip else 1)
+    return {
+        "topology": request.topology,
+        "num_slices": request.num_slices,
+        "chips": chips,
+        "devices": devices,
+        "mesh": facts["mesh"],
+        "global_batch_size": facts["global_batch_size"],
+        "batch_per_device": facts["global_batch_size"] / devices,
+        "parameters": {"trained": facts["trained_parameters"], "frozen": facts["frozen_parameters"]},
+        "bytes_per_device": _memory(compiled, chip),
+        "checkpoint_bytes": facts["checkpoint_bytes_in_all"],
+        "flops_per_device": {
+            "model": facts["model_flops"] / devices,
+            "compiled": sum(each.flops * each.times for each in work),
+        },
+        "hbm_traffic_bytes": sum(each.hbm_bytes * each.times for each in work),
+        "collectives": _by_kind(exchanged),
+        "seconds": seconds._asdict(),
+        "seconds_by_part": _by_part(work, chip),
+        **_rates(facts, seconds, chip, chips),
+        "assumptions": list(ASSUMPTIONS),
+        "compiled": {
+            "is_full": request.is_full,
+            "seconds": compiled.seconds,
+            "is_cached": compiled.is_cached,
+            "program": facts["key"],
+            "versions": dict(zip(("jax", "jaxlib", "libtpu"), facts["versions"], strict=True)),
+        },
+    }
+
+
+def _memory(compiled: Compiled, chip: Chip | None) -> dict[str, Any]:
+    facts = compiled.facts
+    kept = {
+        "params": facts["params_bytes"],
+        "opt_state": facts["opt_state_bytes"],
+        "ema_params": facts["ema_params_bytes"],
+        "frozen": facts["frozen_bytes"],
+        "batch": facts["batch_bytes"],
+    }
+    limit = compiled.hbm_limit_bytes or (int(chip.hbm_bytes) if chip else None)
+    fits = None if limit is None else compiled.hbm_limit_bytes is None and compiled.hbm_bytes <= limit
+    temporary = max(0, compiled.hbm_bytes - sum(kept.values()))
+    return {**kept, "temporary": temporary, "total": compiled.hbm_bytes, "hbm": limit, "fits": fits}
+
+
+def _by_kind(exchanged: Iterable[Collective]) -> list[dict[str, Any]]:
+    totals: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0])
+    for each in exchanged:
+        total = totals[each.kind, "dcn" if each.is_dcn else "ici", len(each.group)]
+        total[0] += each.times
+        total[1] += each.times * each.num_bytes
+    return [
+        {"kind": kind, "over": over, "devices": devices or None, "count": count, "bytes": num_bytes}
+        for (kind, over, devices), (count, num_bytes) in sorted(totals.items(), key=lambda item: -item[1][1])
+    ]
+
+
+def _seconds(
+    work: Sequence[Work],
+    exchanged: Sequence[Collective],
+    coordinates: list[list[int]],
+    topology: str,
+    chip: Chip | None,
+) -> Seconds:
+    if chip is None:
+        return Seconds(*(None,) * 6)
+    dcn = [each for each in exchanged if each.is_dcn]
+    wire = [each for each in exchanged if not each.is_dcn and len(each.group) > 1]
+    links = {each.group: _bandwidth(each.group, coordinates, topology, chip) for each in wire}
+    cycles = [each.times * each.cycles for each in work if each.cycles is not None]
+    return Seconds(
+        matrix=sum(each.times * each.flops * each.passes for each in work) / chip.peak_flops,
+        hbm=sum(each.times * each.hbm_bytes for each in work) / chip.hbm_bandwidth,
+        roofline=sum(each.times * _roofline(each, chip) for each in work),
+        ici=sum(each.times * _sent(each) / links[each.group] for each in wire) if chip.ici_bandwidth else None,
+        # Slices exchange what they have reduced: a device sends its share, and gets as much.
+        dcn=sum(each.times * each.num_bytes for each in dcn) / chip.dcn_bandwidth if chip.dcn_bandwidth else None,
+        cycles=sum(cycles) / chip.clock_hz if cycles and chip.clock_hz else None,
+    )
+
+
+def _roofline(work: Work, chip: Chip) -> float:
+    return max(work.flops * work.passes / chip.peak_flops, work.hbm_bytes / chip.hbm_bandwidth)
+
+
+def _sent(exchange: Collective) -> float:
+    """Bytes that each device sends, by the usual algorithms on a ring."""
+    others = (len(exchange.group) - 1) / len(exchange.group)
+    factor = {"all-reduce": 2 * others, "collective-permute": 1.0}.get(exchange.kind, others)
+    return factor * exchange.num_bytes
+
+
+def _bandwidth(group: tuple[int, ...], coordinates: list[list[int]], topology: str, chip: Chip) -> float:
+    """Bytes a second that a device can send within a group: an axis that is closed to a ring has two ways."""
+    link = (chip.ici_bandwidth or 0.0) / max(1, chip.ici_links)
+    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
+    closes = 16 if chip.ici_links == 4 else 4  # a v5e's or v6e's axis of 16, a cube's of 4
+    places = [coordinates[device] for device in group if device < len(coordinates)]
+    spanned = [axis for axis in range(len(sizes)) if len({place[axis] for place in places}) > 1]
+    ways = sum(2 if sizes[axis] % closes == 0 else 1 for axis in spanned)
+    return link * max(1, ways)
+
+
+def _by_part(work: Sequence[Work], chip: Chip | None) -> dict[str, float]:
+    """The roofline by the part of the step, from the names that operations carry."""
+    if chip is None:
+        return {}
+    parts: dict[str, float] = defaultdict(float)
+    for each in work:
+        parts[_part(each.instruction.attributes)] += each.times * _roofline(each, chip)
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def _part(attributes: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', attributes)
+    found = re.search(r"Flax(\w+?)(?:Model)?(?:\.\w+)?\)", name[1]) if name else None
+    if found is None:
+        return "other"
+    network = {"UNet2DCondition": "unet", "AutoencoderKL": "vae"}.get(found[1], "text encoders")
+    return f"{network} {'backward' if name and 'transpose(' in name[1] else 'forward'}"
+
+
+def _rates(facts: dict[str, Any], seconds: Seconds, chip: Chip | None, chips: int) -> dict[str, Any]:
+    """From the fastest step to the slowest; where the compiler has an estimate of its own, not below that."""
+    if seconds.roofline is None or chip is None:
+        return {}
+    computing = max(seconds.roofline, seconds.cycles or 0.0)
+    between = [each for each in (seconds.ici, seconds.dcn) if each is not None]
+    steps = max(computing, *between) if between else computing, computing + math.fsum(between)
+    peak = chip.peak_flops * facts["num_devices"]
+    return {
+        "step_seconds": list(steps),
+        "images_per_second": [facts["global_batch_size"] / each for each in steps],
+        "mfu": [facts["model_flops"] / (each * peak) for each in steps],
+        "hours": [facts["steps"] * each / 3600 for each in steps],
+        "chip_hours": [facts["steps"] * each * chips / 3600 for each in steps],
+    }

@@ -1,0 +1,120 @@
+"""Plans as text: a line each in a table, and one plan in full."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from offsetjax.plan.estimate import Plan
+
+
+def show(plans: list[Plan]) -> RenderableType:
+    """Each plan in full, and a table of all of them where there are several."""
+    parts: list[RenderableType] = [_one(plan) for plan in plans]
+    return Group(*parts, *([_all(plans)] if len(plans) > 1 else []))
+
+
+def _all(plans: list[Plan]) -> Table:
+    table = Table(title="fastest to slowest step")
+    for name in ("topology", "chips", "batch a device", "HBM", "step", "images/s", "MFU", "hours", "chip-hours"):
+        table.add_column(name, justify="left" if name == "topology" else "right")
+    for plan in plans:
+        table.add_row(
+            _name(plan),
+            str(plan["chips"]),
+            f"{plan['batch_per_device']:g}",
+            _of_hbm(plan["bytes_per_device"]),
+            *(_range(plan, key, form) for key, form in _RATES),
+        )
+    return table
+
+
+_RATES = (
+    ("step_seconds", "{:.3f} s"),
+    ("images_per_second", "{:,.1f}"),
+    ("mfu", "{:.1%}"),
+    ("hours", "{:,.1f}"),
+    ("chip_hours", "{:,.0f}"),
+)
+
+
+def _one(plan: Plan) -> Table:
+    table = Table(title=_title(plan), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _rows(plan):
+        table.add_row(name, value)
+    return table
+
+
+def _rows(plan: Plan) -> list[tuple[str, str]]:
+    memory, flops, seconds = plan["bytes_per_device"], plan["flops_per_device"], plan["seconds"]
+    parameters = plan["parameters"]
+    parts = ("params", "opt_state", "ema_params", "frozen", "batch", "temporary")
+    rows = [
+        ("mesh", "  ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())),
+        ("batch", f"{plan['global_batch_size']}, {plan['batch_per_device']:g} a device"),
+        ("parameters", f"{parameters['trained'] / 1e6:,.1f} M trained, {parameters['frozen'] / 1e6:,.1f} M frozen"),
+        ("memory a device", _of_hbm(memory)),
+        ("", "  ".join(f"{part} {_bytes(memory[part])}" for part in parts)),
+    ]
+    if "largest_batch" in plan:
+        rows.append(("largest batch", _largest(plan["largest_batch"])))
+    rows += [
+        ("checkpoint", _bytes(plan["checkpoint_bytes"])),
+        ("FLOPs a device", f"model {flops['model'] / 1e12:,.2f} T, compiled {flops['compiled'] / 1e12:,.2f} T"),
+    ]
+    for each in plan["collectives"]:
+        devices = f", {each['devices']} devices" if each["devices"] else ""
+        over = each["over"].upper() + devices
+        rows.append((f"{each['kind']}", f"{each['count']:,} of {_bytes(each['bytes'])} in all, over {over}"))
+    known = {name: value for name, value in seconds.items() if value is not None}
+    if known:
+        rows.append(("milliseconds", "  ".join(f"{name} {1e3 * value:,.1f}" for name, value in known.items())))
+        shares = plan["seconds_by_part"].items()
+        rows.append(("roofline of", "  ".join(f"{part} {1e3 * value:,.1f}" for part, value in shares)))
+    names = {"step_seconds": "step", "images_per_second": "images/s", "mfu": "MFU", "chip_hours": "chip-hours"}
+    rows += [(names.get(key, key), _range(plan, key, form)) for key, form in _RATES if key in plan]
+    if "step_seconds" in plan:
+        rows.append(("assuming", "\n".join(plan["assumptions"])))
+    return rows
+
+
+def _largest(largest: dict[str, Any]) -> str:
+    if not largest["batch_per_device"]:
+        return "not even 1 a device fits"
+    return f"{largest['batch_per_device']} a device, which take {_bytes(largest['total'])}"
+
+
+def _title(plan: Plan) -> str:
+    compiled = plan["compiled"]
+    how = "to the end" if compiled["is_full"] else "up to code generation"
+    when = "cached, compiled" if compiled["is_cached"] else "compiled"
+    return f"{_name(plan)}: {plan['chips']} chips ({when} {how} in {compiled['seconds']:.0f} s)"
+
+
+def _name(plan: Plan) -> str:
+    slices = plan["num_slices"]
+    return f"{slices} x {plan['topology']}" if slices > 1 else plan["topology"]
+
+
+def _of_hbm(memory: dict[str, Any]) -> str:
+    if memory["hbm"] is None:
+        return _bytes(memory["total"])
+    if not memory["fits"]:
+        return f"does not fit: needs {_bytes(memory['total'])} of {_bytes(memory['hbm'])}"
+    return f"{_bytes(memory['total'])} of {_bytes(memory['hbm'])}"
+
+
+def _range(plan: Plan, key: str, form: str) -> str:
+    values = plan.get(key, ())
+    texts = [form.format(value) for value in values]
+    return " to ".join(dict.fromkeys(texts))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
