@@ -1,7 +1,9 @@
 """AdamW with warm-up, decay and clipping, from optax."""
 
 from collections.abc import Mapping
+from functools import partial
 
+import jax
 import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -38,6 +40,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             b2=optimizer.b2,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            mask=partial(_is_read, num_layers=config.model.text_encoder.num_hidden_layers),
         ),
     )
     if not optimizer.text_encoder_learning_rate:
@@ -50,3 +53,14 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def _labels(params: Mapping[str, PyTree]) -> dict[str, str]:
     return {part: "unet" if part == "unet" else "text_encoder" for part in params}
+
+
+def _is_read(params: Mapping[str, PyTree], num_layers: int) -> PyTree:
+    """Which parameters the loss depends on; the others have no gradient, and no decay either.
+
+    SDXL reads its first text encoder, of `num_layers`, before the last of them.
+    """
+    last = f"text_encoder/text_model/encoder/layers/{num_layers - 1}/"
+    unread = (last, "text_encoder/text_model/final_layer_norm/") if "text_encoder_2" in params else ()
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: not name(path).startswith(unread), params)

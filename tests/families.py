@@ -1,6 +1,8 @@
 """Random PyTorch pipelines of each family: the published structure, as narrow as its heads and groups allow."""
 
 import functools
+import itertools
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -9,13 +11,15 @@ import diffusers
 import torch
 import transformers
 from ml_collections import ConfigDict
+from PIL import Image
 
 from offsetjax import presets
 from offsetjax.config import default_config
+from offsetjax.data.build import build as build_pictures
 from offsetjax.models.pipeline import build
 from offsetjax.models.text import TextEncoder
 from offsetjax.models.tokenizer import clip_tokenizer, save_tokenizer, train_tokenizer
-from tests import torch_models
+from tests import tiny, torch_models
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 _PRESETS = {
@@ -133,3 +137,21 @@ def save_tiny_xl(directory: pathlib.Path) -> None:
         add_watermarker=False,
     ).save_pretrained(directory)
     shutil.rmtree(words)
+
+
+SIZES = tuple(itertools.product((16, 20, 24, 28), (16, 20)))  # height, width of the pictures of `build_data`
+LONG = " and ".join(["a boat on a lake"] * 20)  # more than the 77 tokens that the text encoders read
+
+
+def build_data(folder: pathlib.Path) -> pathlib.Path:
+    """A data set of a picture of each size; the caption of the second is too long."""
+    source = folder / "pictures"
+    source.mkdir(parents=True)
+    lines = []
+    for number, (height, width) in enumerate(SIZES):
+        Image.new("RGB", (width, height), (30 * number, 0, 255 - 30 * number)).save(source / f"{number}.png")
+        caption = LONG if number == 1 else tiny.CAPTIONS[number % len(tiny.CAPTIONS)]
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    build_pictures(source, folder / "data")
+    return folder / "data"

@@ -1,16 +1,22 @@
 """The learning rate at its landmarks, clipping, and what the optimizer sees."""
 
+import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
+from offsetjax.models.pipeline import build
+from offsetjax.models.weights import abstract_params
 from offsetjax.optimizer import learning_rate, make_optimizer
+from tests import families, tiny
 
 
 def _config(**optimizer: object) -> ConfigDict:
@@ -79,3 +85,36 @@ def test_the_optimizer_holds_two_moments_of_the_trained_parameters_and_nothing_e
     params = {"conv": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
     leaves = jax.tree.leaves(make_optimizer(_config()).init(params))
     assert sorted(leaf.shape for leaf in leaves) == sorted([(), (), (3, 5), (3, 5), (5,), (5,)])
+
+
+def test_what_sdxl_does_not_read_of_its_first_text_encoder_stays_as_it_is(tmp_path: pathlib.Path) -> None:
+    """Weight decay alone would change it."""
+    config = families.narrow_config("sdxl")
+    config.optimizer.update(weight_decay=0.1, warmup_steps=0, text_encoder_learning_rate=1e-3)
+    for part in ("text_encoder", "text_encoder_2"):
+        config.model[part].update(vocab_size=8, max_position_embeddings=8)
+    config.model.text_encoder_2.num_hidden_layers = 1
+    encoders = build(config).text_encoders
+    rng = np.random.default_rng(0)
+    params = {
+        part: jax.tree.map(lambda like: rng.normal(size=like.shape).astype(like.dtype), abstract_params(model))
+        for part, model in encoders.items()
+    }
+
+    def loss(params: PyTree) -> jax.Array:
+        told = [model.apply(params[part], jnp.arange(8)[None]) for part, model in encoders.items()]
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(told))
+
+    optimizer = make_optimizer(config)
+    with tiny.quick_compilation(tmp_path):
+        gradients = jax.jit(jax.grad(loss))(params)
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+
+    def zeros(tree: PyTree) -> set[str]:
+        names = {name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not leaf.any()}
+        # The softmax takes no notice of the keys' bias: its gradient is 0 up to rounding.
+        return {name for name in names if not name.endswith("k_proj/bias")}
+
+    assert {path.split("/")[0] for path in zeros(gradients)} == {"text_encoder"}
+    assert zeros(updates) == zeros(gradients)
