@@ -5,7 +5,7 @@ tensor, never the optimizer's moments. What is read is compared with checksums f
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -65,7 +65,8 @@ def restore(manager: ocp.CheckpointManager, like: PyTree, step: int | None = Non
     def read() -> tuple[PyTree, dict[str, Any]]:
         restored = manager.restore(step, args=args)
         data = dict(restored["data"])
-        checksums.check(restored[STATE], data.pop("checksums"))
+        checksums.check(restored[STATE], _checksums(data, manager))
+        del data["checksums"]
         return restored[STATE], data
 
     return _read(manager, step, read)
@@ -82,7 +83,7 @@ def restore_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: 
 
     def read() -> PyTree:
         restored = manager.restore(step, args=args)
-        checksums.check(restored[STATE], restored["data"]["checksums"])
+        checksums.check(restored[STATE], _checksums(restored["data"], manager))
         return restored[STATE][name]
 
     return _read(manager, step, read)
@@ -100,7 +101,7 @@ def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int
     def describe() -> tuple[bool, dict[str, int]]:
         args = ocp.args.Composite(data=ocp.args.JsonRestore())
         metadata = json.loads((folder / "_METADATA").read_text())
-        return metadata.get("use_zarr3", False), manager.restore(step, args=args)["data"]["checksums"]
+        return metadata.get("use_zarr3", False), _checksums(manager.restore(step, args=args)["data"], manager)
 
     # Orbax's form on disk: zarr arrays in an OCDBT database, which its own library reads by ranges.
     is_zarr3, expected = _read(manager, step, describe)
@@ -136,22 +137,34 @@ def existing_step(manager: ocp.CheckpointManager, step: int | None = None) -> in
         UserError: there is none.
     """
     found = sorted(manager.all_steps())
-    step = step if step is not None else (found[-1] if found else None)
-    if step is None or step not in found:
-        steps = ", ".join(map(str, found)) or "none"
+    if not found:
+        raise UserError(f"checkpoint: {manager.directory} has no checkpoint yet; wait for the first of its training")
+    if step is not None and step not in found:
+        steps = ", ".join(map(str, found))
         raise UserError(
             f"checkpoint: {manager.directory} has no step {step} (it has {steps}); give --step one of these"
         )
-    return step
+    return found[-1] if step is None else step
 
 
 def _restore_args(like: PyTree, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), **options)
 
 
+def _checksums(data: Mapping[str, Any], manager: ocp.CheckpointManager) -> dict[str, int]:
+    if "checksums" not in data:
+        raise UserError(
+            f"checkpoint: {manager.directory} was written by an older version of offsetjax, without checksums; go on "
+            "with that version, or give another --workdir"
+        )
+    return data["checksums"]
+
+
 def _read(manager: ocp.CheckpointManager, step: int, read: Callable[[], Result]) -> Result:
     try:
         return read()
+    except UserError:
+        raise
     except Exception as error:  # orbax raises several kinds, bare exceptions too
         first = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise UserError(

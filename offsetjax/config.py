@@ -127,10 +127,13 @@ def from_json(text: str) -> ConfigDict:
 
     Raises:
         UserError: a field that this version does not know.
+        ValueError: it is no JSON, or no object.
     """
-    config = default_config()
+    config, stored = default_config(), json.loads(text)
+    if not isinstance(stored, dict):
+        raise ValueError(f"it is a {type(stored).__name__}, not an object")
     known = dict(flatten(config))
-    for path, value in flatten(ConfigDict(json.loads(text), convert_dict=True)):
+    for path, value in flatten(ConfigDict(stored, convert_dict=True)):
         if path not in known:
             raise UserError(f"config: unknown key {path!r} in a stored config.json; {_nearest(path)}")
         section, _, leaf = path.rpartition(".")

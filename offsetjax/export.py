@@ -77,6 +77,7 @@ def export(
             f"export: {workdir} trained whole weights (lora.rank = 0); use --format=diffusers or single_file"
         )
     temporary = out.parent / f".{out.name}.{os.getpid()}.unfinished{out.suffix}"
+    new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if form == "diffusers":
@@ -89,6 +90,9 @@ def export(
     finally:
         if temporary.exists():
             (temporary.rmtree if temporary.is_dir() else temporary.unlink)()
+        for folder in new_folders if not out.exists() else ():
+            if folder.exists():  # on a bucket there are no empty ones
+                folder.rmdir()
 
 
 def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_bytes: int, title: str) -> None:

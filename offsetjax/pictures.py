@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-_LEAST_WIDTH = 160  # of a picture in a comparison, in pixels
+_LEAST_WIDTH = 160  # of a picture in a comparison, and of a grid, in pixels
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,20 @@ def grid(pictures: Sequence[Picture]) -> Image.Image:
     for picture in pictures:
         rows.setdefault(picture.prompt, []).append(picture)
     height, width = pictures[0].image.shape[:2]
-    gap, text = 4, 16
+    gap, line, font = 4, 14, ImageFont.load_default(11)
     columns = max(len(row) for row in rows.values())
-    canvas = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap + text) - gap), "white")
-    ink = ImageDraw.Draw(canvas)
-    for y, (prompt, row) in enumerate(rows.items()):
-        top = y * (height + gap + text)
-        ink.text((1, top + 1), prompt or "(no prompt)", fill="black")
+    canvas_width = max(_LEAST_WIDTH, columns * (width + gap) - gap)
+    texts = {prompt: _wrapped(prompt or "(no prompt)", font, canvas_width - 2) for prompt in rows}
+    row_heights = {prompt: len(lines) * line + 2 * gap + height for prompt, lines in texts.items()}
+    canvas = Image.new("RGB", (canvas_width, sum(row_heights.values()) - gap), "white")
+    ink, top = ImageDraw.Draw(canvas), 0
+    for prompt, row in rows.items():
+        for place, text in enumerate(texts[prompt]):
+            ink.text((1, top + place * line), text, fill="black", font=font)
+        below = top + len(texts[prompt]) * line + gap
         for x, picture in enumerate(row):
-            canvas.paste(Image.fromarray(picture.image), (x * (width + gap), top + text))
+            canvas.paste(Image.fromarray(picture.image), (x * (width + gap), below))
+        top += row_heights[prompt]
     return canvas
 
 

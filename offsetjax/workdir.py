@@ -71,8 +71,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         raise UserError(f"workdir: {workdir} has no config.json; give the --workdir of a training")
     try:
         return from_json(file.read_text())
-    except ValueError as error:
-        raise UserError(f"workdir: {file} is not JSON ({error}); restore it from a copy") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"workdir: {file} is no config ({error}); restore it from a copy") from error
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
@@ -153,6 +154,19 @@ MODELS: dict[str, tuple[str, Change, str]] = {
     "text file": ("sd1", in_its_place("model.txt", b"a cat"), "is neither a diffusers directory nor a .safetensors f"),
     "web page": ("sd1", in_its_place("m.safetensors", b"<html>" * 99), "m.safetensors is damaged"),
     "pointer of Git LFS": ("sd1", in_its_place("m.safetensors", LFS), "is a pointer of Git LFS.*git lfs pull"),
+    **{
+        f"pickle under another name: {data!r}": (
+            "sd1",
+            in_its_place("m.safetensors", data),
+            "m.safetensors is a pickle, which can run code, whatever its name; fetch it as safetensors, or convert it",
+        )
+        for data in (
+            b"PK\x03\x04" + bytes(99) + b"\x01",
+            b"PK\x03\x04\x00\x00\x08\x08" + b"m/data.pkl" * 9,
+            pickle.dumps({"a": 1}),
+        )
+    },
+    "pickle of the denoiser under another name": ("sd1", written(UNET, pickle.dumps([])), f"{UNET} is a pickle, which"),
     "pickle": ("sd1", in_its_place("m.ckpt", b"PK\x03\x04"), rf"m.ckpt {SAVED}"),
     "pickled denoiser": (
         "sd1",

@@ -1,5 +1,6 @@
 """Damaged work directories, and exports and pictures that cannot be: one line, exit status 2, nothing left behind."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -20,6 +21,7 @@ from tests.damage import (
     removed,
     save_good_models,
     with_tensors,
+    written,
 )
 
 
@@ -95,22 +97,40 @@ def test_a_folder_that_cannot_be_written_is_told(
     assert re.search(r"error: /proc/\S*pictures\S*: No such file or directory; see to it and try again", line), line
 
 
-def files_of(run: pathlib.Path) -> list[pathlib.Path]:
-    return [path for path in (run / "checkpoints" / "6").rglob("*") if path.is_file()]
+def averaged_kernel(run: pathlib.Path) -> tuple[pathlib.Path, bytes]:
+    """A shard of an averaged kernel, and the file of the newest checkpoint that holds it."""
+    kernel = np.asarray(load_trained(run).params["unet"]["mid_block"]["resnets_1"]["conv2"]["kernel"])
+    wanted = np.split(kernel, 4, axis=2)[0].tobytes()
+    files = [path for path in (run / "checkpoints" / "6").rglob("*") if path.is_file()]
+    [file] = [path for path in files if wanted in path.read_bytes()]
+    return file, wanted
 
 
 def damage_array(run: pathlib.Path) -> None:
-    """Changes one bit of one shard of an averaged kernel."""
-    kernel = np.asarray(load_trained(run).params["unet"]["mid_block"]["resnets_1"]["conv2"]["kernel"])
-    wanted = np.split(kernel, 4, axis=2)[0].tobytes()
-    [file] = [path for path in files_of(run) if wanted in path.read_bytes()]
+    """Changes one bit of it."""
+    file, wanted = averaged_kernel(run)
     file.write_bytes(file.read_bytes().replace(wanted, bytes([wanted[0] ^ 1]) + wanted[1:]))
 
 
-def damage_largest(run: pathlib.Path) -> None:
-    """Turns all bits round in the largest file of the newest checkpoint."""
-    file = max(files_of(run), key=lambda path: path.stat().st_size)
+def damage_file(run: pathlib.Path) -> None:
+    """Turns all bits round in its file."""
+    file, _ = averaged_kernel(run)
     file.write_bytes((np.frombuffer(file.read_bytes(), np.uint8) ^ 0xFF).tobytes())
+
+
+def without_checksums(run: pathlib.Path) -> None:
+    file = run / "checkpoints" / "6" / "data" / "metadata"
+    data = json.loads(file.read_text())
+    del data["checksums"]
+    file.write_text(json.dumps(data))
+
+
+def emptied(folder: str) -> Change:
+    def change(run: pathlib.Path) -> None:
+        shutil.rmtree(run / folder)
+        (run / folder).mkdir()
+
+    return change
 
 
 FROZEN = f"frozen/{VAE}"
@@ -121,15 +141,28 @@ RUNS: dict[str, tuple[Change, str]] = {
         damage_array,
         r"checkpoints/6 cannot be read \(ema_params/unet/mid_block/resnets_1/conv2/kernel is damaged: its ch",
     ),
-    "all of the largest file": (
-        damage_largest,
+    "a file of arrays": (
+        damage_file,
         r"checkpoints/6 cannot be read \(.+\); move it away to use an older step",
     ),
     "no state": (removed("checkpoints/6/state"), "checkpoints/6 cannot be read"),
     "no position": (removed("checkpoints/6/data"), "checkpoints/6 cannot be read"),
     "no checkpoint": (removed("checkpoints"), "run has no checkpoint yet"),
+    "an empty folder of checkpoints": (emptied("checkpoints"), "checkpoints has no checkpoint yet; wait for the first"),
+    "a checkpoint of an older version": (
+        without_checksums,
+        "run/checkpoints was written by an older version of offsetjax, without checksums; go on with that version",
+    ),
     "no config": (removed("config.json"), "run has no config.json; give the --workdir of a training"),
-    "half a config": (cut("config.json", 0.5), r"config.json is not JSON \(.*\); restore it from a copy"),
+    "half a config": (cut("config.json", 0.5), r"config.json is no config \(.*\); restore it from a copy"),
+    **{
+        f"the config {text}": (written("config.json", text), rf"config.json is no config \({words}\); restore it")
+        for text, words in {
+            "[1]": "it is a list, not an object",
+            "null": "it is a NoneType, .*",
+            "[" * 10**5: ".*",
+        }.items()
+    },
     "no frozen part": (removed("frozen/vae"), f"workdir: .*{FROZEN} is missing"),
     "half a frozen part": (cut(FROZEN, 0.5), rf"workdir: .*{FROZEN} is damaged \("),
     "a frozen tensor too few": (with_tensors(FROZEN, decoder__conv_out__bias=None), "conv_out.bias is missing"),
@@ -157,7 +190,7 @@ def test_a_value_that_float16_cannot_hold_ends_the_export(
 ) -> None:
     OVERFLOW(run)
     before = contents(tmp_path)
-    line = refused(capsys, "export", f"--workdir={run}", f"--out={tmp_path}/out", "--dtype=float16")
+    line = refused(capsys, "export", f"--workdir={run}", f"--out={tmp_path}/new/folder/out", "--dtype=float16")
     assert "text_model.final_layer_norm.bias has values beyond the range of float16; give another --dtype" in line
     assert contents(tmp_path) == before
     assert main(["export", f"--workdir={run}", f"--out={tmp_path}/out", "--dtype=bfloat16"]) == 0

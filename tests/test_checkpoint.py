@@ -104,7 +104,7 @@ def test_an_unknown_step_is_refused_with_those_there_are(saved: pathlib.Path, st
 
 
 def test_no_checkpoint_at_all_is_refused(tmp_path: pathlib.Path) -> None:
-    with checkpoint.open_checkpoints(tmp_path) as manager, pytest.raises(UserError, match="it has none"):
+    with checkpoint.open_checkpoints(tmp_path) as manager, pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.restore(manager, _like())
 
 

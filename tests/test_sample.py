@@ -211,3 +211,15 @@ def test_a_grid_has_a_row_for_each_prompt_with_its_pictures_in_order() -> None:
     assert rows[0] == rows[1] == rows[2] < rows[3] == rows[4] == rows[5]
     assert columns[0] < columns[1] < columns[2]
     assert columns[:3] == columns[3:]
+
+
+def test_a_long_prompt_is_written_whole_above_its_pictures() -> None:
+    prompt = "a lighthouse at the end of a pier, an old engraving, " * 5
+
+    def text(side: int) -> np.ndarray:
+        return np.asarray(grid([Picture(prompt, 0, np.full((side, side, 3), 255, np.uint8))])).min(2)
+
+    narrow, wide = text(200), text(2000)
+    assert narrow.shape[1] == 200 and (narrow[:, -1] == 255).all()
+    ink = [(255 - each.astype(int)).sum() for each in (narrow, wide)]
+    assert ink[0] == pytest.approx(ink[1], rel=0.02)  # letters lie between pixels elsewhere

@@ -16,12 +16,11 @@ from etils import epath
 
 from offsetjax.errors import UserError
 from offsetjax.formats.shards import open_sharded, shard_files, write_sharded
-from offsetjax.formats.tensors import Tensor, open_tensors, read_metadata
+from offsetjax.formats.tensors import PICKLES, Tensor, open_tensors, read_metadata
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those with weights
 _CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
 _PLAIN = r"(\.[^.]+(?<!-of-\d{5}))?\.safetensors"  # and no shard, which has its index
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def stem(part: str) -> str:

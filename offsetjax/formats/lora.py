@@ -22,7 +22,7 @@ from jaxtyping import Float, PyTree
 from offsetjax.errors import UserError
 from offsetjax.formats.lora_names import Path, known_names, kohya_names, layers
 from offsetjax.formats.names import from_torch, to_torch
-from offsetjax.formats.tensors import Tensor, cast, of_array, open_file, with_ndim, write_tensors
+from offsetjax.formats.tensors import PICKLES, Tensor, cast, of_array, open_file, with_ndim, write_tensors
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # as kohya's scripts call them
 _PEFT_CONFIGS = "lora_adapter_metadata"  # diffusers' entry of the header, as JSON
@@ -211,11 +211,7 @@ class _Adapter:
 
 
 def _open(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    is_pickle = file.suffix in (".bin", ".ckpt", ".pt", ".pth")
-    if not is_pickle and file.is_file():
-        with file.open("rb") as stream:
-            is_pickle = stream.read(4) == b"PK\x03\x04"  # the zip archive that PyTorch puts pickles into
-    if is_pickle:
+    if file.suffix in PICKLES:
         raise UserError(f"lora.pretrained: {file} is a pickle, which can run code: convert it to safetensors")
     tensors, metadata = open_file(file, "lora.pretrained")
     for kind, pattern in _OTHER_KINDS.items():

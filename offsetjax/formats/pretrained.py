@@ -7,9 +7,9 @@ from typing import Any
 from etils import epath
 
 from offsetjax.errors import UserError
-from offsetjax.formats.diffusers import PARTS, PICKLES, Directory, pickle_message
+from offsetjax.formats.diffusers import PARTS, Directory, pickle_message
 from offsetjax.formats.single_file import SUPPORTED, WHERE, SingleFile, open_single_file
-from offsetjax.formats.tensors import Tensor
+from offsetjax.formats.tensors import PICKLES, Tensor
 
 _PIPELINES = re.compile(r"(Flax)?StableDiffusion(XL)?(Img2Img|ControlNet)?Pipeline")
 

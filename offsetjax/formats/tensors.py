@@ -24,6 +24,8 @@ from offsetjax.formats.header import MAX_BYTES, Entry, format_header, parse_head
 Index = tuple[slice, ...]
 
 _AHEAD = 2  # tensors read while another is written
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # how files that are pickles are called
+_PICKLE = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # how they begin, zipped or not
 _POINTER = b"version "  # how a pointer of Git LFS begins, which a checkout without it has in place of a large file
 _BLOCK_BYTES = 1 << 21  # written in one call
 _TILE = 64  # columns transposed at once
@@ -205,14 +207,17 @@ def open_file(path: epath.PathLike, where: str) -> tuple[dict[str, Tensor], dict
     if path.is_dir():
         raise UserError(f"{where}: {path} is a directory, not a safetensors file")
     file, size = _File(path, where), path.stat().length
-    if size < 8:
-        raise file.damaged(f"it has {size} bytes")
-    length = file.read(0, 8).tobytes()
+    length = file.read(0, min(8, size)).tobytes()
     if length == _POINTER:
         raise UserError(f"{where}: {path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`")
     start = 8 + int.from_bytes(length, "little")
-    if start > min(size, MAX_BYTES):
-        raise file.damaged(f"its header would have {start - 8} bytes")
+    if size < 8 or start > min(size, MAX_BYTES):
+        if length.startswith(_PICKLE):
+            raise UserError(
+                f"{where}: {path} is a pickle, which can run code, whatever its name; fetch it as safetensors, or "
+                "convert it"
+            )
+        raise file.damaged(f"it has {size} bytes" if size < 8 else f"its header would have {start - 8} bytes")
     try:
         entries, metadata = parse_header(file.read(8, start).tobytes())
     except ValueError as error:

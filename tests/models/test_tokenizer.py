@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tomllib
 
 import numpy as np
 import pytest
@@ -155,3 +156,10 @@ def test_missing_and_broken_files_are_named(tokenizer: transformers.CLIPTokenize
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(UserError, match=r"has no merges\.txt"):
         load_tokenizer(tmp_path)
+
+
+def test_every_licence_in_the_package_goes_with_it() -> None:
+    root = pathlib.Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    licences = {str(file.relative_to(root)) for file in (root / "offsetjax").rglob("*LICENSE*")}
+    assert licences and set(project["license-files"]) == {"LICENSE", *licences}
