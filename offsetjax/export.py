@@ -25,7 +25,7 @@ from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
 from offsetjax.formats.single_file import write_single_file
-from offsetjax.formats.tensors import Tensor
+from offsetjax.formats.tensors import NotFiniteError, Tensor
 from offsetjax.metadata import header
 from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts
@@ -58,7 +58,8 @@ def export(
         max_shard_gb: a directory's weights beyond so many gigabytes, without it 10, are split over several files.
 
     Raises:
-        UserError: `out` exists, the form does not go with the training, or the checkpoint cannot be read.
+        UserError: `out` exists, the form does not go with the training, the checkpoint cannot be read, or it has values
+            that are not finite in `dtype`.
     """
     out = epath.Path(out)
     if out.exists():
@@ -87,6 +88,9 @@ def export(
         else:
             _write_lora(temporary, stored, dtype, out.stem, lora_keys or "kohya")
         temporary.rename(out)
+    except NotFiniteError as error:
+        others = "" if dtype == "float32" else ", or --dtype=float32"
+        raise UserError(f"export: {error}; give other --params or an earlier --step{others}") from error
     finally:
         if temporary.exists():
             (temporary.rmtree if temporary.is_dir() else temporary.unlink)()

@@ -5,9 +5,12 @@ import pathlib
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from offsetjax import checkpoint
 from offsetjax.cli import main
 from offsetjax.workdir import load_trained
 from tests import tiny
@@ -191,9 +194,29 @@ def test_a_value_that_float16_cannot_hold_ends_the_export(
     OVERFLOW(run)
     before = contents(tmp_path)
     line = refused(capsys, "export", f"--workdir={run}", f"--out={tmp_path}/new/folder/out", "--dtype=float16")
-    assert "text_model.final_layer_norm.bias has values beyond the range of float16; give another --dtype" in line
+    assert re.search(
+        r"export: text_encoder: \S*final_layer_norm.bias has values that are not finite in float16; ", line
+    )
+    assert line.endswith("; give other --params or an earlier --step, or --dtype=float32")
     assert contents(tmp_path) == before
     assert main(["export", f"--workdir={run}", f"--out={tmp_path}/out", "--dtype=bfloat16"]) == 0
+
+
+def test_weights_that_are_no_numbers_end_the_export(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = jax.tree.map(np.array, load_trained(run, which="raw").params)
+    params["unet"]["conv_in"]["kernel"][0, 0, 0, 0] = np.nan
+    with checkpoint.open_checkpoints(run) as manager:
+        checkpoint.save(manager, 8, {"params": jax.tree.map(jnp.asarray, params)}, {"next_batch": 8})
+    before = contents(tmp_path)
+    arguments = ("export", f"--workdir={run}", f"--out={tmp_path}/new/folder/out", "--params=raw")
+    line = refused(capsys, *arguments)
+    assert line.endswith(
+        "unet: conv_in.weight has values that are not finite in float32; give other --params or an earlier --step"
+    )
+    assert contents(tmp_path) == before
+    assert main([*arguments, "--step=6"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from etils import epath
 
 from offsetjax.errors import UserError
 from offsetjax.formats.shards import open_sharded, shard_files, write_sharded
-from offsetjax.formats.tensors import PICKLES, Tensor, open_tensors, read_metadata
+from offsetjax.formats.tensors import PICKLES, NotFiniteError, Tensor, open_tensors, read_metadata
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those with weights
 _CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
@@ -146,12 +146,18 @@ def write_part(
         dtype: of the weights in the files; None: each keeps its own.
         metadata: goes into the header of the safetensors files.
         max_shard_bytes: above which the weights are several files with an index.
+
+    Raises:
+        NotFiniteError: the name of a tensor with values that are not finite in the file's dtype.
     """
     folder = epath.Path(directory) / part
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     header = {"format": "pt", **(metadata or {})}
-    write_sharded(folder, stem(part), tensors, dtype=dtype, metadata=header, max_shard_bytes=max_shard_bytes)
+    try:
+        write_sharded(folder, stem(part), tensors, dtype=dtype, metadata=header, max_shard_bytes=max_shard_bytes)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{part}: {error}") from error
 
 
 # The PyTorch scheduler of each of our samplers, and what makes it follow the same table of coefficients.

@@ -106,7 +106,7 @@ def write_lora(
         metadata: further entries of the header, which go before those written here.
 
     Raises:
-        UserError: a value is beyond the range of `dtype`.
+        NotFiniteError: values are not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}

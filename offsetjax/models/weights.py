@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
-from offsetjax.formats.tensors import Tensor, open_tensors, write_tensors
+from offsetjax.formats.tensors import NotFiniteError, Tensor, open_tensors, write_tensors
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
 
@@ -106,12 +106,19 @@ def write_frozen(
     tensors: Mapping[str, Mapping[str, Tensor]],
     carried: Mapping[str, Tensor],
 ) -> None:
-    """Writes the parts that training does not change, tensor by tensor, and the tokenizers."""
+    """Writes the parts that training does not change, tensor by tensor, and the tokenizers.
+
+    Raises:
+        UserError: a tensor has values that are not finite.
+    """
     directory = epath.Path(directory)
     if directory.exists():  # of a start that did not come to its end, of another model perhaps
         directory.rmtree()
     for part, named in tensors.items():
-        files.write_part(directory, part, getattr(pipeline, part).torch_config(), named)
+        try:
+            files.write_part(directory, part, getattr(pipeline, part).torch_config(), named)
+        except NotFiniteError as error:
+            raise UserError(f"model.pretrained: {error}; give another model, or another copy of it") from error
     write_tokenizers(directory, pipeline.tokenizers)
     if carried:
         write_tensors(directory / CARRIED_FILE, carried, metadata={"format": "pt"})

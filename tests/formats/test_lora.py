@@ -27,7 +27,7 @@ from offsetjax.formats.lora import read_lora, write_lora
 from offsetjax.formats.lora_names import kohya_names, layers, original_names
 from offsetjax.formats.names import flax_tensors, to_torch
 from offsetjax.formats.original_names import unet_rules
-from offsetjax.formats.tensors import Tensor, of_array
+from offsetjax.formats.tensors import NotFiniteError, Tensor, of_array
 from offsetjax.models.lora import Adapted, init_adapters
 from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
@@ -510,7 +510,7 @@ def test_a_damaged_header_is_named(configs: str, tmp_path: pathlib.Path) -> None
 def test_a_pickle_is_not_opened(tmp_path: pathlib.Path) -> None:
     for name in ("lora.safetensors", "pytorch_lora_weights.bin"):
         torch.save({"unet.conv_in.lora_A.weight": torch.zeros(4, 4)}, tmp_path / name)
-        with pytest.raises(UserError, match=rf"{name} is a pickle, which can run code: convert it to safetensors"):
+        with pytest.raises(UserError, match=rf"{name} is a pickle, which can run code.*convert it"):
             read_lora(tmp_path / name, bases("sd1"), "sd1")
     with pytest.raises(UserError, match=r"missing\.safetensors is missing"):
         read_lora(tmp_path / "missing.safetensors", bases("sd1"), "sd1")
@@ -521,6 +521,6 @@ def test_a_value_that_the_dtype_cannot_hold_leaves_the_file_as_it_was(tmp_path: 
     write(file, "sd1", adapters, "kohya")
     before = file.read_bytes()
     huge = jax.tree.map(lambda array: array * 1e6, adapters)
-    with pytest.raises(UserError, match="beyond the range of float16"):
+    with pytest.raises(NotFiniteError, match="not finite in float16"):
         write(file, "sd1", huge, "kohya", dtype="float16")
     assert [each.name for each in tmp_path.iterdir()] == [file.name] and file.read_bytes() == before

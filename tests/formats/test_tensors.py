@@ -21,6 +21,7 @@ from offsetjax.errors import UserError
 from offsetjax.formats import tensors as module
 from offsetjax.formats.shards import open_sharded, write_sharded
 from offsetjax.formats.tensors import (
+    NotFiniteError,
     Tensor,
     cast,
     concatenated,
@@ -89,11 +90,33 @@ def test_numbers_are_converted_and_integers_are_not(dtype: str, file: pathlib.Pa
         np.testing.assert_array_equal(tensor, ARRAYS[name].astype(dtype) if is_number else ARRAYS[name], strict=True)
 
 
-def test_values_beyond_the_range_of_a_dtype_are_refused(tmp_path: pathlib.Path) -> None:
-    tensors = {"vae.weight": of_array(np.array([1.0, 1e6], np.float32))}
-    write_tensors(tmp_path / "m.safetensors", tensors, dtype="bfloat16")
-    with pytest.raises(UserError, match=r"vae\.weight has values beyond the range of float16"):
-        write_tensors(tmp_path / "m.safetensors", tensors, dtype="float16")
+@pytest.mark.parametrize(
+    ("value", "accepting"),
+    [
+        (65504.0, {"float32", "float16", "bfloat16"}),
+        (-65520.0, {"float32", "bfloat16"}),  # halfway to what would be float16's next number, and rounded to that
+        (3.4e38, {"float32"}),
+        (np.inf, set()),
+        (-np.inf, set()),
+        (np.nan, set()),
+    ],
+)
+@pytest.mark.parametrize("shape", [(5,), (3, 70), (2, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_only_finite_values_are_written(
+    dtype: str, shape: tuple[int, ...], value: float, accepting: set[str], tmp_path: pathlib.Path
+) -> None:
+    array = np.ones(shape, np.float32)
+    array.reshape(-1)[-1] = value
+    given = {"plain": of_array(array), "transposed": transposed(of_array(array.T), range(array.ndim)[::-1])}
+    given |= {"cast": cast(given["plain"], dtype)}
+    for name, tensor in given.items():
+        tensors = {name: tensor, "number": of_array(np.int64(-1)), "nothing": of_array(np.zeros(0, np.float32))}
+        if dtype in accepting:
+            write_tensors(tmp_path / "m.safetensors", tensors, dtype=dtype)
+            continue
+        with pytest.raises(NotFiniteError, match=f"^{name} has values that are not finite in {dtype}$"):
+            write_tensors(tmp_path / "m.safetensors", tensors, dtype=dtype)
 
 
 COMPOSITIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[np.ndarray], np.ndarray]]] = {
