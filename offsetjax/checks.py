@@ -45,6 +45,12 @@ CHECKS: dict[str, Check] = {
     "train.global_batch_size": _at_least(1),
     "train.accumulate_steps": _at_least(1),
     "train.log_every_steps": _at_least(1),
+    "train.profile_steps": (
+        lambda value: (
+            not value or (len(value) == 2 and all(type(each) is int for each in value) and 1 <= value[0] <= value[1])
+        ),
+        "the first and the last step to trace, such as (20, 24), or ()",
+    ),
     "data.resolution": _at_least(8),
     "data.num_workers": _at_least(0),
     "encode.caption_dropout": _SHARE,

@@ -26,6 +26,10 @@ def _training(values: Values) -> Wrongs:
         f"train.global_batch_size = {batch} must be a multiple of train.accumulate_steps = {parts}",
     )
     yield (
+        values["train.profile_steps"] and values["train.profile_steps"][1] > values["train.steps"],
+        f"train.profile_steps = {values['train.profile_steps']} goes beyond train.steps = {values['train.steps']}",
+    )
+    yield (
         [values[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")].count(-1) > 1,
         "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (all devices that are left)",
     )

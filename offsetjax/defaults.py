@@ -52,7 +52,15 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.task = "diffusion"  # or "autoencoder"
-    config.train = ConfigDict({"steps": 1000, "global_batch_size": 8, "accumulate_steps": 1, "log_every_steps": 50})
+    config.train = ConfigDict(
+        {
+            "steps": 1000,
+            "global_batch_size": 8,
+            "accumulate_steps": 1,
+            "log_every_steps": 50,
+            "profile_steps": (),  # the first and the last step of a trace for xprof, such as (20, 24)
+        }
+    )
     config.data = ConfigDict({"path": "", "split": "train", "resolution": 512, "random_flip": True, "num_workers": 0})
     config.encode = ConfigDict({"caption_dropout": 0.1, "long_captions": "truncate"})  # or "refuse"
     config.model = ConfigDict(

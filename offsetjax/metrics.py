@@ -46,7 +46,8 @@ class MetricsWriter:
         else:
             first_step, first_elapsed = self._first_written
             left = (self._num_steps - step) * (elapsed - first_elapsed) / (step - first_step)
-            text += f"  {values['images_per_second']:.1f} images/s  {format_duration(left)} left"
+            mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+            text += f"  {values['images_per_second']:.1f} images/s{mfu}  {format_duration(left)} left"
         _log.info(text)
 
     def write_watched(self, step: int, values: Mapping[str, float]) -> None:
@@ -78,10 +79,14 @@ class MetricsWriter:
 
 
 class StepClock:
-    """Seconds a step between two logs, and how much of them was waiting for data; pauses do not count."""
+    """Seconds a step between two logs, and how much of them was waiting for data; pauses do not count.
 
-    def __init__(self, start_step: int, global_batch_size: int):
-        self._step, self._batch = start_step, global_batch_size
+    With `ideal_seconds`, those of a step whose model FLOPs are all done at the devices' peak, it also tells the share
+    of the peak that was reached (MFU, arXiv 2204.02311).
+    """
+
+    def __init__(self, start_step: int, global_batch_size: int, ideal_seconds: float | None = None):
+        self._step, self._batch, self._ideal = start_step, global_batch_size, ideal_seconds
         self._began, self._waited = time.monotonic(), 0.0
 
     @contextlib.contextmanager
@@ -103,11 +108,12 @@ class StepClock:
         now, steps = time.monotonic(), max(1, step - self._step)
         seconds, waited = (now - self._began) / steps, self._waited / steps
         self._began, self._waited, self._step = now, 0.0, step
-        return {
+        rates = {
             "images_per_second": round(self._batch / seconds, 3),
             "step_seconds": round(seconds, 5),
             "data_wait_seconds": round(waited, 5),
         }
+        return rates | ({"mfu": round(self._ideal / seconds, 5)} if self._ideal else {})
 
 
 def _step_of(line: str) -> float:

@@ -52,6 +52,7 @@ _log = logging.getLogger("offsetjax")
 RESUMABLE_CHANGES = (
     "train.steps",
     "train.log_every_steps",
+    "train.profile_steps",
     "data.path",
     "data.num_workers",
     "model.pretrained",

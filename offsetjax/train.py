@@ -19,6 +19,7 @@ from orbax.checkpoint import CheckpointManager
 from offsetjax import checkpoint, sharding
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Stream, open_source
+from offsetjax.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.metrics import MetricsWriter, StepClock
 from offsetjax.objective import make_objective
 from offsetjax.run import Run, first_state, open_run, open_stream
@@ -38,7 +39,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     run = open_run(config, epath.Path(workdir), source)
     config = run.config
     stream = open_stream(config, run.pipeline, source)
-    with checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
+    with compilation_cache(workdir), checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
         state, state_shardings = first_state(run, manager, stream)
         if int(state.step) >= config.train.steps:
             _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
@@ -71,7 +72,9 @@ def _loop(
 ) -> None:
     train = run.config.train
     start = int(state.step)
-    metrics, clock = MetricsWriter(run.workdir, start, train.steps), StepClock(start, train.global_batch_size)
+    instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices)
+    metrics = MetricsWriter(run.workdir, start, train.steps)
+    clock = StepClock(start, train.global_batch_size, ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel()))
     host_batches = stream.iterator(start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH))
     unwritten: tuple[int, Any] | None = None
@@ -81,8 +84,10 @@ def _loop(
         for step in range(start + 1, train.steps + 1):
             with clock.waiting_for_data():
                 batch = next(batches)
+            instruments.before(step)
             with jax.transfer_guard("disallow"):
                 state, step_metrics = train_step(state, run.frozen, batch)
+            instruments.after(step, state)
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
                 metrics.write(*_fetch(*unwritten, clock))
                 unwritten = None
@@ -101,6 +106,7 @@ def _loop(
     finally:
         host_batches.close()
         metrics.close()
+        instruments.close()
 
 
 def _fetch(step: int, values: Any, clock: StepClock) -> tuple[int, dict[str, float]]:

@@ -31,6 +31,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "train.steps": (0, 10**400),
     "train.global_batch_size": (0,),
     "train.accumulate_steps": (0,),
+    "train.profile_steps": ((3,), (0, 2), (5, 4), (1.0, 2.0)),
     "train.log_every_steps": (0,),
     "data.resolution": (0, 7),
     "data.num_workers": (-1,),
@@ -150,6 +151,7 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
     ("changes", "words"),
     [
         ({"train.global_batch_size": 6, "train.accumulate_steps": 4}, ("global_batch_size = 6", "multiple", "4")),
+        ({"train.profile_steps": (9, 12), "train.steps": 10}, ("train.profile_steps = (9, 12)", "train.steps = 10")),
         ({"mesh.data": -1, "mesh.fsdp": -1}, ("only one of mesh.data, mesh.fsdp and mesh.tensor",)),
         ({"schedule.beta_start": 0.02, "schedule.beta_end": 0.01}, ("beta_start must be below",)),
         ({"optimizer.ema_decay": 0.0}, ("sample.params = 'ema'", "sample.params = 'raw'")),

@@ -3,25 +3,21 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
-from transformers import CLIPTokenizer
 
 from offsetjax import sharding
+from offsetjax.abstract import abstract_batch, abstract_frozen, abstract_pipeline, abstract_state
 from offsetjax.calibration import fill
 from offsetjax.config import default_config, flatten
 from offsetjax.errors import UserError
-from offsetjax.models.initial import abstract_trained, adopt_lora, pretrained_tokenizers
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, text_parts
+from offsetjax.models.initial import adopt_lora
+from offsetjax.models.pipeline import Pipeline, text_parts
 from offsetjax.models.resolve import check_resolution, is_from_scratch, resolve
-from offsetjax.models.tokenizer import train_tokenizer
-from offsetjax.models.weights import abstract_params
 from offsetjax.presets import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
 from offsetjax.run import Run
-from offsetjax.step import init_state
 from offsetjax.train import jit_train_step
 
 _PRESETS = {"sd1": stable_diffusion_1, "sd2": stable_diffusion_2, "sdxl": stable_diffusion_xl}
@@ -31,6 +27,7 @@ class Program(NamedTuple):
     """The jitted step, the abstract `(state, frozen, batch)` that it takes, and where the state lies."""
 
     config: ConfigDict
+    pipeline: Pipeline
     mesh: Mesh
     step: Any  # jitted, so that it can be traced and lowered
     arguments: tuple[PyTree, PyTree, PyTree]
@@ -44,15 +41,13 @@ def make_program(config: ConfigDict, devices: list[Any]) -> Program:
         UserError: the mesh or the batch does not divide, or the architecture is none.
     """
     mesh = sharding.make_mesh(config, devices)
-    pipeline = build(config, _tokenizers(config))
-    state = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
-    frozen = _frozen(config, pipeline)
+    pipeline = abstract_pipeline(config)
+    state, frozen, batch = abstract_state(config, pipeline), abstract_frozen(config, pipeline), abstract_batch(config)
     run = Run(config, epath.Path("."), mesh, pipeline, frozen)
     places = sharding.shardings(mesh, state), sharding.shardings(mesh, frozen)
-    batch = _batch(config)
     over_devices = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.BATCH), batch)
     step = jit_train_step(run, places[0])
-    return Program(config, mesh, step, (state, frozen, batch), (*places, over_devices))
+    return Program(config, pipeline, mesh, step, (state, frozen, batch), (*places, over_devices))
 
 
 def architecture(config: ConfigDict) -> ConfigDict:
@@ -93,38 +88,3 @@ def _of_preset(config: ConfigDict) -> ConfigDict:
     # All shapes are known now, and no file has to be there.
     config.model.pretrained, config.model.from_scratch, config.lora.pretrained = "", (), ""
     return resolve(config)
-
-
-def _tokenizers(config: ConfigDict) -> tuple[CLIPTokenizer, ...]:
-    if config.task == "autoencoder":
-        return ()
-    if (pretrained := pretrained_tokenizers(config)) is not None:
-        return pretrained
-    texts = [config.model[part] for part in text_parts(config)]
-    words, length = min(text.vocab_size for text in texts), texts[0].max_position_embeddings
-    return (train_tokenizer(("",), words, length),) * len(texts)  # a program depends on the length alone
-
-
-def _frozen(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]:
-    """The frozen parts' shapes, in the types in which `load_frozen` places them."""
-    frozen = {}
-    for part in frozen_parts(config):
-        dtype = jnp.dtype("float32") if part == "vae" else jnp.dtype(config.model.dtype)
-        like = abstract_params(getattr(pipeline, part))
-        frozen[part] = jax.tree.map(lambda leaf, dtype=dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), like)
-    return frozen
-
-
-def _batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch's shapes, as `data.devices` hands it to the step."""
-    count, side = config.train.global_batch_size, config.data.resolution
-    encoders, length = 1, 1  # an autoencoder reads no captions
-    if config.task == "diffusion":
-        parts = text_parts(config)
-        encoders, length = len(parts), config.model[parts[0]].max_position_embeddings
-    return {
-        "pixels": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
-        "input_ids": jax.ShapeDtypeStruct((count, encoders, length), jnp.int32),
-        "time_ids": jax.ShapeDtypeStruct((count, 6), jnp.float32),
-        "is_truncated": jax.ShapeDtypeStruct((count,), jnp.bool_),
-    }

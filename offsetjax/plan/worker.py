@@ -18,10 +18,10 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import PyTree
 
+from offsetjax.abstract import model_flops
 from offsetjax.chips import Chip, chip_named
 from offsetjax.config import from_json
 from offsetjax.errors import UserError
-from offsetjax.flops import jaxpr_flops
 from offsetjax.plan.program import Program, architecture, make_program
 
 
@@ -60,7 +60,14 @@ def _answer(request: dict[str, Any]) -> None:
     asked = [request["topology"], request["num_slices"], request["is_full"], versions]
     text = lowered.as_text() + json.dumps(asked)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
-    _say(facts={**_facts(program), "model_flops": jaxpr_flops(traced.jaxpr.jaxpr), "key": key, "versions": versions})
+    _say(
+        facts={
+            **_facts(program),
+            "model_flops": model_flops(program.config, program.pipeline),
+            "key": key,
+            "versions": versions,
+        }
+    )
     if (Path(request["cache_dir"]) / f"{key}.json").exists():
         return
     _say(phase="compiling")
