@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+Shapes = tuple[tuple[int, ...], ...]
+
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Matrix FLOPs of one call, over all devices together.
@@ -24,6 +26,18 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
 def jaxpr_flops(jaxpr: Any) -> int:
     """Matrix FLOPs of a jaxpr, of all devices that a `shard_map` in it runs on."""
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def kernel_flops(jaxpr: Any) -> dict[tuple[str, Shapes], int]:
+    """Matrix FLOPs of one call of each Pallas kernel in a jaxpr, by its name and the shapes of its results."""
+    found = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            shapes = tuple(tuple(each.aval.shape) for each in equation.outvars)
+            found[equation.params["name"] or "", shapes] = _equation_flops(equation)
+        for inner in (each for value in equation.params.values() for each in _jaxprs(value)):
+            found |= kernel_flops(inner)
+    return found
 
 
 def _equation_flops(equation: Any) -> int:

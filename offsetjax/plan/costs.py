@@ -8,10 +8,10 @@ operations of their own.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from offsetjax.flops import window_products
+from offsetjax.flops import Shapes, window_products
 from offsetjax.plan.hlo import Computation, Instruction, Module, Shape, bits, first_group
 
 # A float32 product on matrix units of bfloat16, by its precision, as bfloat16 products.
@@ -22,6 +22,7 @@ _FREE = (
     *("async-start", "async-update", "async-done"),
 )
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+Kernels = Mapping[tuple[str, Shapes], int]
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SLICING = ("dynamic-slice", "slice", "gather")
 
@@ -120,32 +121,45 @@ def _behind(computation: Computation, name: str) -> Instruction:
     return each
 
 
-def works(module: Module) -> Iterator[Work]:
-    """What each executed operation costs; operations that cost nothing are left out."""
+def works(module: Module, kernels: Kernels | None = None) -> Iterator[Work]:
+    """What each executed operation costs; operations that cost nothing are left out.
+
+    Args:
+        kernels: FLOPs of the Pallas kernels, of which the program does not say what they do (`flops.kernel_flops`).
+    """
     for computation, each, times in executed(module):
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             continue
-        flops, passes = _flops(module, computation, each)
+        flops, passes = _flops(module, computation, each, kernels or {})
         cycles = re.search(r'"estimated_cycles":"(\d+)"', each.attributes)
         hbm_bytes = _hbm_bytes(module, computation, each)
         if flops or hbm_bytes or cycles:
             yield Work(each, times, flops, passes, hbm_bytes, int(cycles[1]) if cycles else None)
 
 
-def _flops(module: Module, computation: Computation, each: Instruction) -> tuple[int, int]:
+def _flops(module: Module, computation: Computation, each: Instruction, kernels: Kernels) -> tuple[int, int]:
     """FLOPs of dots and convolutions, those within a fusion included, and the passes of the largest of them."""
     if each.opcode == "dot":
         return _dot_flops(computation, each), _passes(each)
     if each.opcode == "convolution":
         return _convolution_flops(computation, each), _passes(each)
-    if each.opcode == "custom-call":  # a kernel says what it does, if its author has said it
-        estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', each.attributes)
-        return (int(estimate[1]) if estimate else 0), 1
+    if each.opcode == "custom-call":
+        return _kernel_flops(each, kernels), 1
     if each.opcode != "fusion":
         return 0, 1
     inner = module.computations[each.called("calls") or ""]
-    parts = [_flops(module, inner, part) for part in inner.instructions if part.opcode in _WITH_FLOPS]
+    parts = [_flops(module, inner, part, kernels) for part in inner.instructions if part.opcode in _WITH_FLOPS]
     return sum(flops for flops, _ in parts), max(parts, default=(0, 1))[1]
+
+
+def _kernel_flops(each: Instruction, kernels: Kernels) -> int:
+    """What the kernel's author has said, or what was counted."""
+    if estimate := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', each.attributes):
+        return int(estimate[1])
+    names = re.search(r'op_name="([^"]*)"', each.attributes)
+    shapes = tuple(shape.dimensions for shape in each.shapes)
+    path = names[1].split("/") if names else []
+    return next((flops for (name, of), flops in kernels.items() if name in path and of == shapes), 0)
 
 
 _WITH_FLOPS = ("dot", "convolution", "fusion", "custom-call")

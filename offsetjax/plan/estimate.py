@@ -44,8 +44,9 @@ class Seconds(NamedTuple):
 def estimate(request: Request, compiled: Compiled) -> Plan:
     """The plan of one topology, ready for JSON."""
     facts, chip = compiled.facts, chip_of(compiled.facts["device_kind"])
+    kernels = {(name, tuple(map(tuple, shapes))): flops for name, shapes, flops in facts["kernels"]}
     module = hlo.parse(compiled.hlo) if compiled.hlo else None
-    work, exchanged = (list(works(module)), list(collectives(module))) if module else ([], [])
+    work, exchanged = (list(works(module, kernels)), list(collectives(module))) if module else ([], [])
     seconds = _seconds(work, exchanged, facts["coordinates"], request.topology, chip) if work else Seconds(*(None,) * 6)
     devices = facts["num_devices"]
     chips = devices // (chip.devices_per_chip if chip else 1)

@@ -4,6 +4,7 @@ The form is XLA's own (HloModule::ToString). Of an instruction what planning ask
 text in `attributes`.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s2": 2, "u2": 2, "s4": 4, "u4": 4}
 _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
+_END = re.compile(r"\}(, execution_thread=.*)?")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -150,12 +152,15 @@ def parse(text: str) -> Module:
     entry, name = "", ""
     instructions: list[Instruction] = []
     for line in text.splitlines():
-        if name and line.startswith("}"):
+        if name and _END.fullmatch(line):
             computations[name] = Computation(name, tuple(instructions))
             name = ""
         elif name:
             if instruction := _instruction(line):
                 instructions.append(instruction)
+            elif instructions:  # a kernel's own metadata is written over several lines
+                last = instructions[-1]
+                instructions[-1] = dataclasses.replace(last, attributes=f"{last.attributes}\n{line}")
         elif head := _HEAD.match(line):
             name, instructions = head[1], []
             entry = name if line.startswith("ENTRY") else entry

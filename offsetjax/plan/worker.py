@@ -22,6 +22,7 @@ from offsetjax.abstract import model_flops
 from offsetjax.chips import Chip, chip_named
 from offsetjax.config import from_json
 from offsetjax.errors import UserError
+from offsetjax.flops import kernel_flops
 from offsetjax.plan.program import Program, architecture, make_program
 
 
@@ -64,6 +65,7 @@ def _answer(request: dict[str, Any]) -> None:
         facts={
             **_facts(program),
             "model_flops": model_flops(program.config, program.pipeline),
+            "kernels": [[*kernel, flops] for kernel, flops in kernel_flops(traced.jaxpr.jaxpr).items()],
             "key": key,
             "versions": versions,
         }

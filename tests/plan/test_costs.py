@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from offsetjax import flops as flops_of
 from offsetjax.plan import costs, hlo
 from tests.plan import topology
 
@@ -147,3 +150,30 @@ def test_a_loop_whose_length_is_not_known_counts_once() -> None:
     module = hlo.parse(jax.jit(until).lower(abstract(64, 64, dtype=jnp.float32)).compile().as_text())
     (loop,) = (each for each in module.entry.instructions if each.opcode == "while")
     assert costs.trip_count(module, module.entry, loop) == 1
+
+
+def test_a_kernel_counts_what_its_grid_does() -> None:
+    pytest.importorskip("libtpu")
+    one = topology.mesh("v5e:2x2", (4,), ("data",))
+    length, heads, channels = 1024, 2, 64
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask = masks.MultiHeadMask([masks.FullMask((length, length))] * heads)
+        return jax.vmap(splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1))(q, k, v).astype(jnp.float32)
+
+    gradient = jax.shard_map(
+        jax.grad(lambda *qkv: (attend(*qkv) ** 2).sum(), (0, 1, 2)),
+        mesh=one,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        check_vma=False,
+    )
+    lowered = jax.jit(gradient).trace(*(abstract(4, heads, length, channels),) * 3)
+    module = hlo.parse(lowered.lower().compile().as_text())
+    kernels = flops_of.kernel_flops(lowered.jaxpr.jaxpr)
+    assert len(kernels) == 3  # forward; the gradients of keys and values; that of queries
+    # Two products forward; backward the scores and their gradient twice, and one for each of queries, keys and values.
+    product = 2 * heads * length * length * channels
+    work = [each for each in costs.works(module, kernels) if "tpu_custom_call" in each.instruction.attributes]
+    assert sum(each.flops * each.times for each in work) == pytest.approx(9 * product, rel=1e-3)
+    assert module.entry.root.opcode == "tuple"  # a kernel's metadata, which has lines of its own, ends nothing
