@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"offsetjax: error: {where}{error.strerror}; see to it and try again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("offsetjax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        remedy = "; the same command goes on from the last checkpoint" if options.run is _train else ""
+        print(f"offsetjax: interrupted{remedy}", file=sys.stderr)
         return 130
     return 0
 

@@ -47,6 +47,8 @@ def plan(
         raise UserError(f"plan: --out={out} is in no folder that exists; make it first")
     for topology in topologies:
         check_topology(topology, num_slices)
+        if searches and topology.startswith("cpu"):
+            raise UserError(f"plan: --search cannot apply to {topology}, whose memory is not known; leave it out")
     folder = Path(cache_dir) if cache_dir else Path.home() / ".cache" / "offsetjax" / "plan"
     plans = []
     for topology in topologies:
@@ -87,8 +89,6 @@ def _search(request: Request, found: Plan) -> dict[str, Any]:
     """The largest batch a device that fits, and what it takes."""
     devices = found["devices"] * request.config.train.accumulate_steps
     hbm = found["bytes_per_device"]["hbm"]
-    if hbm is None:
-        raise UserError(f"plan: --search cannot apply to {request.topology}, whose memory is not known; leave it out")
 
     def total(batch: int) -> int:
         config = request.config.copy_and_resolve_references()

@@ -236,9 +236,10 @@ class _Worker:
             return {}
 
     def last_words(self) -> str:
-        """The end of what it wrote to its standard error."""
-        lines = [line for line in self._errors.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1][:300] if lines else f"exit status {self._process.wait()}"
+        """The end of what it wrote to its standard error: the traceback, where there is one."""
+        text = self._errors.read_text(errors="replace").strip()
+        begin = max(0, text.rfind("Traceback (most recent call last)"))
+        return f"exit status {self._process.wait()}; {text[begin:][-4000:]}"
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()

@@ -47,7 +47,7 @@ def estimate(request: Request, compiled: Compiled) -> Plan:
     kernels = {(name, tuple(map(tuple, shapes))): flops for name, shapes, flops in facts["kernels"]}
     module = hlo.parse(compiled.hlo) if compiled.hlo else None
     work, exchanged = (list(works(module, kernels)), list(collectives(module))) if module else ([], [])
-    seconds = _seconds(work, exchanged, facts["coordinates"], request.topology, chip) if work else Seconds(*(None,) * 6)
+    seconds = _seconds(work, exchanged, facts, request, chip) if work else Seconds(*(None,) * 6)
     devices = facts["num_devices"]
     chips = devices // (chip.devices_per_chip if chip else 1)
     return {
@@ -109,25 +109,24 @@ def _by_kind(exchanged: Iterable[Collective]) -> list[dict[str, Any]]:
 
 
 def _seconds(
-    work: Sequence[Work],
-    exchanged: Sequence[Collective],
-    coordinates: list[list[int]],
-    topology: str,
-    chip: Chip | None,
+    work: Sequence[Work], exchanged: Sequence[Collective], facts: dict[str, Any], request: Request, chip: Chip | None
 ) -> Seconds:
     if chip is None:
         return Seconds(*(None,) * 6)
-    dcn = [each for each in exchanged if each.is_dcn]
-    wire = [each for each in exchanged if not each.is_dcn and len(each.group) > 1]
-    links = {each.group: _bandwidth(each.group, coordinates, topology, chip) for each in wire}
+    ici = dcn = 0.0
+    for each in exchanged:
+        if each.is_dcn:
+            dcn += each.times * _sent(each, request.num_slices)
+        elif len(each.group) > 1:
+            links = _bandwidth(each.group, facts["coordinates"], request.topology, chip)
+            ici += each.times * _sent(each, len(each.group)) / links
     cycles = [each.times * each.cycles for each in work if each.cycles is not None]
     return Seconds(
         matrix=sum(each.times * each.flops * each.passes for each in work) / chip.peak_flops,
         hbm=sum(each.times * each.hbm_bytes for each in work) / chip.hbm_bandwidth,
         roofline=sum(each.times * _roofline(each, chip) for each in work),
-        ici=sum(each.times * _sent(each) / links[each.group] for each in wire) if chip.ici_bandwidth else None,
-        # Slices exchange what they have reduced: a device sends its share, and gets as much.
-        dcn=sum(each.times * each.num_bytes for each in dcn) / chip.dcn_bandwidth if chip.dcn_bandwidth else None,
+        ici=ici,
+        dcn=dcn / chip.dcn_bandwidth if chip.dcn_bandwidth else None,
         cycles=sum(cycles) / chip.clock_hz if cycles and chip.clock_hz else None,
     )
 
@@ -136,9 +135,9 @@ def _roofline(work: Work, chip: Chip) -> float:
     return max(work.flops * work.passes / chip.peak_flops, work.hbm_bytes / chip.hbm_bandwidth)
 
 
-def _sent(exchange: Collective) -> float:
-    """Bytes that each device sends, by the usual algorithms on a ring."""
-    others = (len(exchange.group) - 1) / len(exchange.group)
+def _sent(exchange: Collective, parties: int) -> float:
+    """Bytes that each device sends, by the usual algorithms on a ring of so many parties."""
+    others = (parties - 1) / parties
     factor = {"all-reduce": 2 * others, "collective-permute": 1.0}.get(exchange.kind, others)
     return factor * exchange.num_bytes
 

@@ -5,13 +5,17 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from offsetjax.plan.estimate import Plan
+from offsetjax.plan.estimate import ASSUMPTIONS, Plan
 
 
 def show(plans: list[Plan]) -> RenderableType:
     """Each plan in full, and a table of all of them where there are several."""
     parts: list[RenderableType] = [_one(plan) for plan in plans]
-    return Group(*parts, *([_all(plans)] if len(plans) > 1 else []))
+    if len(plans) > 1:
+        parts.append(_all(plans))
+    if any("step_seconds" in plan for plan in plans):
+        parts.append("Assumed: " + "; ".join(ASSUMPTIONS) + ".")
+    return Group(*parts)
 
 
 def _all(plans: list[Plan]) -> Table:
@@ -75,8 +79,6 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("roofline of", "  ".join(f"{part} {1e3 * value:,.1f}" for part, value in shares)))
     names = {"step_seconds": "step", "images_per_second": "images/s", "mfu": "MFU", "chip_hours": "chip-hours"}
     rows += [(names.get(key, key), _range(plan, key, form)) for key, form in _RATES if key in plan]
-    if "step_seconds" in plan:
-        rows.append(("assuming", "\n".join(plan["assumptions"])))
     return rows
 
 
