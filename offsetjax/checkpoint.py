@@ -43,6 +43,14 @@ def open_checkpoints(workdir: epath.PathLike, max_to_keep: int | None = None) ->
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
+def newest_step(workdir: epath.PathLike) -> int:
+    """The step of the newest checkpoint, 0 where there is none; nothing is made."""
+    if not (epath.Path(workdir) / "checkpoints").exists():
+        return 0
+    with open_checkpoints(workdir) as manager:
+        return manager.latest_step() or 0
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree, data: dict[str, Any]) -> None:
     """Saves in the background; the state may be donated at once."""
     data = {**data, "checksums": checksums.of_tree(state)}

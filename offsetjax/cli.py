@@ -71,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="FILE.json")
     sub.epilog = _OVERRIDES
 
+    sub = command("sweep", _sweep, "list the trainings of a sweep, which launch/sweep.sh runs")
+    sub.add_argument("--config", required=True, help="a sweep file, such as configs/sweeps/article_strength.py")
+    sub.add_argument("--workdir", required=True, help="where its runs live: a folder or gs://…")
+    sub.epilog = (
+        "A line a training: its state (new, step N of M, done), its name and the arguments of offsetjax that train it, "
+        f"with tabs between them. {_OVERRIDES}, for all of them."
+    )
+
     sub = command("calibrate", _calibrate, "measure the data's latents, and recommend a noise for them")
     sub.add_argument("--config", required=True, help="the config file of the training to be")
     sub.add_argument("--out", required=True, help="FILE.json, for noise.calibration; FILE.png is put beside it")
@@ -151,7 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="a PNG for the contact sheet")
 
     sub = command("report", _report, "compare runs on one HTML page")
-    sub.add_argument("--workdir", action="append", required=True, help="may be given several times")
+    sub.add_argument(
+        "--workdir", action="append", required=True, help="of a training or of a sweep; may be given several times"
+    )
     sub.add_argument("--out", required=True, help="FILE.html")
 
     sub = command("demo", _demo, "re-enact the article's experiment")
@@ -211,6 +221,12 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
         out=options.out,
         cache_dir=options.cache_dir,
     )
+
+
+def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from offsetjax.sweep import listing
+
+    print("\n".join(listing(options.config, options.workdir, _overrides(rest))))
 
 
 def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -21,7 +21,17 @@ from offsetjax.checks import validate
 from offsetjax.defaults import FOREIGN_NAMES, default_config, flatten
 from offsetjax.errors import UserError
 
-__all__ = ["default_config", "digest", "flatten", "from_json", "load_config", "override", "to_json", "validate"]
+__all__ = [
+    "default_config",
+    "digest",
+    "flatten",
+    "from_json",
+    "load_config",
+    "override",
+    "run_file",
+    "to_json",
+    "validate",
+]
 
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -34,14 +44,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
     Raises:
         UserError: a missing or broken file, an unknown key, a wrong type, a value out of range.
     """
-    if "://" in path or not epath.Path(path).is_file():
-        raise UserError(f"config: {path} is not a local file; give a path such as configs/stamps.py")
-    try:
-        config = runpy.run_path(path)["get_config"]()
-    except UserError:
-        raise
-    except Exception as error:  # a config file is the user's own Python: anything may be raised
-        raise UserError(f"config: {path}: {_describe(error)}") from error
+    config = run_file(path, "get_config")
     if not isinstance(config, ConfigDict) or dict(flatten(config)).keys() != dict(flatten(default_config())).keys():
         raise UserError(f"config: {path}: get_config() must return the ConfigDict of default_config()")
     for key, text in overrides:
@@ -50,9 +53,29 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
     return config
 
 
+def run_file(path: str, function: str) -> Any:
+    """Runs a config file, and what its `function()` returns.
+
+    Raises:
+        UserError: a missing or broken file, or one without that function.
+    """
+    if "://" in path or not epath.Path(path).is_file():
+        raise UserError(f"config: {path} is not a local file; give a path such as configs/stamps.py")
+    try:
+        names = runpy.run_path(path)
+        if function not in names:
+            raise UserError(f"config: {path}: no function {function}(); see {_EXAMPLES[function]} for the form")
+        return names[function]()
+    except UserError:
+        raise
+    except Exception as error:  # a config file is the user's own Python: anything may be raised
+        raise UserError(f"config: {path}: {_describe(error)}") from error
+
+
+_EXAMPLES = {"get_config": "configs/stamps.py", "get_grid": "configs/sweeps/sd15_strength.py"}
+
+
 def _describe(error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args == ("get_config",):
-        return "no function get_config(); see configs/stamps.py for the form"
     if key := _unknown_key(error):
         return f"unknown key {key!r}; {_nearest(key)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

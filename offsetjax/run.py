@@ -126,6 +126,18 @@ def _meet(where: str) -> None:
 
 def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     del source
+    config = reopened(config, workdir)
+    if jax.process_index() == 0:
+        write_config(workdir, config)
+    return config
+
+
+def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """The config with which `config` resumes a work directory; nothing is written.
+
+    Raises:
+        UserError: it contradicts what the run was begun with.
+    """
     stored = read_config(workdir)
     is_gone = not epath.Path(config.model.pretrained or ".").exists()
     is_uncalibrated = not epath.Path(config.noise.calibration or ".").exists()
@@ -151,8 +163,6 @@ def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     for section in ("train", "data", *RESUMABLE_SECTIONS):
         stored[section].update(config[section])
     validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
-    if jax.process_index() == 0:
-        write_config(workdir, stored)
     return stored
 
 
