@@ -204,7 +204,7 @@ def default_config() -> ConfigDict:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields `("noise.offset_strength", value)` for each field, in the order of definition."""
+    """Yields `("noise.offset_strength", value)` for each field, sections and fields by name."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             yield from flatten(value, f"{prefix}{key}.")

@@ -143,6 +143,7 @@ def test_a_data_set_is_inspected(base: pathlib.Path, capsys: pytest.CaptureFixtu
     [
         (),
         ("train",),
+        ("sweep",),
         ("sample",),
         ("calibrate",),
         ("export",),

@@ -3,22 +3,25 @@
 Every function takes the summary of `numbers.summarise` and yields plain text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from offsetjax.report import article
-from offsetjax.report.numbers import Numbers, prompt_range
+from offsetjax.report.numbers import INDIFFERENT, Numbers, prompt_range
 
 GREY_RANGE = 0.2  # brightest minus darkest prompt: up to this, the prompts come out alike
 WIDE_RANGE = 0.5  # from this, a prompt decides on the brightness
 BLACK = 0.1  # mean brightness below which "all black" counts as black
 RESTORED_SHARE = 2 / 3  # of the data's spread of brightness
 WIDER = 1.5  # times: when nothing is known of the data, what counts as a wider spread
-# Fields that do not bear on what is learned: arms that differ in them are still a controlled comparison.
-INDIFFERENT = ("train.log_every_steps", "checkpoint.", "mesh.", "data.num_workers", "sample.every_steps")
 
 
-def conclusions(numbers: Numbers) -> list[str]:
-    """All sentences that the figures support, most important first."""
+def conclusions(numbers: Numbers, runs: Sequence[Numbers]) -> list[str]:
+    """All sentences that the figures support, most important first.
+
+    Args:
+        numbers: of the pools, in which runs that differ in their seed alone are one arm.
+        runs: the arms, each run by itself.
+    """
     # A black picture says nothing of how far a prompt can move the brightness.
     scenes = [arm for arm in numbers["arms"] if not trained_on_black(arm)]
     sentences = [text for arm in scenes for text in _range(arm)]
@@ -26,7 +29,7 @@ def conclusions(numbers: Numbers) -> list[str]:
     sentences += [text for arm in scenes for text in _article(arm)]
     sentences += _black(numbers["arms"])
     sentences += [text for arm in numbers["arms"] for text in _unconditional(arm)]
-    sentences += [text for arm in numbers["arms"] for text in _health(arm)]
+    sentences += [text for arm in runs for text in _health(arm)]
     return sentences
 
 
@@ -217,10 +220,12 @@ def _what_restores(plain: float, matched: float, data: float | None) -> str:
 
 
 def _health(arm: Numbers) -> Iterator[str]:
+    if not arm["steps"]:
+        yield f"{arm['name']}: nothing has been logged yet."
+    elif arm["steps_configured"] and arm["steps"] < arm["steps_configured"]:
+        yield f"{arm['name']}: {arm['steps']} of {arm['steps_configured']} steps are done; its figures are not final."
     if arm["steps_skipped"]:
         yield f"{arm['name']}: {arm['steps_skipped']} steps were skipped, their loss or gradient not being finite."
-    if arm["steps_configured"] and arm["steps"] < arm["steps_configured"]:
-        yield f"{arm['name']}: {arm['steps']} of {arm['steps_configured']} steps are done; its figures are not final."
     settings = {
         tuple(each[key] for key in ("params", "start_noise", "guidance_scale", "num_steps")) for each in arm["samples"]
     }

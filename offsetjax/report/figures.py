@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from offsetjax.report import article
 from offsetjax.report.numbers import Numbers
-from offsetjax.report.read import Arm
 
 WIDTH = 8.0  # inches; 1,280 pixels
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
@@ -104,7 +103,8 @@ def brightness(arms: Sequence[Numbers]) -> Figure | None:
     return canvas
 
 
-def _facets(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def facets(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, two a row."""
     columns = min(count, 2)
     canvas = Figure(figsize=(WIDTH, height * math.ceil(count / columns) + 0.5), layout="constrained")
     grid = canvas.subplots(math.ceil(count / columns), columns, squeeze=False, sharey=True)
@@ -120,7 +120,7 @@ def curves(arms: Sequence[Numbers]) -> Figure | None:
     if not shown:
         return None
     prompts = all_prompts(shown)
-    canvas, panels = _facets(len(shown), 2.4)
+    canvas, panels = facets(len(shown), 2.4)
     for axes, arm in zip(panels, shown, strict=True):
         for index, prompt in enumerate(prompts):
             points = [(each["step"], found) for each in arm["samples"] if (found := each["prompts"].get(prompt))]
@@ -139,92 +139,6 @@ def curves(arms: Sequence[Numbers]) -> Figure | None:
 
 def _arm_title(arm: Numbers) -> str:
     return f"{prompt_label(arm['name'], 34)}, {arm['noise']}"
-
-
-@style
-def losses(arms: Sequence[Arm]) -> Figure | None:
-    """The logged losses (faint) and their running mean, a line an arm."""
-    series = [(arm, [(line["step"], line["loss"]) for line in arm.metrics if _is_finite(line)]) for arm in arms]
-    if not any(len(points) > 1 for _, points in series):
-        return None
-    canvas = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-    axes = canvas.add_subplot()
-    for index, (arm, points) in enumerate(series):
-        if not points:
-            continue
-        steps, values = np.array(points).T
-        window = max(1, len(values) // 15)
-        smooth = np.convolve(values, np.ones(window), "same") / np.convolve(
-            np.ones(len(values)), np.ones(window), "same"
-        )
-        axes.plot(steps, values, color=colour(index), lw=0.6, alpha=0.35)
-        axes.plot(steps, smooth, color=colour(index), lw=1.6, label=prompt_label(arm.name))
-    if all(value > 0 for _, points in series for _, value in points):
-        axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(color="#EEEEEE", which="both")
-    axes.legend(fontsize=8)
-    return canvas
-
-
-@style
-def validation(arms: Sequence[Arm]) -> Figure | None:
-    """The validation loss of each arm for plain noise, which compares, and by time step at the end."""
-    series = [(arm, [line for line in arm.watched if "validation_plain" in line]) for arm in arms]
-    if not any(lines for _, lines in series):
-        return None
-    canvas = Figure(figsize=(WIDTH, 3.0), layout="constrained")
-    over_steps, by_time = canvas.subplots(1, 2)
-    for index, (arm, lines) in enumerate(series):
-        if not lines:
-            continue
-        label = prompt_label(arm.name, 34)
-        steps, values = zip(*((line["step"], line["validation_plain"]) for line in lines), strict=True)
-        over_steps.plot(steps, values, "o-", ms=3, color=colour(index), label=label)
-        own = [(line["step"], line["validation_training"]) for line in lines if "validation_training" in line]
-        if own:
-            over_steps.plot(*zip(*own, strict=True), "--", lw=1, color=colour(index), label=f"{label}, own noise")
-        times = sorted(int(name.rsplit("_t", 1)[1]) for name in lines[-1] if name.startswith("validation_plain_t"))
-        losses = [lines[-1][f"validation_plain_t{time}"] for time in times]
-        by_time.plot(times, losses, "o-", ms=3, color=colour(index))
-    over_steps.set(xlabel="step", ylabel="validation loss, plain noise", yscale="log")
-    by_time.set(xlabel="time step of the noise", title="After the last step", yscale="log")
-    for axes in (over_steps, by_time):
-        axes.grid(color="#EEEEEE", which="both")
-    over_steps.legend(fontsize=7)
-    return canvas
-
-
-@style
-def probe(arms: Sequence[Arm]) -> Figure | None:
-    """What a probe's pictures are like over the steps: brightness, its extremes, and its distance to the data's."""
-    series = [(arm, [line for line in arm.watched if "brightness_mean" in line]) for arm in arms]
-    if not any(lines for _, lines in series):
-        return None
-    canvas = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-    panels = canvas.subplots(1, 3)
-    for index, (arm, lines) in enumerate(series):
-        if not lines:
-            continue
-        values = {name: np.array([line[name] for line in lines]) for name in lines[0] if name != "time_seconds"}
-        steps, mean, std = values["step"], values["brightness_mean"], values["brightness_std"]
-        panels[0].fill_between(steps, mean - std, mean + std, color=colour(index), alpha=0.15, lw=0)
-        panels[0].plot(steps, mean, "o-", ms=3, color=colour(index), label=prompt_label(arm.name, 34))
-        panels[1].plot(steps, values["brightness_near_black"], "o-", ms=3, color=colour(index))
-        panels[1].plot(steps, values["brightness_near_white"], "o--", ms=3, mfc="white", color=colour(index))
-        panels[2].plot(steps, values["brightness_wasserstein"], "o-", ms=3, color=colour(index))
-    panels[0].set(title="Brightness ± its spread", ylim=(0, 1))
-    panels[1].set(title="Share near black ●, near white ○", ylim=(-0.02, None))
-    panels[2].set(title="W1 to the data's brightness", ylim=(0, None))
-    for axes in panels:
-        axes.set_xlabel("step")
-        axes.grid(color="#EEEEEE")
-    panels[0].legend(fontsize=7)
-    return canvas
-
-
-def _is_finite(line: dict[str, float]) -> bool:
-    return math.isfinite(line.get("loss", math.nan))
 
 
 @style

@@ -15,6 +15,9 @@ from offsetjax.report.read import Arm, Data, Samples
 
 Numbers = dict[str, Any]
 
+# Fields that do not bear on what is learned: arms that differ in them are still a controlled comparison.
+INDIFFERENT = ("train.log_every_steps", "checkpoint.", "mesh.", "data.num_workers", "sample.every_steps")
+
 
 def summarise(arms: Sequence[Arm]) -> Numbers:
     """Everything that the page and the conclusions say in figures, in JSON's types."""
@@ -100,17 +103,24 @@ def unconditional(arm: Arm) -> Numbers:
 def _summarise_data(arm: Arm) -> Numbers:
     if not isinstance(arm.data, Data):
         return {"unavailable": arm.data}
-    by_caption: dict[str, list[float]] = {}
-    for caption, value in zip(arm.data.captions, arm.data.brightness, strict=True):
-        by_caption.setdefault(caption, []).append(value)
-    prompts = {prompt for samples in arm.steps for prompt in samples.prompts if prompt in by_caption}
     return {
         "pictures": arm.data.size,
         "pictures_measured": len(arm.data.brightness),
         "brightness": spread(arm.data.brightness),
-        "prompts": {prompt: spread(by_caption[prompt]) for prompt in sorted(prompts)},
-        "has_black_picture": article.BLACK_PROMPT in by_caption,
+        "prompts": prompts_in_data(arm),
+        "has_black_picture": article.BLACK_PROMPT in arm.data.captions,
     }
+
+
+def prompts_in_data(arm: Arm) -> dict[str, Numbers]:
+    """The spread of the training pictures with the caption of each sampled prompt that has any."""
+    if not isinstance(arm.data, Data):
+        return {}
+    by_caption: dict[str, list[float]] = {}
+    for caption, value in zip(arm.data.captions, arm.data.brightness, strict=True):
+        by_caption.setdefault(caption, []).append(value)
+    prompts = {prompt for samples in arm.steps for prompt in samples.prompts if prompt in by_caption}
+    return {prompt: spread(by_caption[prompt]) for prompt in sorted(prompts)}
 
 
 def config_differences(arms: Sequence[Arm]) -> dict[str, list[Any]]:

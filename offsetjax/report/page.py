@@ -32,48 +32,57 @@ Pictures = Mapping[str, bytes]
 _NONE = "\N{EN DASH}"
 
 
-def render(numbers: Numbers, sentences: Sequence[str], pictures: Pictures) -> str:
+def render(numbers: Numbers, pictures: Pictures) -> str:
     """The page's HTML.
 
     Args:
-        numbers: the summary of `numbers.summarise`.
-        sentences: the conclusions, as plain text.
-        pictures: PNG bytes by name: headline, brightness, curves, losses, unconditional, and `before_0`, `after_0` …
-            for the grids of each arm; those that are absent are left out.
+        numbers: the summary of `numbers.summarise`, with `conclusions`, plain text, and `pools`, summaries of the runs
+            that differ in their seed alone, taken together.
+        pictures: PNG bytes by name: headline, swept, brightness, curves, losses, unconditional, and `before_0`,
+            `after_0` … for the grids of each pool; those that are absent are left out.
     """
-    arms = numbers["arms"]
-    names = ", ".join(escape(arm["name"]) for arm in arms)
-    conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    arms, pools = numbers["arms"], numbers["pools"]
+    names = ", ".join(escape(pool["name"]) for pool in pools)
+    conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in numbers["conclusions"])
+    is_pooled = len(pools) < len(arms)
+    band = _BAND_NOTE if is_pooled else ""
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>Brightness before and after training: {names}</title><style>{_CSS}</style></head><body>",
         f"<h1>{'Brightness before and after training' if pictures.get('brightness') else 'Training report'}</h1>",
         f"<p class='note'>{names}</p>",
-        _figure(
-            pictures, "headline", "The same seeds in every column; below each row its mean brightness over all seeds."
-        ),
-        f"<h2>What the runs say</h2><ul>{conclusions}</ul>" if sentences else "",
-        _section(pictures, "brightness", "Brightness by prompt", _article_note(arms)),
-        _brightness_table(arms),
+        _figure(pictures, "headline", _HEADLINE_NOTE + (_FIRST_NOTE if is_pooled else "")),
+        f"<h2>What the runs say</h2><ul>{conclusions}</ul>" if conclusions else "",
+        _section(pictures, "swept", "Brightness against what was varied", _SWEPT_NOTE),
+        _section(pictures, "brightness", "Brightness by prompt", _article_note(pools)),
+        _brightness_table(pools),
         _section(
             pictures, "curves", "Brightness over the steps", "A panel a run; bands: ± standard deviation over seeds."
         ),
         _section(pictures, "unconditional", "Spread of brightness without a prompt", _SPREAD_NOTE),
-        _section(pictures, "probe", "Brightness of a probe", _PROBE_NOTE),
-        _grids(arms, pictures),
+        _section(pictures, "probe", "Brightness of a probe", _PROBE_NOTE + band),
+        _grids(pools, pictures),
         "<h2>Runs</h2>" + _runs_table(arms),
-        _section(
-            pictures, "losses", "Loss", "Logged losses, and their running mean. Losses of unlike noise do not compare."
-        ),
-        _section(pictures, "validation", "Validation loss", _VALIDATION_NOTE),
+        _section(pictures, "losses", "Loss", _LOSS_NOTE + band),
+        _section(pictures, "validation", "Validation loss", _VALIDATION_NOTE + band),
         _differences(numbers),
-        _data_notes(arms),
+        _data_notes(pools),
         "</body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
 
+_HEADLINE_NOTE = "The same seeds in every column; below each row its mean brightness over all seeds."
+_FIRST_NOTE = " Of runs that differ in their seed alone, the first is shown."
+_BAND_NOTE = (
+    " Runs that differ in their seed alone are one line, their mean; the band goes from the lowest to the highest."
+)
+_SWEPT_NOTE = (
+    "A dot a run, a line through the means of the runs, dashes for the training pictures of the same caption. Each "
+    "panel's runs differ in the field below it alone, and in their seeds."
+)
+_LOSS_NOTE = "The running mean of the logged losses. Losses of unlike noise do not compare."
 _SPREAD_NOTE = (
     "How much the brightness of pictures drawn for the empty prompt varies, by the noise that sampling starts from: "
     "plain, or matched to the training's."
@@ -185,10 +194,16 @@ def _runs_table(arms: Sequence[Numbers]) -> str:
 
 
 def _differences(numbers: Numbers) -> str:
+    """A row a field, a column a pool: of a field on which its runs differ, such as the seed, all values."""
+    pools = numbers["pools"]
     if len(numbers["arms"]) < 2:
         return ""
-    rows = [[field, *map(_value, values)] for field, values in numbers["config_differences"].items()]
-    head = ["field", *(arm["name"] for arm in numbers["arms"])]
+    places = {arm["name"]: place for place, arm in enumerate(numbers["arms"])}
+    rows = []
+    for field, values in numbers["config_differences"].items():
+        each = ([values[places[run]] for run in pool["runs"]] for pool in pools)
+        rows.append([field, *(", ".join(dict.fromkeys(map(_value, found))) for found in each)])
+    head = ["field", *(pool["name"] for pool in pools)]
     body = _table(head, rows, text=True) if rows else "<p>None: the runs have the same configuration.</p>"
     return "<h2>Differences in configuration</h2>" + body
 

@@ -85,13 +85,32 @@ class Arm:
 def read_arms(workdirs: Sequence[str]) -> list[Arm]:
     """Reads work directories; an arm is named by its folder, and by its parent too where that is not unique.
 
+    Args:
+        workdirs: each of a training, or of a sweep: a folder of trainings, of which those that have begun are read.
+
     Raises:
         UserError: no work directory, or a file that is missing or malformed.
     """
     if not workdirs:
         raise UserError("report: no work directory; give at least one --workdir=DIR")
+    workdirs = [run for workdir in workdirs for run in _runs_of(workdir)]
     data: dict[tuple[str, str], Data | str] = {}
     return [_read_arm(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
+
+
+def _runs_of(workdir: str) -> list[str]:
+    """The work directory itself, or those in it by name, numbers by their value."""
+    folder = epath.Path(workdir)
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return [workdir]
+    names = [each.name for each in folder.iterdir() if (each / "config.json").exists()]
+    return [f"{workdir.rstrip('/')}/{name}" for name in sorted(names, key=_natural)] or [workdir]
+
+
+def _natural(name: str) -> list[tuple[float, str]]:
+    """A key by which 0.05 comes before 0.1, and 9 before 10."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name)
+    return [(float(part) if place % 2 else 0.0, part) for place, part in enumerate(parts)]
 
 
 def _names(workdirs: Sequence[str]) -> list[str]:
@@ -132,7 +151,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"report: {path} is missing; give the --workdir of a training that has begun")
+        raise UserError(f"report: {path} is missing; give the --workdir of a training, or of a sweep, that has begun")
     try:
         config = dict(_flatten(json.loads(path.read_text())))
     except (ValueError, AttributeError) as error:
@@ -144,8 +163,8 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 
 
 def _read_metrics(path: epath.Path) -> Iterator[dict[str, float]]:
-    if not path.exists():
-        raise UserError(f"report: {path} is missing; train until the first step is logged")
+    if not path.exists():  # a training that is still compiling
+        return
     for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
         try:
             values = json.loads(line)

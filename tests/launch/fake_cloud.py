@@ -26,11 +26,13 @@ import json, os, pathlib, shutil, signal, subprocess, sys
 cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
 with (cloud / "calls").open("ab", buffering=0) as file:
     file.write(b"".join(os.fsencode(a) + b"\0" for a in sys.argv[1:]) + b"\n")
-plan_file, resource_file = cloud / "plan.json", cloud / "resource.json"
-plan = json.loads(plan_file.read_text())
+plan = json.loads((cloud / "plan.json").read_text())
 words = [a for a in sys.argv[1:] if not a.startswith("--")]
 flags = dict(a.removeprefix("--").partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
 words = words[words.index("tpus") + 1 :]
+# Of a queued resource; a list names it in its filter.
+name = words[2] if len(words) > 2 else flags["filter"].rstrip('$"').rpartition("/")[2]
+resource_file = cloud / f"resource.{name}.json"
 
 
 def fail(message, status=1):
@@ -39,7 +41,7 @@ def fail(message, status=1):
 
 def resource():
     if not resource_file.exists():
-        fail("NOT_FOUND: Resource 'queuedResources/my-tpu' was not found")
+        fail(f"NOT_FOUND: Resource 'queuedResources/{name}' was not found")
     return json.loads(resource_file.read_text())
 
 
@@ -49,9 +51,9 @@ def create():
     if resource_file.exists():
         fail("ALREADY_EXISTS: Resource already exists")
     count = int(flags.get("node-count", 1))
-    names = [words[2]] if count == 1 else [f"{flags['node-prefix']}-{i}" for i in range(count)]
-    creation = len(list(cloud.glob("created.*")))
-    (cloud / f"created.{creation}").touch()
+    names = [name] if count == 1 else [f"{flags['node-prefix']}-{i}" for i in range(count)]
+    creation = len(list(cloud.glob(f"created.{name}.*")))
+    (cloud / f"created.{name}.{creation}").touch()
     states = plan["states"][min(creation, len(plan["states"]) - 1)]
     resource_file.write_text(json.dumps({"states": states, "nodes": names}))
 
@@ -63,8 +65,8 @@ def describe():
     state = it["states"][0]
     if len(it["states"]) > 1:
         resource_file.write_text(json.dumps({**it, "states": it["states"][1:]}))
-    if state == "ACTIVE" and not (cloud / "machines").exists():
-        for node in it["nodes"]:
+    for node in it["nodes"] if state == "ACTIVE" else ():
+        if not (cloud / "machines" / node).exists():
             for worker in range(plan["workers"]):
                 (cloud / "machines" / node / str(worker)).mkdir(parents=True)
     print(state if "|" in state else f"{state}||")
@@ -73,9 +75,10 @@ def describe():
 def delete():
     if "SUSPENDED" in resource()["states"][0] and "force" not in flags:
         fail("INVALID_ARGUMENT: the queued resource is SUSPENDED")
-    for session in cloud.glob("machines/*/*/offsetjax/runs/*/session"):
-        subprocess.run(["pkill", "-KILL", "--session", session.read_text()], check=False)
-    shutil.rmtree(cloud / "machines", ignore_errors=True)
+    for node in resource()["nodes"]:
+        for session in cloud.glob(f"machines/{node}/*/offsetjax/runs/*/session"):
+            subprocess.run(["pkill", "-KILL", "--session", session.read_text()], check=False)
+        shutil.rmtree(cloud / "machines" / node, ignore_errors=True)
     resource_file.unlink()
 
 
@@ -132,6 +135,7 @@ LAST_STEP = 12
 # Sets up by writing a python that knows its versions.
 LOCAL_SH = r"""#!/usr/bin/env bash
 set -eu
+if [[ $1 == sweep ]]; then exec cat "$FAKE_CLOUD/listing"; fi
 me=${MACHINE//\//.}
 [[ $OFFSETJAX_EXTRAS == tpu ]]
 if [[ $1 == train ]]; then exec "$FAKE_CLOUD/machine_bin/offsetjax" "$@"; fi
@@ -208,7 +212,7 @@ class Cloud:
 
     def _make_checkout(self) -> None:
         (self.checkout / "launch").mkdir(parents=True)
-        for name in ("settings.sh", "slices.sh", "supervise.sh", "tpu_vm.sh", "tpu_worker.sh"):
+        for name in ("settings.sh", "slices.sh", "supervise.sh", "sweep.sh", "tpu_vm.sh", "tpu_worker.sh"):
             shutil.copy(LAUNCH / name, self.checkout / "launch")
         self._executable("a checkout/launch/local.sh", LOCAL_SH)
         for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
@@ -226,6 +230,11 @@ class Cloud:
 
     def start(self, *args: str, path: str = "", **environment: str) -> subprocess.Popen[str]:
         """Starts tpu_vm.sh; with no settings but the name, the zone and the type, unless `args` has some."""
+        command, *rest = args
+        return self.start_script("tpu_vm.sh", command, *FLAGS, *rest, path=path, **environment)
+
+    def start_script(self, script: str, *args: str, path: str = "", **environment: str) -> subprocess.Popen[str]:
+        """Starts a script of `launch/` in this cloud."""
         self.write_plan()
         ours = {name: value for name, value in os.environ.items() if not name.startswith("OFFSETJAX_")}
         ours |= {
@@ -234,9 +243,8 @@ class Cloud:
             "OFFSETJAX_POLL_SECONDS": "0.02",
             "OFFSETJAX_GRACE_SECONDS": "1",
         }
-        command, *rest = args
         process = subprocess.Popen(
-            [str(self.checkout / "launch" / "tpu_vm.sh"), command, *FLAGS, *rest],
+            [str(self.checkout / "launch" / script), *args],
             cwd=self.root,
             env=ours | environment,
             stdin=subprocess.DEVNULL,
@@ -307,6 +315,6 @@ class Cloud:
         """Spot: the machines are gone first, and the queued resource says so a little later."""
         self.kill_machines()
         (self.root / "machines").rename(self.root / "gone")
-        it = json.loads((self.root / "resource.json").read_text())
+        it = json.loads((self.root / f"resource.{NAME}.json").read_text())
         it["states"] = ["SUSPENDING|SERVICE|", "SUSPENDED|SERVICE|"]
-        (self.root / "resource.json").write_text(json.dumps(it))
+        (self.root / f"resource.{NAME}.json").write_text(json.dumps(it))

@@ -171,7 +171,7 @@ def test_from_nothing_to_a_saved_run_on_two_slices(cloud: Cloud) -> None:
     status, _, err = cloud.run("delete", two)
     assert (status, "--yes" in err, err.count("\n")) == (2, True, 1)
     cloud.do("delete", two, "--yes")
-    assert not cloud.file("machines").exists()
+    assert not list(cloud.file("machines").iterdir())
     assert cloud.do("status", two) == "my-tpu: ABSENT\n"
     assert "there is no my-tpu" in cloud.run("delete", two, "--yes")[2]
 

@@ -1,0 +1,118 @@
+"""Figures over the steps of training: a line a pool of runs, with a band from the lowest run to the highest."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from offsetjax.report.figures import WIDTH, colour, prompt_label, style
+from offsetjax.report.pool import Curve, Pool
+
+_LEGEND_COLUMNS = 3
+
+
+def _finish(canvas: Figure, panels: Iterable[Axes], labelled: Axes) -> Figure:
+    for axes in panels:
+        axes.set_xlabel(axes.get_xlabel() or "step")
+        axes.grid(color="#EEEEEE", which="both")
+    handles, labels = labelled.get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower left", ncols=_LEGEND_COLUMNS, fontsize=7.5)
+    return canvas
+
+
+def _canvas(pools: Sequence[Pool], columns: int) -> tuple[Figure, list[Axes]]:
+    legend = 0.18 * -(-len(pools) // _LEGEND_COLUMNS)
+    canvas = Figure(figsize=(WIDTH, 2.7 + legend), layout="constrained")
+    return canvas, list(canvas.subplots(1, columns, squeeze=False)[0])
+
+
+def _draw(axes: Axes, curve: Curve, index: int, label: str | None = None, line: str = "o-") -> None:
+    axes.plot(curve.steps, curve.mean, line, ms=3, lw=1.4, color=colour(index), label=label)
+    if (curve.high > curve.low).any():
+        axes.fill_between(curve.steps, curve.low, curve.high, color=colour(index), alpha=0.15, lw=0)
+
+
+def _smooth(curve: Curve) -> Curve:
+    """A running mean over a fifteenth of the steps."""
+    window = np.ones(max(1, len(curve.steps) // 15))
+    weight = np.convolve(np.ones(len(curve.steps)), window, "same")
+    low, mean, high = (np.convolve(each, window, "same") / weight for each in (curve.low, curve.mean, curve.high))
+    return Curve(curve.steps, mean, low, high)
+
+
+@style
+def losses(pools: Sequence[Pool]) -> Figure | None:
+    """The logged losses (faint, of a run alone) and their running mean; and the learning rate."""
+    found = [(index, pool, curve) for index, pool in enumerate(pools) if (curve := pool.curve("loss"))]
+    if not any(len(curve.steps) > 1 for *_, curve in found):
+        return None
+    canvas, (loss, rate) = _canvas(pools, 2)
+    for index, pool, curve in found:
+        if len(pool.runs) == 1:
+            loss.plot(curve.steps, curve.mean, color=colour(index), lw=0.6, alpha=0.35)
+        _draw(loss, _smooth(curve), index, prompt_label(pool.name, 44), "-")
+        if learning_rate := pool.curve("learning_rate"):
+            # Dashes that differ: schedules that are the same would hide one another.
+            rate.plot(
+                learning_rate.steps, learning_rate.mean, color=colour(index), lw=1.4, ls=(3 * index, (4, index % 4))
+            )
+    if all((curve.mean > 0).all() for *_, curve in found):
+        loss.set_yscale("log")
+    loss.set(title="Loss")
+    rate.set(title="Learning rate", ylim=(0, None))
+    return _finish(canvas, (loss, rate), loss)
+
+
+@style
+def validation(pools: Sequence[Pool]) -> Figure | None:
+    """The validation loss for plain noise, which compares; and by time step at the end."""
+    if not any(pool.curve("validation_plain") for pool in pools):
+        return None
+    canvas, (over_steps, by_time) = _canvas(pools, 2)
+    for index, pool in enumerate(pools):
+        if not (plain := pool.curve("validation_plain")):
+            continue
+        _draw(over_steps, plain, index, prompt_label(pool.name, 44))
+        if own := pool.curve("validation_training"):
+            over_steps.plot(own.steps, own.mean, "--", lw=1, color=colour(index))
+        if by_timestep := _by_timestep(pool):
+            _draw(by_time, by_timestep, index)
+    over_steps.set(yscale="log", title="Validation loss: plain noise ●, own noise - -")
+    by_time.set(xlabel="time step of the noise", yscale="log", title="Plain noise, after the last step")
+    return _finish(canvas, (over_steps, by_time), over_steps)
+
+
+def _by_timestep(pool: Pool) -> Curve | None:
+    """The last validation losses, with the time steps of the noise as `steps`."""
+    prefix = "validation_plain_t"
+    times = {
+        int(field[len(prefix) :]) for run in pool.runs for line in run.watched for field in line if prefix in field
+    }
+    last = [(time, curve) for time in sorted(times) if (curve := pool.curve(f"{prefix}{time}"))]
+    if not last:
+        return None
+    mean, low, high = (np.array([getattr(curve, name)[-1] for _, curve in last]) for name in ("mean", "low", "high"))
+    return Curve(np.array([time for time, _ in last]), mean, low, high)
+
+
+@style
+def probe(pools: Sequence[Pool]) -> Figure | None:
+    """What a probe's pictures are like over the steps: brightness, its extremes, and its distance to the data's."""
+    if not any(pool.curve("brightness_mean") for pool in pools):
+        return None
+    canvas, panels = _canvas(pools, 4)
+    fields = ("brightness_mean", "brightness_std", "brightness_near_black", "brightness_wasserstein")
+    for index, pool in enumerate(pools):
+        for axes, field in zip(panels, fields, strict=True):
+            if curve := pool.curve(field):
+                _draw(axes, curve, index, prompt_label(pool.name, 44))
+        if white := pool.curve("brightness_near_white"):
+            panels[2].plot(white.steps, white.mean, "o--", ms=3, mfc="white", color=colour(index))
+    for axes, title in zip(panels, ("Mean", "Spread", "Near black ●, white ○", "W1 to the data"), strict=True):
+        axes.set_title(title)
+    panels[0].set_ylim(0, 1)
+    panels[2].set_ylim(-0.02, None)
+    for axes in (panels[1], panels[3]):
+        axes.set_ylim(0, None)
+    return _finish(canvas, panels, panels[0])
