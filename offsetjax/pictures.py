@@ -1,6 +1,7 @@
 """Pictures as they are kept: a grid, a PNG each, and a record of how they were drawn and how bright they are."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,16 @@ class Picture:
 
 
 def write_samples(directory: epath.PathLike, name: str, pictures: Sequence[Picture], about: Mapping[str, Any]) -> None:
-    """Writes `name.png`, a row a prompt and a column a seed, and `name.json` with each picture's brightness."""
+    """Writes `name.png`, a row a prompt and a column a seed, and `name.json` with each one's brightness and place."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_png(directory / f"{name}.png", grid(pictures))
-    about = {**about, "records": [_record(picture) for picture in pictures]}
-    (directory / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+    layout = _lay_out(pictures)
+    write_png(directory / f"{name}.png", _draw(pictures, layout))
+    records = [
+        {**_record(picture), "box": [left, top, left + picture.image.shape[1], top + picture.image.shape[0]]}
+        for picture, (left, top) in zip(pictures, layout.corners, strict=True)
+    ]
+    (directory / f"{name}.json").write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
 
 
 def _record(picture: Picture) -> dict[str, Any]:
@@ -45,24 +50,45 @@ def _record(picture: Picture) -> dict[str, Any]:
 
 def grid(pictures: Sequence[Picture]) -> Image.Image:
     """The pictures, a row a prompt, each row under its prompt."""
-    rows: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        rows.setdefault(picture.prompt, []).append(picture)
+    return _draw(pictures, _lay_out(pictures))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a grid has what, in pixels: its size, each picture's top left corner, lines of text with theirs."""
+
+    size: tuple[int, int]
+    corners: tuple[tuple[int, int], ...]
+    lines: tuple[tuple[int, str], ...]
+    font: Any
+
+
+def _lay_out(pictures: Sequence[Picture]) -> _Layout:
+    rows = Counter(picture.prompt for picture in pictures)
     height, width = pictures[0].image.shape[:2]
     gap, line, font = 4, 14, ImageFont.load_default(11)
-    columns = max(len(row) for row in rows.values())
-    canvas_width = max(_LEAST_WIDTH, columns * (width + gap) - gap)
-    texts = {prompt: _wrapped(prompt or "(no prompt)", font, canvas_width - 2) for prompt in rows}
-    row_heights = {prompt: len(lines) * line + 2 * gap + height for prompt, lines in texts.items()}
-    canvas = Image.new("RGB", (canvas_width, sum(row_heights.values()) - gap), "white")
-    ink, top = ImageDraw.Draw(canvas), 0
-    for prompt, row in rows.items():
-        for place, text in enumerate(texts[prompt]):
-            ink.text((1, top + place * line), text, fill="black", font=font)
-        below = top + len(texts[prompt]) * line + gap
-        for x, picture in enumerate(row):
-            canvas.paste(Image.fromarray(picture.image), (x * (width + gap), below))
-        top += row_heights[prompt]
+    canvas_width, top = max(_LEAST_WIDTH, max(rows.values()) * (width + gap) - gap), 0
+    lines, tops = [], {}
+    for prompt in rows:
+        texts = _wrapped(prompt or "(no prompt)", font, canvas_width - 2)
+        lines += [(top + place * line, text) for place, text in enumerate(texts)]
+        tops[prompt] = top + len(texts) * line + gap
+        top = tops[prompt] + height + gap
+    seen: Counter[str] = Counter()
+    corners = []
+    for picture in pictures:
+        corners.append((seen[picture.prompt] * (width + gap), tops[picture.prompt]))
+        seen[picture.prompt] += 1
+    return _Layout((canvas_width, top - gap), tuple(corners), tuple(lines), font)
+
+
+def _draw(pictures: Sequence[Picture], layout: _Layout) -> Image.Image:
+    canvas = Image.new("RGB", layout.size, "white")
+    ink = ImageDraw.Draw(canvas)
+    for top, text in layout.lines:
+        ink.text((1, top), text, fill="black", font=layout.font)
+    for picture, corner in zip(pictures, layout.corners, strict=True):
+        canvas.paste(Image.fromarray(picture.image), corner)
     return canvas
 
 

@@ -2,7 +2,8 @@
 
     launch/sweep.sh --config=configs/sweeps/article_kinds.py --workdir=runs/kinds --config.data.path=runs/forty
 
-(the pictures: see `configs/sweeps/article_strength.py`).
+Hardware: as `configs/sweeps/article_strength.py`, which says where the pictures are from. Expected: with
+plain noise the prompts stay closest to grey.
 """
 
 from collections.abc import Mapping, Sequence

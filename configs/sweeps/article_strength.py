@@ -5,7 +5,7 @@
     launch/sweep.sh --config=configs/sweeps/article_strength.py --workdir=runs/strength --config.data.path=runs/forty
     launch/local.sh report --workdir=runs/strength --out=runs/strength.html
 
-Hardware: 2 CPU cores, TIME. Expected: EXPECTED
+Hardware: 2 CPU cores, a few minutes a run. Expected: the stronger the offset, the further the prompts come apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ def get_config() -> ConfigDict:
     config.train.steps = 150
     config.train.log_every_steps = 10
     config.optimizer.learning_rate = 1e-3
-    config.checkpoint.every_steps = 50
-    config.sample.every_steps = 50
+    config.checkpoint.every_steps = 75
+    config.sample.every_steps = 75
     config.sample.start_noise = "matched"
-    config.probe.every_steps = 50
+    config.probe.every_steps = 150
     config.probe.seeds_per_prompt = 16
     return config
 

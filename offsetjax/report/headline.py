@@ -13,23 +13,16 @@ from offsetjax.report.read import Arm, Samples, read_picture
 
 SEEDS = 2  # pictures of each prompt that are shown
 COLUMNS = 5  # of one block; the first is "before"
-_GAP = 4  # pixels between the pictures of a grid, as offsetjax.sample.grid leaves
 
 
 def cells(samples: Samples) -> dict[str, list[Image.Image]]:
-    """Cuts a grid of square pictures into `{prompt: its pictures}`; empty if there is no PNG."""
-    if samples.picture is None:
+    """Cuts a grid into `{prompt: its pictures}`; empty if there is none, or none whose places are known."""
+    if samples.picture is None or not samples.has_places:
         return {}
-    image, prompts = read_picture(samples.picture), samples.prompts
-    counts = Counter(record.prompt for record in samples.records)
-    pitch_x = (image.width + _GAP) / max(counts.values())
-    pitch_y = (image.height + _GAP) / len(prompts)
-    size = min(pitch_x, pitch_y) - _GAP  # what is left of a row above its pictures is their prompt
+    image = read_picture(samples.picture)
     pictures: dict[str, list[Image.Image]] = {}
-    for row, prompt in enumerate(prompts):
-        bottom = (row + 1) * pitch_y - _GAP
-        top, lefts = round(bottom - size), [round(column * pitch_x) for column in range(counts[prompt])]
-        pictures[prompt] = [image.crop((left, top, left + round(size), round(bottom))) for left in lefts]
+    for record in samples.records:
+        pictures.setdefault(record.prompt, []).append(image.crop(record.box))
     return pictures
 
 
@@ -40,7 +33,7 @@ def _short(noise: str) -> str:
 
 def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]:
     """The prompts that most arms share, and the columns: the first arm before, then each arm after."""
-    shown = [arm for arm in arms if arm.steps and arm.steps[-1].picture]
+    shown = [arm for arm in arms if arm.steps and arm.steps[-1].has_places]
     if not shown:
         return [], []
     prompts = Counter(arm.steps[-1].prompts for arm in shown).most_common(1)[0][0]
@@ -53,7 +46,7 @@ def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]
         for arm in alike
     ]
     first = alike[0].steps[0]
-    if len(alike[0].steps) > 1 and first.picture and set(prompts) <= set(first.prompts):
+    if len(alike[0].steps) > 1 and first.has_places and set(prompts) <= set(first.prompts):
         is_shared = all(arm.steps[0].records == first.records for arm in alike)
         name = "before training" if is_shared else f"before: {prompt_label(alike[0].name, 16)}"
         columns.insert(0, (f"{name}\nstep {first.step}", first))

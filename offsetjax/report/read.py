@@ -22,11 +22,16 @@ MEASURED_AT_MOST = 2048
 
 @dataclass(frozen=True)
 class Record:
-    """One generated picture; `brightness` is the mean of its RGB values, 0 black and 1 white."""
+    """One generated picture; `brightness` is the mean of its RGB values, 0 black and 1 white.
+
+    `box` is its place in the grid, in pixels from the top left corner: left, top, right, bottom; older records
+    do not have it.
+    """
 
     prompt: str
     seed: int
     brightness: float
+    box: tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Samples:
     def prompts(self) -> tuple[str, ...]:
         """The prompts in the order of the grid's rows."""
         return tuple(dict.fromkeys(record.prompt for record in self.records))
+
+    @property
+    def has_places(self) -> bool:
+        """Whether there is a grid of which each picture's place is known."""
+        return self.picture is not None and all(record.box for record in self.records)
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -190,10 +200,7 @@ def _read_samples(path: epath.Path) -> Samples:
             start_noise=str(values["start_noise"]),
             guidance_scale=float(values["guidance_scale"]),
             num_steps=int(values["num_steps"]),
-            records=tuple(
-                Record(str(record["prompt"]), int(record["seed"]), float(record["brightness"]))
-                for record in values["records"]
-            ),
+            records=tuple(_read_record(record) for record in values["records"]),
             picture=picture if picture.exists() else None,
         )
         if not samples.records:
@@ -204,6 +211,14 @@ def _read_samples(path: epath.Path) -> Samples:
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"report: {path} is not a record of samples ({reason}); delete it or draw it again") from error
     return samples
+
+
+def _read_record(record: dict[str, Any]) -> Record:
+    box = None
+    if "box" in record:
+        left, top, right, bottom = map(int, record["box"])
+        box = left, top, right, bottom
+    return Record(str(record["prompt"]), int(record["seed"]), float(record["brightness"]), box)
 
 
 def read_picture(path: epath.Path) -> Image.Image:
