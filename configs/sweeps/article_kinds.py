@@ -2,8 +2,8 @@
 
     launch/sweep.sh --config=configs/sweeps/article_kinds.py --workdir=runs/kinds --config.data.path=runs/forty
 
-Hardware: as `configs/sweeps/article_strength.py`, which says where the pictures are from. Expected: with
-plain noise the prompts stay closest to grey.
+Hardware: as `configs/sweeps/article_strength.py`, which says where the pictures are from. What each
+kind is: `offsetjax/diffusion/README.md`.
 """
 
 from collections.abc import Mapping, Sequence
