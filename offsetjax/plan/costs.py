@@ -253,19 +253,17 @@ def _written(inner: Computation, root: Instruction) -> int:
 
 
 def collectives(module: Module) -> Iterator[Collective]:
-    """Every exchange between devices; one that is spread over several fusions, to hide it, counts once."""
-    seen: set[str] = set()
+    """Every exchange between devices; one that is spread over several fusions, to hide it, counts where it starts."""
     for computation, each, times in executed(module):
         if each.opcode == "fusion":
             inner = module.computations[each.called("calls") or ""]
+            starts = any("AsyncCollectiveStart" in part.attributes for part in inner.instructions)
             is_scatter = inner.name.startswith("all-reduce-scatter")
             for part in inner.instructions:
                 if part.opcode.removesuffix("-start") not in _COLLECTIVES:
                     continue
-                if "async_collective_fusion_config" in part.attributes:
-                    if f"{part.channel_id}" in seen:
-                        continue
-                    seen.add(f"{part.channel_id}")
+                if "async_collective_fusion_config" in part.attributes and not starts:
+                    continue
                 yield _collective(inner, part, times, "reduce-scatter" if is_scatter else "")
         elif each.opcode.removesuffix("-start") in _COLLECTIVES:
             yield _collective(computation, each, times)

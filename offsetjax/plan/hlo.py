@@ -98,12 +98,6 @@ class Instruction:
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
-    @property
-    def channel_id(self) -> str | None:
-        """What the parts of one collective have in common."""
-        found = re.search(r"\bchannel_id=(\d+)", self.attributes)
-        return found[1] if found else None
-
 
 @dataclass(frozen=True)
 class Computation:

@@ -177,3 +177,26 @@ def test_a_kernel_counts_what_its_grid_does() -> None:
     work = [each for each in costs.works(module, kernels) if "tpu_custom_call" in each.instruction.attributes]
     assert sum(each.flops * each.times for each in work) == pytest.approx(9 * product, rel=1e-3)
     assert module.entry.root.opcode == "tuple"  # a kernel's metadata, which has lines of its own, ends nothing
+
+
+def test_weights_that_are_gathered_while_others_are_used_count_once(mesh: Mesh) -> None:
+    def layers(x: jax.Array, *weights: jax.Array) -> jax.Array:
+        for weight in weights:
+            x = jnp.sin(x @ jax.lax.all_gather(weight, "fsdp", axis=0, tiled=True))
+        return x
+
+    count, specs = 6, (P("data"), *(P("fsdp"),) * 6)
+    sharded = jax.shard_map(layers, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+    module = topology.compiled(sharded, mesh, specs, P("data"), abstract(8 * N, N), *(abstract(N, N),) * count)
+    gathered = [each for each in costs.collectives(module) if each.kind == "all-gather"]
+    if mesh.devices.flat[0].platform == "tpu":  # which spreads them over fusions, all with one number
+        assert any("AsyncCollectiveStart" in each.attributes for _, each in instructions(module))
+    assert sum(each.times for each in gathered) == count
+    assert {(each.num_bytes, len(each.group)) for each in gathered} <= {
+        (2 * N * N, 4),
+        (4 * N * N, 4),
+    }  # CPU: float32
+
+
+def instructions(module: hlo.Module) -> list[tuple[str, hlo.Instruction]]:
+    return [(name, each) for name, inner in module.computations.items() for each in inner.instructions]
