@@ -1,0 +1,98 @@
+"""Models as large as real ones, written in seconds: their weights repeat a million random numbers."""
+
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from offsetjax import checkpoint, presets, sharding
+from offsetjax.config import default_config
+from offsetjax.formats import diffusers as files
+from offsetjax.formats.names import torch_tensors
+from offsetjax.formats.tensors import Tensor
+from offsetjax.models.initial import abstract_trained, initial_trained
+from offsetjax.models.pipeline import build, family, network_parts
+from offsetjax.models.tokenizer import train_tokenizer
+from offsetjax.models.weights import abstract_params, write_tokenizers
+from offsetjax.run import Run, open_run
+from tests import tiny
+from tests.processes import most_growth
+
+MB = 1_000_000
+
+
+def wide_config() -> ConfigDict:
+    """The tiny model with a denoiser of 50 M parameters, 200 MB."""
+    config = tiny.tiny_config()
+    config.model.vae.mid_block_add_attention = True  # without it there is no original layout
+    config.model.unet.update(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(192, 480),
+        attention_head_dim=(8, 8),
+        transformer_layers_per_block=(1, 1),
+    )
+    return config
+
+
+def family_config(preset: str, **settings: Any) -> ConfigDict:
+    """A family's denoiser with other parts that are small."""
+    small, config = tiny.tiny_config().model, tiny.tiny_config()
+    getattr(presets, preset)(config, **settings)
+    config.model.vae.update({**small.vae, "mid_block_add_attention": True})
+    for part in ("text_encoder", "text_encoder_2"):
+        width = config.model[part].hidden_size
+        config.model[part].update({**small.text_encoder, "hidden_size": width, "projection_dim": width})
+    return config
+
+
+def write_model(directory: pathlib.Path, config: ConfigDict, dtype: str = "float32") -> None:
+    """A diffusers directory of the config's architecture."""
+    block = 0.02 * np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    counter = itertools.count()
+
+    def random(like: jax.ShapeDtypeStruct) -> Tensor:
+        start, shape = next(counter), like.shape
+        return Tensor(shape, np.dtype(np.float32), lambda index: np.resize(np.roll(block, start), shape)[(*index, ...)])
+
+    pipeline = build(config)
+    for part in network_parts(config):
+        model = getattr(pipeline, part)
+        tensors = torch_tensors(jax.tree.map(random, abstract_params(model)))
+        files.write_part(directory, part, model.torch_config(), tensors, dtype=dtype)
+    text = config.model.text_encoder
+    tokenizer = train_tokenizer(tiny.CAPTIONS, text.vocab_size, text.max_position_embeddings)
+    write_tokenizers(directory, (tokenizer,) * len(pipeline.text_encoders))
+    scheduler = files.scheduler_config(config.schedule.to_dict(), "ddim", "trailing")
+    files.write_scheduler(directory, scheduler)
+    files.write_index(directory, scheduler["_class_name"], family(config), config.model.force_zeros_for_empty_prompt)
+
+
+def run_config(model: pathlib.Path, **changes: Any) -> ConfigDict:
+    """The config of a training that begins with a model of `write_model`."""
+    config = default_config()
+    config.model.pretrained, config.model.dtype = str(model), "float32"
+    config.data.resolution = tiny.RESOLUTION
+    config.optimizer.ema_decay, config.sample.params, config.sample.every_steps = 0.0, "raw", 0
+    config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
+    return config
+
+
+def begin(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree]:
+    """A run, and what it trains before the first step."""
+    run = open_run(config, epath.Path(workdir), source=None)
+    place = sharding.shardings(run.mesh, abstract_trained(run.config, run.pipeline))
+    return run, initial_trained(run.config, run.pipeline, place)
+
+
+def import_model(config: ConfigDict, workdir: pathlib.Path) -> tuple[int, int]:
+    """Begins a run and saves it: the bytes of what it trains, and the most memory that it took until it was there."""
+    (_, params), growth = most_growth(lambda: begin(config, workdir))
+    with checkpoint.open_checkpoints(workdir) as manager:
+        checkpoint.save(manager, 0, {"params": params}, {"next_batch": 0})
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)), growth
