@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
+from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.single_file import write_single_file
 from offsetjax.formats.tensors import NotFiniteError, Tensor
 from offsetjax.metadata import header
@@ -81,12 +82,13 @@ def export(
     new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if form == "diffusers":
-            _write_directory(temporary, stored, dtype, int((max_shard_gb or 10.0) * 1e9), out.name)
-        elif form == "single_file":
-            _write_single_file(temporary, stored, dtype, out.stem)
-        else:
-            _write_lora(temporary, stored, dtype, out.stem, lora_keys or "kohya")
+        with freed_memory_kept():
+            if form == "diffusers":
+                _write_directory(temporary, stored, dtype, int((max_shard_gb or 10.0) * 1e9), out.name)
+            elif form == "single_file":
+                _write_single_file(temporary, stored, dtype, out.stem)
+            else:
+                _write_lora(temporary, stored, dtype, out.stem, lora_keys or "kohya")
         temporary.rename(out)
     except NotFiniteError as error:
         others = "" if dtype == "float32" else ", or --dtype=float32"
