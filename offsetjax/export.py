@@ -8,7 +8,6 @@ No more than a few tensors are in memory, whatever the model's size.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
 from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.single_file import write_single_file
-from offsetjax.formats.tensors import NotFiniteError, Tensor
+from offsetjax.formats.tensors import NotFiniteError, Tensor, seen
 from offsetjax.metadata import header
 from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts
@@ -178,15 +177,12 @@ def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=total)
 
-        def watched(tensor: Tensor) -> Tensor:
-            def read(index: tuple[slice, ...]) -> np.ndarray:
-                array = tensor.read(index)
-                progress.advance(task, array.nbytes)
-                return array
+        def advance(array: np.ndarray) -> None:
+            progress.advance(task, array.nbytes)
 
-            return dataclasses.replace(tensor, read=read)
-
-        yield {part: {name: watched(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
+        yield {
+            part: {name: seen(tensor, advance) for name, tensor in tensors.items()} for part, tensors in parts.items()
+        }
 
 
 def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:

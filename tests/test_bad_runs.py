@@ -138,6 +138,19 @@ def emptied(folder: str) -> Change:
 
 FROZEN = f"frozen/{VAE}"
 OVERFLOW = with_tensors(f"frozen/{TEXT}", text_model__final_layer_norm__bias=lambda bias: bias + np.float32(1e6))
+
+
+def flipped(file: str) -> Change:
+    """Changes the lowest bit of the last number of a file's last tensor."""
+
+    def change(run: pathlib.Path) -> None:
+        data = bytearray((run / file).read_bytes())
+        data[-4] ^= 1
+        (run / file).write_bytes(data)
+
+    return change
+
+
 # By name: what is done to a work directory, and words of the error of whatever reads it.
 RUNS: dict[str, tuple[Change, str]] = {
     "an array of one bit": (
@@ -168,6 +181,10 @@ RUNS: dict[str, tuple[Change, str]] = {
     },
     "no frozen part": (removed("frozen/vae"), f"workdir: .*{FROZEN} is missing"),
     "half a frozen part": (cut(FROZEN, 0.5), rf"workdir: .*{FROZEN} is damaged \("),
+    "a bit of a frozen part": (
+        flipped(FROZEN),
+        r"run/frozen: vae/\S+ is damaged: its checksum is .*; restore it from a c",
+    ),
     "a frozen tensor too few": (with_tensors(FROZEN, decoder__conv_out__bias=None), "conv_out.bias is missing"),
     "a frozen tensor too many": (with_tensors(FROZEN, more__bias=np.zeros(3, np.float32)), "more.bias is not part of"),
     "no tokenizer": (removed("frozen/tokenizer"), "frozen lacks a tokenizer; restore it from a copy"),
@@ -192,6 +209,7 @@ def test_a_value_that_float16_cannot_hold_ends_the_export(
     run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     OVERFLOW(run)
+    removed("frozen/checksums.json")(run)
     before = contents(tmp_path)
     line = refused(capsys, "export", f"--workdir={run}", f"--out={tmp_path}/new/folder/out", "--dtype=float16")
     assert re.search(

@@ -138,6 +138,17 @@ def cast(tensor: Tensor, dtype: Any) -> Tensor:
     return Tensor(tensor.shape, dtype, read)
 
 
+def seen(tensor: Tensor, see: Callable[[np.ndarray], None]) -> Tensor:
+    """The same; `see` is called with each array that is read of it."""
+
+    def read(index: Index) -> np.ndarray:
+        array = tensor.read(index)
+        see(array)
+        return array
+
+    return Tensor(tensor.shape, tensor.dtype, read)
+
+
 def _whole(index: Index, shape: tuple[int, ...]) -> Index:
     """A slice for each axis, with its bounds as numbers."""
     index = (*index, *(slice(None),) * (len(shape) - len(index)))

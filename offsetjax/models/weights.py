@@ -5,6 +5,7 @@ outside its work directory is needed to resume, sample or export, and what was i
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,16 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
+from offsetjax import checksums
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
-from offsetjax.formats.tensors import NotFiniteError, Tensor, open_tensors, write_tensors
+from offsetjax.formats.tensors import NotFiniteError, Tensor, open_tensors, seen, write_tensors
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
 
 CARRIED_FILE = "carried.safetensors"
+_CHECKSUMS_FILE = "checksums.json"  # of the arrays of the frozen parts, by part and PyTorch's name
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,18 @@ def write_frozen(
     directory = epath.Path(directory)
     if directory.exists():  # of a start that did not come to its end, of another model perhaps
         directory.rmtree()
+    sums: dict[str, int] = {}
+
+    def summed(name: str, tensor: Tensor) -> Tensor:
+        return seen(tensor, lambda array: sums.update({name: checksums.of_array(array)}))
+
     for part, named in tensors.items():
+        named = {name: summed(f"{part}/{name}", tensor) for name, tensor in named.items()}
         try:
             files.write_part(directory, part, getattr(pipeline, part).torch_config(), named)
         except NotFiniteError as error:
             raise UserError(f"model.pretrained: {error}; give another model, or another copy of it") from error
+    (directory / _CHECKSUMS_FILE).write_text(json.dumps(sums, indent=0) + "\n")
     write_tokenizers(directory, pipeline.tokenizers)
     if carried:
         write_tensors(directory / CARRIED_FILE, carried, metadata={"format": "pt"})
@@ -139,12 +149,27 @@ def read_tokenizers(directory: epath.PathLike) -> tuple[CLIPTokenizer, ...]:
 def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str, Tensor]:
     """A part that `write_frozen` wrote, by PyTorch's names, not read yet.
 
+    A tensor that is read whole is compared with its checksum; a part of one, as where several hosts share it, is not.
+
     Raises:
-        UserError: it is missing, damaged or not the model's.
+        UserError: it is missing, damaged or not the model's; and when a tensor is read, that it has changed.
     """
     tensors = files.open_part(directory, part)
     flax_tensors(tensors, abstract_params(model), f"workdir: {directory}/{part}")
-    return tensors
+    file = epath.Path(directory) / _CHECKSUMS_FILE
+    sums = json.loads(file.read_text()) if file.exists() else {}  # runs had none before
+
+    def checked(name: str, tensor: Tensor) -> Tensor:
+        def check(array: np.ndarray) -> None:
+            if array.shape == tensor.shape and name in sums:
+                try:
+                    checksums.check_array(array, sums[name], name)
+                except ValueError as error:
+                    raise UserError(f"workdir: {directory}: {error}; restore it from a copy") from error
+
+        return seen(tensor, check)
+
+    return {name: checked(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
 
 
 def carried_of(directory: epath.PathLike) -> dict[str, Tensor]:
@@ -167,8 +192,9 @@ def load_frozen(
     """
     loaded = {}
     for part in parts:
-        like = abstract_params(getattr(pipeline, part))
-        tensors = flax_tensors(files.open_part(directory, part), like, f"workdir: {directory}/{part}")
+        model = getattr(pipeline, part)
+        like, where = abstract_params(model), f"workdir: {directory}/{part}"
+        tensors = flax_tensors(frozen_tensors(directory, part, model), like, where)
         dtype = np.float32 if part == "vae" else jnp.dtype(config.model.dtype)
         loaded[part] = load(tensors, shardings_of(like), dtype)
     return loaded
