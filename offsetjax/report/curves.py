@@ -9,20 +9,24 @@ from matplotlib.figure import Figure
 from offsetjax.report.figures import WIDTH, colour, prompt_label, style
 from offsetjax.report.pool import Curve, Pool
 
-_LEGEND_COLUMNS = 3
+_LABEL = 58  # letters of a name
 
 
-def _finish(canvas: Figure, panels: Iterable[Axes], labelled: Axes) -> Figure:
+def _legend_columns(pools: Sequence[Pool]) -> int:
+    return 3 if max(len(pool.name) for pool in pools) <= 34 else 2
+
+
+def _finish(canvas: Figure, panels: Iterable[Axes], labelled: Axes, pools: Sequence[Pool]) -> Figure:
     for axes in panels:
         axes.set_xlabel(axes.get_xlabel() or "step")
         axes.grid(color="#EEEEEE", which="both")
     handles, labels = labelled.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower left", ncols=_LEGEND_COLUMNS, fontsize=7.5)
+    canvas.legend(handles, labels, loc="outside lower left", ncols=_legend_columns(pools), fontsize=7.5)
     return canvas
 
 
 def _canvas(pools: Sequence[Pool], columns: int) -> tuple[Figure, list[Axes]]:
-    legend = 0.18 * -(-len(pools) // _LEGEND_COLUMNS)
+    legend = 0.18 * -(-len(pools) // _legend_columns(pools))
     canvas = Figure(figsize=(WIDTH, 2.7 + legend), layout="constrained")
     return canvas, list(canvas.subplots(1, columns, squeeze=False)[0])
 
@@ -51,7 +55,7 @@ def losses(pools: Sequence[Pool]) -> Figure | None:
     for index, pool, curve in found:
         if len(pool.runs) == 1:
             loss.plot(curve.steps, curve.mean, color=colour(index), lw=0.6, alpha=0.35)
-        _draw(loss, _smooth(curve), index, prompt_label(pool.name, 44), "-")
+        _draw(loss, _smooth(curve), index, prompt_label(pool.name, _LABEL), "-")
         if learning_rate := pool.curve("learning_rate"):
             # Dashes that differ: schedules that are the same would hide one another.
             rate.plot(
@@ -61,7 +65,7 @@ def losses(pools: Sequence[Pool]) -> Figure | None:
         loss.set_yscale("log")
     loss.set(title="Loss")
     rate.set(title="Learning rate", ylim=(0, None))
-    return _finish(canvas, (loss, rate), loss)
+    return _finish(canvas, (loss, rate), loss, pools)
 
 
 @style
@@ -73,14 +77,14 @@ def validation(pools: Sequence[Pool]) -> Figure | None:
     for index, pool in enumerate(pools):
         if not (plain := pool.curve("validation_plain")):
             continue
-        _draw(over_steps, plain, index, prompt_label(pool.name, 44))
+        _draw(over_steps, plain, index, prompt_label(pool.name, _LABEL))
         if own := pool.curve("validation_training"):
             over_steps.plot(own.steps, own.mean, "--", lw=1, color=colour(index))
         if by_timestep := _by_timestep(pool):
             _draw(by_time, by_timestep, index)
     over_steps.set(yscale="log", title="Validation loss: plain noise ●, own noise - -")
     by_time.set(xlabel="time step of the noise", yscale="log", title="Plain noise, after the last step")
-    return _finish(canvas, (over_steps, by_time), over_steps)
+    return _finish(canvas, (over_steps, by_time), over_steps, pools)
 
 
 def _by_timestep(pool: Pool) -> Curve | None:
@@ -106,7 +110,7 @@ def probe(pools: Sequence[Pool]) -> Figure | None:
     for index, pool in enumerate(pools):
         for axes, field in zip(panels, fields, strict=True):
             if curve := pool.curve(field):
-                _draw(axes, curve, index, prompt_label(pool.name, 44))
+                _draw(axes, curve, index, prompt_label(pool.name, _LABEL))
         if white := pool.curve("brightness_near_white"):
             panels[2].plot(white.steps, white.mean, "o--", ms=3, mfc="white", color=colour(index))
     for axes, title in zip(panels, ("Mean", "Spread", "Near black ●, white ○", "W1 to the data"), strict=True):
@@ -115,4 +119,4 @@ def probe(pools: Sequence[Pool]) -> Figure | None:
     panels[2].set_ylim(-0.02, None)
     for axes in (panels[1], panels[3]):
         axes.set_ylim(0, None)
-    return _finish(canvas, panels, panels[0])
+    return _finish(canvas, panels, panels[0], pools)

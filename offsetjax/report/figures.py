@@ -14,7 +14,10 @@ from offsetjax.report import article
 from offsetjax.report.numbers import Numbers
 
 WIDTH = 8.0  # inches; 1,280 pixels
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31"),
+    *("#332288", "#117733", "#882255", "#666666"),
+)
 _GREY, _INK = "#8A8A8A", "#222222"
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -42,7 +45,9 @@ def colour(index: int) -> str:
 
 def prompt_label(prompt: str, width: int = 60) -> str:
     """A prompt as text on a figure: `$` would begin mathematics."""
-    return textwrap.shorten(prompt, width, placeholder="…").replace("$", r"\$") or "(no prompt)"
+    short = textwrap.shorten(prompt, width, placeholder="…")
+    short = short if short != "…" else f"{prompt[: width - 1]}…"  # one long word, as a run's name is
+    return short.replace("$", r"\$") or "(no prompt)"
 
 
 def all_prompts(arms: Sequence[Numbers]) -> list[str]:
@@ -99,7 +104,7 @@ def brightness(arms: Sequence[Numbers]) -> Figure | None:
     axes.tick_params(axis="y", length=0)
     axes.set(ylim=(count - 0.4, -0.6), xlim=(-0.02, 1.02), xlabel="mean brightness (0 black, 1 white)")
     axes.grid(axis="x", color="#EEEEEE", zorder=-1)
-    axes.set_title("○ before   ● after, ± standard deviation over seeds   ▒ the training data, ± standard deviation")
+    axes.set_title("○ before   ● after, ± deviation over seeds   ▒ the training data, ± deviation")
     return canvas
 
 

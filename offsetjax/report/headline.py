@@ -1,9 +1,11 @@
 """The headline picture: a row a prompt, a column a training, before and after."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -31,6 +33,12 @@ def _short(noise: str) -> str:
     return prompt_label(noise.replace("offset_strength", "offset"), 18)
 
 
+def _wrapped(name: str) -> str:
+    """A run's name, a line for as many of a point's fields as a column is wide."""
+    lines = textwrap.wrap(name.replace(",", ", "), 24, max_lines=3, placeholder="…")
+    return "\n".join(lines).replace("$", r"\$")
+
+
 def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]:
     """The prompts that most arms share, and the columns: the first arm before, then each arm after."""
     shown = [arm for arm in arms if arm.steps and arm.steps[-1].has_places]
@@ -40,7 +48,7 @@ def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]
     alike = [arm for arm in shown if set(prompts) <= set(arm.steps[-1].prompts)]
     columns = [
         (
-            f"{prompt_label(arm.name, 24)}\n{_short(noise_name(arm.config))}, step {arm.steps[-1].step}",
+            f"{_wrapped(arm.name)}\n{_short(noise_name(arm.config))}, step {arm.steps[-1].step}",
             arm.steps[-1],
         )
         for arm in alike
@@ -48,7 +56,7 @@ def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]
     first = alike[0].steps[0]
     if len(alike[0].steps) > 1 and first.has_places and set(prompts) <= set(first.prompts):
         is_shared = all(arm.steps[0].records == first.records for arm in alike)
-        name = "before training" if is_shared else f"before: {prompt_label(alike[0].name, 16)}"
+        name = "before training" if is_shared else "before (of the next)"
         columns.insert(0, (f"{name}\nstep {first.step}", first))
     return in_order(prompts), columns
 
@@ -64,23 +72,25 @@ def headline(arms: Sequence[Arm]) -> Figure | None:
     seeds = min(SEEDS, min(len(pictures[prompt]) for pictures in cut.values() for prompt in prompts))
     wide = len(blocks[0])
     cell = min(1.9, (9.6 - 0.1) / wide)
-    canvas = Figure(figsize=(cell * wide, len(blocks) * (0.5 + len(prompts) * (cell / seeds + 0.34))))
-    grid = canvas.subplots(len(blocks) * len(prompts), wide, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, block in enumerate(blocks):
+    titles = 0.25 + 0.15 * max(title.count("\n") + 1 for title, _ in columns)  # inches, with the first prompt
+    height = titles + len(prompts) * (cell / seeds + 0.34)
+    canvas = Figure(figsize=(cell * wide, len(blocks) * height))
+    parts = canvas.subfigures(len(blocks), 1, squeeze=False)[:, 0]
+    for part, block in zip(parts, blocks, strict=True):
+        grid = part.subplots(len(prompts), wide, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
         for row, prompt in enumerate(prompts):
             for column, (title, samples) in enumerate(block):
-                axes = grid[number * len(prompts) + row, column]
                 strip = [np.asarray(picture.resize((128, 128))) for picture in cut[id(samples)][prompt][:seeds]]
-                axes.imshow(np.concatenate(strip, axis=1), extent=(0, seeds, 0, 1), interpolation="none")
-                mean = np.mean(samples.brightness(prompt))
-                axes.text(seeds, -0.03, f"{mean:.2f}", ha="right", va="top", size=8, color="#555555")
-                if column == 0:
-                    axes.text(0, 1.03, prompt_label(prompt, 80), ha="left", va="bottom", size=8)
+                _show(grid[row, column], strip, float(np.mean(samples.brightness(prompt))))
                 if row == 0:
-                    axes.set_title(title, size=8.5, weight="bold", pad=16)
-    canvas.subplots_adjust(
-        left=0.005, right=0.995, top=1 - 0.6 / canvas.get_figheight(), bottom=0.02, wspace=0.03, hspace=0.12
-    )
+                    grid[row, column].set_title(title, size=8.5, weight="bold", pad=16)
+            grid[row, 0].text(0, 1.03, prompt_label(prompt, 80), ha="left", va="bottom", size=8)
+        part.subplots_adjust(left=0.005, right=0.995, top=1 - titles / height, bottom=0.04, wspace=0.03, hspace=0.12)
     return canvas
+
+
+def _show(axes: Axes, strip: Sequence[np.ndarray], mean: float) -> None:
+    axes.imshow(np.concatenate(strip, axis=1), extent=(0, len(strip), 0, 1), interpolation="none")
+    axes.text(len(strip), -0.03, f"{mean:.2f}", ha="right", va="top", size=8, color="#555555")

@@ -24,7 +24,7 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right
   white-space: nowrap; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.text { text-align: left; white-space: normal; min-width: 8rem; overflow-wrap: anywhere; }
-li { margin: .35rem 0; overflow-wrap: anywhere; }
+td.text:first-child { white-space: nowrap; } li { margin: .35rem 0; overflow-wrap: anywhere; }
 @media print { h2, figure, tr { break-inside: avoid; } }
 """
 

@@ -35,8 +35,9 @@ class Pool:
 
     @property
     def first(self) -> Arm:
-        """The run whose pictures are shown, by the name of all."""
-        return replace(next((run for run in self.runs if run.steps), self.runs[0]), name=self.name)
+        """The run whose pictures are shown, by the name that all share."""
+        run = next((run for run in self.runs if run.steps), self.runs[0])
+        return replace(run, name=_common_name([run.name for run in self.runs]))
 
     def curve(self, field: str) -> Curve | None:
         """A field of the metrics; None where no step has it in all runs that have it at all."""
@@ -64,7 +65,7 @@ def pool(arms: Sequence[Arm]) -> list[Pool]:
 def _pool(runs: Sequence[Arm]) -> Pool:
     if len(runs) == 1:
         return Pool(runs[0].name, tuple(runs), runs[0])
-    name = _common_name([run.name for run in runs])
+    name = f"{_common_name([run.name for run in runs])} ({len(runs)} seeds)"
     arm = replace(
         runs[0],
         name=name,
@@ -77,10 +78,10 @@ def _pool(runs: Sequence[Arm]) -> Pool:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """`offset_strength=0.1,seed=0` and `…,seed=1` → `offset_strength=0.1 (2 seeds)`."""
+    """`offset_strength=0.1,seed=0` and `…,seed=1` → `offset_strength=0.1`; the first where nothing is shared."""
     without = {re.sub(r",?\bseed=\d+", "", name).strip(",/") for name in names}
     base = without.pop() if len(without) == 1 else ""
-    return f"{base or names[0]} ({len(names)} seeds)"
+    return base or names[0]
 
 
 def _values(lines: Sequence[Mapping[str, float]], field: str) -> dict[int, float]:
