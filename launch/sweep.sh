@@ -10,8 +10,8 @@
 #   --delete       of --slices: gives a slice back when its training is done, with its disks
 #
 # A training that is done is skipped, one that was interrupted goes on. If one fails, it is told, and the others are run.
-# SIGTERM and Ctrl-C go to the training as SIGTERM, for it to save and to end; on slices the trainings go on.
-# Exit status: 0; 1 if a training failed; 2 for what only the user can mend, at once; 130 or 143 when it was ended.
+# SIGTERM, Ctrl-C and a lost terminal go to the training as SIGTERM, for it to save and to end; on slices it goes on.
+# Exit status: 0; 1 if a training failed; 2 for what only the user can mend, at once; 143, 130 or 129 when it was ended.
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
@@ -90,6 +90,7 @@ pass_on() { # exit status
 heed_signals() {
   trap 'pass_on 143' TERM
   trap 'pass_on 130' INT
+  trap 'pass_on 129' HUP
 }
 
 # A signal ends `wait`, and not what it waits for.
@@ -149,7 +150,7 @@ lane() { # first stride
         touch "$scratch/mistake"
         return 2
         ;;
-      130 | 143)
+      129 | 130 | 143)
         say "${names[i]}: ended; the same command goes on"
         return "$status"
         ;;

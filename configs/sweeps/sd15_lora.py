@@ -3,8 +3,8 @@
     launch/sweep.sh --config=configs/sweeps/sd15_lora.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=STABLE_DIFFUSION_1_5
 
-Hardware: as `configs/sd15_offset_lora.py`, eight times; not yet run at full size. Expected: brightness is a single
-direction in the latents, and small ranks suffice for it.
+Hardware: as `configs/sd15_offset_lora.py`, eight times; not yet run at full size. Expected: `offsetjax report` draws
+how far dark and bright prompts come apart at each rank, a panel a learning rate.
 """
 
 from collections.abc import Mapping, Sequence

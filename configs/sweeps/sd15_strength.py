@@ -6,9 +6,8 @@
 or each on a slice of its own: see `launch/README.md`. The prompts of `configs/sd15_offset.py` may be replaced by
 `--config.sample.prompts="('a night', 'snow')"`; all runs draw them from the same starts.
 
-Hardware: as `configs/sd15_offset.py`, twelve times; not yet run at full size. Expected: the stronger the offset, the
-further dark and bright prompts come apart, until detail suffers; `offsetjax report` draws the one, the samples show the
-other.
+Hardware: as `configs/sd15_offset.py`, twelve times; not yet run at full size. Expected: at .1 what the article saw;
+`offsetjax report` draws how far dark and bright prompts come apart at each strength, and how alike the seeds are.
 """
 
 from collections.abc import Mapping, Sequence

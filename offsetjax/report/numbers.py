@@ -16,7 +16,10 @@ from offsetjax.report.read import Arm, Data, Samples
 Numbers = dict[str, Any]
 
 # Fields that do not bear on what is learned: arms that differ in them are still a controlled comparison.
-INDIFFERENT = ("train.log_every_steps", "checkpoint.", "mesh.", "data.num_workers", "sample.every_steps")
+INDIFFERENT = (
+    *("train.log_every_steps", "checkpoint.", "mesh.", "data.num_workers"),
+    *("sample.every_steps", "validation.every_steps", "probe.every_steps"),
+)
 
 
 def summarise(arms: Sequence[Arm]) -> Numbers:
