@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would fight with XLA's
+# Of the processes that tests start too: libtpu, which plans are tested with, complains aloud of a machine without TPUs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
