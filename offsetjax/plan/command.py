@@ -58,7 +58,7 @@ def plan(
         if searches:
             found["largest_batch"] = _search(request, found)
         plans.append(found)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(show(plans))
     if out:
         epath.Path(out).write_text(json.dumps(plans, indent=2) + "\n")

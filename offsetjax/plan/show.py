@@ -19,26 +19,26 @@ def show(plans: list[Plan]) -> RenderableType:
 
 
 def _all(plans: list[Plan]) -> Table:
-    table = Table(title="fastest to slowest step")
-    for name in ("topology", "chips", "batch a device", "HBM", "step", "images/s", "MFU", "hours", "chip-hours"):
-        table.add_column(name, justify="left" if name == "topology" else "right")
+    table = Table(title="fastest to slowest step", title_justify="left")
+    table.add_column()
     for plan in plans:
-        table.add_row(
-            _name(plan),
-            str(plan["chips"]),
-            f"{plan['batch_per_device']:g}",
-            _of_hbm(plan["bytes_per_device"]),
-            *(_range(plan, key, form) for key, form in _RATES),
-        )
+        table.add_column(_name(plan), justify="right")
+    table.add_row("chips", *(str(plan["chips"]) for plan in plans))
+    table.add_row("batch a device", *(f"{plan['batch_per_device']:g}" for plan in plans))
+    table.add_row("memory a device", *(_of_hbm(plan["bytes_per_device"]) for plan in plans))
+    if any("largest_batch" in plan for plan in plans):
+        table.add_row("largest batch", *(str(plan["largest_batch"]["batch_per_device"]) for plan in plans))
+    for name, key, form in _RATES:
+        table.add_row(name, *(_range(plan, key, form) for plan in plans))
     return table
 
 
 _RATES = (
-    ("step_seconds", "{:.3f} s"),
-    ("images_per_second", "{:,.1f}"),
-    ("mfu", "{:.1%}"),
-    ("hours", "{:,.1f}"),
-    ("chip_hours", "{:,.0f}"),
+    ("step, seconds", "step_seconds", "{:.3f}"),
+    ("images a second", "images_per_second", "{:,.1f}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("hours", "hours", "{:,.1f}"),
+    ("chip-hours", "chip_hours", "{:,.1f}"),
 )
 
 
@@ -66,7 +66,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("largest batch", _largest(plan["largest_batch"])))
     rows += [
         ("checkpoint", _bytes(plan["checkpoint_bytes"])),
-        ("FLOPs a device", f"model {flops['model'] / 1e12:,.2f} T, compiled {flops['compiled'] / 1e12:,.2f} T"),
+        ("FLOPs a device", f"model {_count(flops['model'])}, compiled {_count(flops['compiled'])}"),
     ]
     for each in plan["collectives"]:
         devices = f", {each['devices']} devices" if each["devices"] else ""
@@ -77,8 +77,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("milliseconds", "  ".join(f"{name} {1e3 * value:,.1f}" for name, value in known.items())))
         shares = plan["seconds_by_part"].items()
         rows.append(("roofline of", "  ".join(f"{part} {1e3 * value:,.1f}" for part, value in shares)))
-    names = {"step_seconds": "step", "images_per_second": "images/s", "mfu": "MFU", "chip_hours": "chip-hours"}
-    rows += [(names.get(key, key), _range(plan, key, form)) for key, form in _RATES if key in plan]
+    rows += [(name, _range(plan, key, form)) for name, key, form in _RATES if key in plan]
     return rows
 
 
@@ -112,6 +111,14 @@ def _range(plan: Plan, key: str, form: str) -> str:
     values = plan.get(key, ())
     texts = [form.format(value) for value in values]
     return " to ".join(dict.fromkeys(texts))
+
+
+def _count(number: float) -> str:
+    for unit in ("", " K", " M", " G"):
+        if number < 1000:
+            return f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:,.2f} T"
 
 
 def _bytes(count: float) -> str:
