@@ -58,6 +58,8 @@ CHECKS: dict[str, Check] = {
     "model.family": _one_of("", "sd1", "sd2", "sdxl"),
     "model.from_scratch": (lambda value: all(part in _PARTS for part in value), "made of " + ", ".join(_PARTS)),
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.attention": _one_of("auto", "xla", "splash", "cudnn"),
+    "model.remat": _one_of("none", "attention", "blocks", "full"),
     "model.unet.addition_embed_type": _one_of("", "text_time"),
     "lora.rank": _at_least(0),
     "lora.alpha": _at_least(0),

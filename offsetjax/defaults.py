@@ -40,6 +40,11 @@ FOREIGN_NAMES = {
     "target_modules": "lora.targets",
     "min_timestep": "loss.min_timestep",
     "timestep_bias_begin": "loss.min_timestep",
+    "gradient_checkpointing": "model.remat",
+    "enable_xformers_memory_efficient_attention": "model.attention",
+    "xformers": "model.attention",
+    "sdpa": "model.attention",
+    "mem_eff_attn": "model.attention",
 }
 
 
@@ -70,6 +75,8 @@ def default_config() -> ConfigDict:
             "family": "",  # sd1, sd2 or sdxl; empty: as the checkpoint or the architecture below says
             "from_scratch": (),  # parts to draw at random: unet, vae, text_encoder, text_encoder_2, tokenizer
             "dtype": "bfloat16",  # compute; parameters are float32
+            "attention": "auto",  # the kernel in training: splash on TPUs, cudnn on GPUs, xla elsewhere
+            "remat": "none",  # what the backward pass computes again: none, attention, blocks or full
             "unet": {
                 "sample_size": 64,
                 "in_channels": 4,

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.pipeline import Pipeline
+
+# The autoencoder's first layers have 512 bytes a pixel and activation, many times what the denoiser has of a picture.
+_PIXELS_AT_ONCE = 1024 * 1024
 
 # The hidden states [b, n, d]; SDXL's pooled text and micro-conditioning, `text_embeds` [b, p] and `time_ids` [b, 6].
 Conditions = tuple[Float[Array, "b n d"], Mapping[str, Array] | None]
@@ -28,9 +32,18 @@ def sample_latent(
 def encode_pixels(
     vae: Autoencoder, params: PyTree, pixels: UInt8[Array, "b h w 3"], keys: Key[Array, " b"]
 ) -> Float[Array, "b c h w"]:
-    """Scaled latents, drawn from the posterior with one key an example."""
-    moments = vae.encode(params, to_unit_range(pixels))
-    return jax.vmap(sample_latent)(keys, *moments) * vae.config["scaling_factor"]
+    """Scaled latents, drawn from the posterior with one key an example, a few pictures at a time."""
+    params = meta.unbox(params)  # once, not for each few
+
+    def encode(example: tuple[Array, Array]) -> Array:
+        pixels, key = example
+        mean, log_variance = vae.encode(params, to_unit_range(pixels[None]))
+        return sample_latent(key, mean[0], log_variance[0]) * vae.config["scaling_factor"]
+
+    at_once = max(1, _PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
+    if len(pixels) <= at_once:
+        return jax.vmap(encode)((pixels, keys))
+    return jax.lax.map(encode, (pixels, keys), batch_size=at_once)
 
 
 def drop_captions(

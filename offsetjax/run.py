@@ -57,6 +57,8 @@ RESUMABLE_CHANGES = (
     "data.num_workers",
     "model.pretrained",
     "model.variant",
+    "model.attention",
+    "model.remat",
     "lora.pretrained",  # read before the first step alone
     "noise.calibration",  # what it filled in is compared
 )
@@ -162,6 +164,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
             )
     for section in ("train", "data", *RESUMABLE_SECTIONS):
         stored[section].update(config[section])
+    stored.model.update(attention=config.model.attention, remat=config.model.remat)
     validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
     return stored
 

@@ -82,7 +82,10 @@ def mesh_of(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[Any] | N
     devices = jax.devices()[: data * fsdp * tensor] if devices is None else devices
     slices = _num_slices(devices)
     if slices == 1:
-        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+        try:
+            grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+        except TypeError:  # jax's way to say that it found no assignment, as of 64 to a torus of 16x20x28
+            grid = np.asarray(devices).reshape(data, fsdp, tensor)
     else:
         within, between = (data // slices, fsdp, tensor), (slices, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)

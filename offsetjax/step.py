@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.fsdp import Gradient
 from offsetjax.objective import Batch, Objective, add_position
 from offsetjax.optimizer import learning_rate, make_optimizer
 
@@ -41,21 +42,31 @@ def init_state(params: PyTree, config: ConfigDict) -> TrainState:
     )
 
 
-def make_train_step(objective: Objective, config: ConfigDict) -> TrainStep:
+def make_gradient(objective: Objective, config: ConfigDict) -> Gradient:
+    """(params, frozen, batch, step) → the mean loss of a batch and its gradient, in `train.accumulate_steps` parts."""
+
+    def gradient(params: PyTree, frozen: PyTree, batch: Batch, step: Array) -> tuple[Float[Array, ""], PyTree]:
+        def loss(params: PyTree, part: Batch) -> Float[Array, ""]:
+            return objective(params, frozen, part, step).mean()
+
+        return accumulate(loss, params, batch, config.train.accumulate_steps)
+
+    return gradient
+
+
+def make_train_step(gradient: Gradient, config: ConfigDict) -> TrainStep:
     """The pure step: (state, frozen, batch) → (state, metrics), to be jitted with shardings and a donated state.
 
     A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+        gradient: of a whole batch: `make_gradient`'s, or on several devices `fsdp.on_mesh` of it.
     """
     optimizer, rate = make_optimizer(config), learning_rate(config)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = add_position(batch, config.train.global_batch_size)
-        loss, gradients = accumulate(
-            lambda params, part: objective(params, frozen, part, state.step).mean(),
-            state.params,
-            batch,
-            config.train.accumulate_steps,
-        )
+        loss, gradients = gradient(state.params, frozen, batch, state.step)
         grad_norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

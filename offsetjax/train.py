@@ -16,14 +16,15 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
-from offsetjax import checkpoint, sharding
+from offsetjax import checkpoint, fsdp, sharding
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Stream, open_source
 from offsetjax.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.metrics import MetricsWriter, StepClock
+from offsetjax.models.pipeline import for_training
 from offsetjax.objective import make_objective
 from offsetjax.run import Run, first_state, open_run, open_stream
-from offsetjax.step import TrainState, TrainStep, make_train_step
+from offsetjax.step import TrainState, TrainStep, make_gradient, make_train_step
 from offsetjax.watch import Watch, open_watches
 
 _log = logging.getLogger("offsetjax")
@@ -50,8 +51,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
     """The train step with its placement: the state is donated, batches are split over all devices."""
+    pipeline = for_training(run.pipeline, run.config, run.mesh.devices.flat[0].platform)
+    gradient = make_gradient(make_objective(pipeline, run.config), run.config)
     return jax.jit(
-        make_train_step(make_objective(run.pipeline, run.config), run.config),
+        make_train_step(fsdp.on_mesh(gradient, run.mesh, pipeline.dtypes), run.config),
         in_shardings=(
             state_shardings,
             sharding.shardings(run.mesh, run.frozen),

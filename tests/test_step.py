@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from offsetjax import sharding
 from offsetjax.diffusion.noise import offset_noise
 from offsetjax.objective import add_position, batch_keys, diffusion_objective
 from offsetjax.run import Run
-from offsetjax.step import TrainState, accumulate, init_state, make_train_step
+from offsetjax.step import TrainState, accumulate, init_state, make_gradient, make_train_step
 from offsetjax.train import jit_train_step
 from tests.tiny import quick_compilation, tiny_config
 
@@ -38,6 +39,10 @@ class LinearPipeline:
     downscale: int = 1
     force_zeros_for_empty_prompt: bool = False
     is_conditioned_on_size: bool = False
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        return dict.fromkeys(("vae", "unet", "text_encoder"), jnp.float32)
 
     @property
     def vae(self) -> "LinearPipeline":
@@ -62,6 +67,7 @@ class _Matrix:
     def apply(
         self, params: PyTree, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
     ) -> jax.Array:
+        params = flax.core.meta.unbox(params)  # as Flax's modules do, weight by weight
         flat = noisy.reshape(len(noisy), SIZE) @ params["dense"]["kernel"] + params["dense"]["bias"]
         return (flat + hidden[:, :1] + timesteps[:, None] / 1000.0).reshape(noisy.shape)
 
@@ -190,7 +196,8 @@ def test_a_batch_that_makes_nan_changes_nothing_but_the_counters() -> None:
 @pytest.mark.parametrize("times", [1, 5])
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too_however_often(times: int) -> None:
     config = _config()
-    train_step = jax.jit(make_train_step(lambda params, *_: jnp.sqrt(params["w"]), config))  # slope ∞ at 0
+    gradient = make_gradient(lambda params, *_: jnp.sqrt(params["w"]), config)  # slope ∞ at 0
+    train_step = jax.jit(make_train_step(gradient, config))
     state = first = init_state({"w": jnp.zeros(2)}, config)
     for _ in range(times):
         state, metrics = train_step(state, None, _batch())
@@ -203,7 +210,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too_however_often(ti
 
 def test_the_average_follows_with_its_warm_up() -> None:
     config = _config(optimizer__ema_decay=0.5)
-    train_step = jax.jit(make_train_step(lambda params, *_: params["w"] * jnp.ones(1), config))
+    train_step = jax.jit(make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1), config), config))
     state = init_state({"w": jnp.ones(1)}, config)
     average = 1.0
     for step in range(12):
@@ -231,7 +238,7 @@ def test_the_state_is_donated_and_the_step_is_compiled_once() -> None:
 
 def test_captions_that_were_cut_are_counted_from_the_first_step_on() -> None:
     config = _config()
-    train_step = jax.jit(make_train_step(lambda params, *_: params["w"] * jnp.ones(1), config))
+    train_step = jax.jit(make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1), config), config))
     state = init_state({"w": jnp.ones(1)}, config)
     for total in (3, 6):
         batch = _batch() | {"is_truncated": np.arange(32) < 3}

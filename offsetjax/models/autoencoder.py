@@ -17,6 +17,7 @@ class Autoencoder:
     """`init`, `encode` and `decode`; `config` has diffusers' names and values."""
 
     config: Mapping[str, Any]
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)  # SDXL's overflows in float16, and rounds visibly in bfloat16
     class_name: str = "AutoencoderKL"
 
     @property

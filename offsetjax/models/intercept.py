@@ -22,21 +22,26 @@ import jax
 import jax.numpy as jnp
 from diffusers.models import resnet_flax, vae_flax
 from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPAttention
 
+from offsetjax.models.attention import attend
 
-def torch_numerics(norm_num_groups: int = 32, vae_attention: bool = True) -> AbstractContextManager[None]:
+
+def torch_numerics(
+    norm_num_groups: int = 32, vae_attention: bool = True, kernel: str = "xla"
+) -> AbstractContextManager[None]:
     """A context in which the Flax modules are traced with PyTorch's numerics.
 
     Args:
         norm_num_groups: groups of every group normalisation.
         vae_attention: whether the autoencoder's middle block attends.
+        kernel: of the UNet's attention, one of `attention.KERNELS` but `auto`.
     """
     corrections: dict[type[nn.Module], Callable[..., Any]] = {
         nn.GroupNorm: functools.partial(_group_norm, groups=norm_num_groups),
         FlaxGEGLU: _geglu,
-        FlaxAttention: _attention,
+        FlaxAttention: functools.partial(_attention, kernel=kernel),
         FlaxCLIPAttention: _text_attention,
         resnet_flax.FlaxUpsample2D: _upsample,
         vae_flax.FlaxUpsample2D: _upsample,
@@ -84,10 +89,12 @@ def _attention(
     x: Float[Array, "b n d"],
     context: Float[Array, "b m e"] | None = None,
     deterministic: bool = True,
+    *,
+    kernel: str,
 ) -> Float[Array, "b n d"]:
     context = x if context is None else context
     projected = module.query(x), module.key(context), module.value(context)
-    return module.proj_attn(_attend(*projected, module.heads))
+    return module.proj_attn(attend(*projected, module.heads, kernel=kernel))
 
 
 def _text_attention(
@@ -101,21 +108,7 @@ def _text_attention(
     x = hidden_states
     causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
     projected = module.q_proj(x), module.k_proj(x), module.v_proj(x)
-    return (module.out_proj(_attend(*projected, module.num_heads, causal)),)
-
-
-def _attend(
-    query: Float[Array, "b n d"],
-    key: Float[Array, "b m d"],
-    value: Float[Array, "b m d"],
-    heads: int,
-    mask: Bool[Array, "n m"] | None = None,
-) -> Float[Array, "b n d"]:
-    query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
-    scores = jnp.einsum("bnke,bmke->bknm", query, key, preferred_element_type=jnp.float32)
-    weights = nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1, where=mask).astype(value.dtype)
-    attended = jnp.einsum("bknm,bmke->bnke", weights, value)
-    return attended.reshape(*attended.shape[:2], -1)
+    return (module.out_proj(attend(*projected, module.num_heads, mask=causal)),)
 
 
 def _upsample(

@@ -4,7 +4,7 @@ Parts go by the names of diffusers' folders: `unet`, `vae`, `text_encoder` and, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
+from offsetjax.errors import UserError
+from offsetjax.models import attention
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.lora import Adapted
 from offsetjax.models.text import TextEncoder
@@ -38,6 +40,11 @@ class Pipeline:
         """The text encoders by their parts' names, in the order of the tokenizers."""
         both = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
         return {part: model for part, model in both.items() if model is not None}
+
+    @property
+    def dtypes(self) -> dict[str, jnp.dtype]:
+        """The type that each part computes in."""
+        return {part: model.dtype for part, model in {"vae": self.vae, "unet": self.unet, **self.text_encoders}.items()}
 
     @property
     def is_conditioned_on_size(self) -> bool:
@@ -101,6 +108,32 @@ def build(config: ConfigDict, tokenizers: Sequence[CLIPTokenizer] = ()) -> Pipel
         force_zeros_for_empty_prompt=model.force_zeros_for_empty_prompt,
         **parts,
     )
+
+
+def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipeline:
+    """The pipeline whose denoiser has `model.attention` and `model.remat`, to be traced by each device for itself.
+
+    Raises:
+        UserError: the platform ("tpu", "gpu" or "cpu") or the pictures' size has no use for the kernel that is named.
+    """
+    setting = config.model.attention
+    try:
+        kernel = attention.kernel_of(setting, platform, pipeline.unet.dtype)
+    except ValueError as error:
+        raise UserError(f"config: model.attention = {setting}: {error}; auto takes what fits") from None
+    longest = (config.data.resolution // pipeline.vae.downscale) ** 2
+    if setting in ("splash", "cudnn") and longest < attention.SHORTEST:
+        raise UserError(
+            f"config: model.attention = {setting} is for latents of {attention.SHORTEST} pixels and more, and those of "
+            f"data.resolution = {config.data.resolution} have {longest}; auto takes what fits"
+        )
+
+    def settle(unet: UNet | Adapted) -> UNet | Adapted:
+        if isinstance(unet, Adapted):
+            return replace(unet, model=settle(unet.model))
+        return replace(unet, kernel=kernel, remat=config.model.remat)
+
+    return replace(pipeline, unet=settle(pipeline.unet))
 
 
 def adapter_scale(config: ConfigDict) -> float:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from offsetjax.errors import UserError
 from offsetjax.models.intercept import torch_numerics
+from offsetjax.models.remat import rematerialised
 
 # What the config does not vary, and PyTorch needs to be told.
 _FIXED = {"act_fn": "silu", "norm_eps": 1e-5, "mid_block_type": "UNetMidBlock2DCrossAttn"}
@@ -26,10 +27,17 @@ _NUM_TIME_IDS = 6  # original height and width, crop top and left, target height
 
 @dataclass(frozen=True)
 class UNet:
-    """`init` and `apply` of the denoiser; `config` has diffusers' names, and "" or 0 where diffusers has None."""
+    """`init` and `apply` of the denoiser; `config` has diffusers' names, and "" or 0 where diffusers has None.
+
+    Attributes:
+        kernel: of attention (`attention.py`); one other than "xla" needs each device to trace `apply` for itself.
+        remat: what the backward pass computes again (`remat.py`).
+    """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype
+    kernel: str = "xla"
+    remat: str = "none"
     class_name: str = "UNet2DConditionModel"
 
     @property
@@ -88,7 +96,8 @@ class UNet:
                 "text_embeds": jnp.asarray(added_conditions["text_embeds"], self.dtype),
                 "time_ids": jnp.asarray(added_conditions["time_ids"], jnp.float32),  # bfloat16 has no 1023 pixels
             }
-        with torch_numerics(self.config["norm_num_groups"]):
+        numerics = torch_numerics(self.config["norm_num_groups"], kernel=self.kernel)
+        with rematerialised(self.remat), numerics:
             output = self._module().apply(
                 {"params": params},
                 jnp.asarray(latents, self.dtype),

@@ -1,0 +1,137 @@
+"""Fully sharded data parallelism (Rajbhandari et al. 2019, arXiv 1910.02054; PyTorch's FSDP), explicitly.
+
+Each device computes the loss of its own examples, with weights of which it holds a share. Where a layer asks for a
+weight, the devices of the `fsdp` axis put their shares together, in the compute type; where its gradient comes back,
+each receives the sum of its own share alone, in float32:
+
+    forward, and backward where it is computed again     all-gather        2 bytes a parameter in bfloat16
+    backward                                             reduce-scatter    4 bytes
+    once a step, over `data`, and for what is not split  all-reduce        4 bytes of the shares
+
+Left to itself, the compiler gathers in float32, several times, and reduces whole gradients.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PyTree
+
+from offsetjax import sharding
+
+Loss = Float[Array, ""]
+# (params, frozen, batch, step) → (loss, gradients), of a batch or of a device's share of it.
+Gradient = Callable[[PyTree, PyTree, PyTree, Array], tuple[Loss, PyTree]]
+
+
+class Share(flax.struct.PyTreeNode, meta.AxisMetadata):
+    """A device's share of a weight, in place of the weight: Flax unboxes it where a layer asks for the parameter.
+
+    Attributes:
+        axis: the one that is split over `fsdp`.
+        dtype: that the layer computes in.
+    """
+
+    value: Any
+    axis: int = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Array:
+        """The whole weight."""
+        return _gather(self.value, self.axis, self.dtype)
+
+    def replace_boxed(self, val: Any) -> "Share":
+        """Flax's: the same box around another value."""
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Share":
+        """Flax's, of a transformation that stacks layers."""
+        return self.replace(axis=self.axis + (index <= self.axis))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Share":
+        """Flax's, of a transformation that takes stacked layers apart."""
+        return self.replace(axis=self.axis - (index < self.axis))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(share: Array, axis: int, dtype: Any) -> Array:
+    return jax.lax.all_gather(share.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+def _gather_forward(share: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
+    return _gather(share, axis, dtype), jnp.zeros((), share.dtype)
+
+
+def _gather_backward(axis: int, dtype: Any, like: Array, gradient: Array) -> tuple[Array]:
+    # The devices' gradients are of the compute type; their sum is not rounded to it.
+    total = jax.lax.psum_scatter(gradient.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True)
+    return (total.astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def shared(tree: PyTree, specs: PyTree, dtype: Any) -> PyTree:
+    """The tree with a `Share` in place of each array that its spec splits over `fsdp`."""
+
+    def box(array: Any, spec: P) -> Any:
+        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype)) if "fsdp" in tuple(spec) else array
+
+    return jax.tree.map(box, tree, specs)
+
+
+def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradient:
+    """The gradient of a batch that is split over the mesh, from that of a device's share of it.
+
+    The loss must be a mean over the examples; the parameters' gradients come out split as the parameters are.
+
+    Args:
+        gradient: takes weights as Flax modules do, with `Share`s among them.
+        dtypes: the type that each part of the parameters computes in.
+    """
+    manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
+    batch_axes = sharding.BATCH[0]
+
+    def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, step: Array) -> tuple[Loss, PyTree]:
+        param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
+
+        def on_device(params: PyTree, frozen: PyTree, batch: PyTree, step: Array) -> tuple[Loss, PyTree]:
+            boxed = [
+                {part: shared(tree[part], specs[part], dtypes[part]) for part in tree}
+                for tree, specs in ((params, param_specs), (frozen, frozen_specs))
+            ]
+            loss, gradients = gradient(*boxed, batch, step)
+            unboxed = jax.tree.map(lambda x: x.value if isinstance(x, Share) else x, gradients, is_leaf=_is_share)
+            return jax.lax.pmean(loss, batch_axes), jax.tree.map(_mean, unboxed, param_specs)
+
+        def _mean(gradient: Array, spec: P) -> Array:
+            # What was split is summed over `fsdp` already.
+            total = jax.lax.psum(gradient, "data" if "fsdp" in tuple(spec) else batch_axes)
+            return total / (mesh.shape["data"] * mesh.shape["fsdp"])
+
+        manual_specs = [jax.tree.map(lambda spec: _only(spec, manual), specs) for specs in (param_specs, frozen_specs)]
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(*manual_specs, sharding.BATCH, P()),
+            out_specs=(P(), manual_specs[0]),
+            axis_names=manual,
+            check_vma=False,
+        )(params, frozen, batch, step)
+
+    return on_devices
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Share)
+
+
+def _only(spec: P, axes: frozenset[str]) -> P:
+    """The spec without the axes that the compiler takes care of."""
+    return P(*(axis if axis in axes else None for axis in spec))

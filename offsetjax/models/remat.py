@@ -1,0 +1,61 @@
+"""Which activations are kept for the backward pass, and which are computed again, by name (`model.remat`).
+
+- `none`: all are kept;
+- `attention`: attention is computed again, with its projections;
+- `blocks`: each transformer block and each residual block, of which the inputs alone are kept;
+- `full`: each stage of the UNet as well, with all of its blocks; the least memory, about 40 % more work.
+
+A weight that FSDP gathers for a block is let go and gathered again with it. No parameter changes its name, and no number
+its value. A policy over the whole UNet instead would save nothing on a TPU, where the compiler undoes it.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax.linen as nn
+from diffusers.models.attention_flax import FlaxAttention, FlaxBasicTransformerBlock
+from diffusers.models.resnet_flax import FlaxResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks_flax import (
+    FlaxCrossAttnDownBlock2D,
+    FlaxCrossAttnUpBlock2D,
+    FlaxDownBlock2D,
+    FlaxUNetMidBlock2DCrossAttn,
+    FlaxUpBlock2D,
+)
+
+_BLOCKS = (FlaxBasicTransformerBlock, FlaxResnetBlock2D)
+_STAGES = (
+    FlaxCrossAttnDownBlock2D,
+    FlaxCrossAttnUpBlock2D,
+    FlaxDownBlock2D,
+    FlaxUNetMidBlock2DCrossAttn,
+    FlaxUpBlock2D,
+)
+POLICIES: dict[str, tuple[type[nn.Module], ...]] = {
+    "none": (),
+    "attention": (FlaxAttention,),
+    "blocks": _BLOCKS,
+    "full": (*_BLOCKS, *_STAGES),
+}
+
+
+def rematerialised(policy: str) -> AbstractContextManager[None]:
+    """A context in which the modules of a policy are traced so that the backward pass computes them again."""
+    modules, inside = POLICIES[policy], set[tuple[str, ...]]()
+
+    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if not isinstance(module, modules) or context.method_name != "__call__" or module.path in inside:
+            return next_function(*args, **kwargs)
+
+        def body(module: nn.Module, *args: Any) -> Any:
+            inside.add(module.path)  # its own call comes through here again
+            try:
+                return module(*args, **kwargs)
+            finally:
+                inside.discard(module.path)
+
+        return nn.remat(body)(module, *args)
+
+    return nn.intercept_methods(interceptor)
