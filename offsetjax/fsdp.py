@@ -102,11 +102,9 @@ def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradie
         param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
 
         def on_device(params: PyTree, frozen: PyTree, batch: PyTree, step: Array) -> tuple[Loss, PyTree]:
-            boxed = [
-                {part: shared(tree[part], specs[part], dtypes[part]) for part in tree}
-                for tree, specs in ((params, param_specs), (frozen, frozen_specs))
-            ]
-            loss, gradients = gradient(*boxed, batch, step)
+            params = {part: shared(params[part], param_specs[part], dtypes[part]) for part in params}
+            frozen = {part: shared(frozen[part], frozen_specs[part], dtypes[part]) for part in frozen}
+            loss, gradients = gradient(params, frozen, batch, step)
             unboxed = jax.tree.map(lambda x: x.value if isinstance(x, Share) else x, gradients, is_leaf=_is_share)
             return jax.lax.pmean(loss, batch_axes), jax.tree.map(_mean, unboxed, param_specs)
 

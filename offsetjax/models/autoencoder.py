@@ -17,8 +17,12 @@ class Autoencoder:
     """`init`, `encode` and `decode`; `config` has diffusers' names and values."""
 
     config: Mapping[str, Any]
-    dtype: jnp.dtype = jnp.dtype(jnp.float32)  # SDXL's overflows in float16, and rounds visibly in bfloat16
     class_name: str = "AutoencoderKL"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What it computes in: SDXL's overflows in float16, and rounds visibly in bfloat16."""
+        return jnp.dtype(jnp.float32)
 
     @property
     def downscale(self) -> int:

@@ -5,8 +5,8 @@
 - `blocks`: each transformer block and each residual block, of which the inputs alone are kept;
 - `full`: each stage of the UNet as well, with all of its blocks; the least memory, about 40 % more work.
 
-A weight that FSDP gathers for a block is let go and gathered again with it. No parameter changes its name, and no number
-its value. A policy over the whole UNet instead would save nothing on a TPU, where the compiler undoes it.
+A weight that FSDP gathers for a block is let go, and gathered again with it. No parameter changes its name, and no
+number its value. A policy over the whole UNet instead would save nothing on a TPU, where the compiler undoes it.
 """
 
 from collections.abc import Callable
