@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, PyTree
 from offsetjax import sharding
 
 Loss = Float[Array, ""]
+Rings = tuple[tuple[tuple[int, ...], ...], ...]
 # (params, frozen, batch, step) → (loss, gradients), of a batch or of a device's share of it.
 Gradient = Callable[[PyTree, PyTree, PyTree, Array], tuple[Loss, PyTree]]
 
@@ -36,15 +37,17 @@ class Share(flax.struct.PyTreeNode, meta.AxisMetadata):
     Attributes:
         axis: the one that is split over `fsdp`.
         dtype: that the layer computes in.
+        rings: see `sharding.rings`.
     """
 
     value: Any
     axis: int = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
+    rings: Rings = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> Array:
         """The whole weight."""
-        return _gather(self.value, self.axis, self.dtype)
+        return _gather(self.value, self.axis, self.dtype, self.rings)
 
     def replace_boxed(self, val: Any) -> "Share":
         """Flax's: the same box around another value."""
@@ -59,29 +62,32 @@ class Share(flax.struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(axis=self.axis - (index < self.axis))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(share: Array, axis: int, dtype: Any) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(share: Array, axis: int, dtype: Any, rings: Rings) -> Array:
     return jax.lax.all_gather(share.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _gather_forward(share: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
-    return _gather(share, axis, dtype), jnp.zeros((), share.dtype)
+def _gather_forward(share: Array, axis: int, dtype: Any, rings: Rings) -> tuple[Array, Array]:
+    return _gather(share, axis, dtype, rings), jnp.zeros((), share.dtype)
 
 
-def _gather_backward(axis: int, dtype: Any, like: Array, gradient: Array) -> tuple[Array]:
+def _gather_backward(axis: int, dtype: Any, rings: Rings, like: Array, gradient: Array) -> tuple[Array]:
     # The devices' gradients are of the compute type; their sum is not rounded to it.
-    total = jax.lax.psum_scatter(gradient.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True)
+    total = gradient.astype(jnp.float32)
+    for ring in rings:  # the compiler has no reduce-scatter over several axes of a torus: it would reduce the whole
+        groups = ring if len(rings) > 1 else None
+        total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)
     return (total.astype(like.dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def shared(tree: PyTree, specs: PyTree, dtype: Any) -> PyTree:
+def shared(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings) -> PyTree:
     """The tree with a `Share` in place of each array that its spec splits over `fsdp`."""
 
     def box(array: Any, spec: P) -> Any:
-        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype)) if "fsdp" in tuple(spec) else array
+        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype), rings) if "fsdp" in tuple(spec) else array
 
     return jax.tree.map(box, tree, specs)
 
@@ -96,14 +102,14 @@ def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradie
         dtypes: the type that each part of the parameters computes in.
     """
     manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
-    batch_axes = sharding.BATCH[0]
+    batch_axes, rings = sharding.BATCH[0], sharding.rings(mesh)
 
     def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, step: Array) -> tuple[Loss, PyTree]:
         param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
 
         def on_device(params: PyTree, frozen: PyTree, batch: PyTree, step: Array) -> tuple[Loss, PyTree]:
-            params = {part: shared(params[part], param_specs[part], dtypes[part]) for part in params}
-            frozen = {part: shared(frozen[part], frozen_specs[part], dtypes[part]) for part in frozen}
+            params = {part: shared(params[part], param_specs[part], dtypes[part], rings) for part in params}
+            frozen = {part: shared(frozen[part], frozen_specs[part], dtypes[part], rings) for part in frozen}
             loss, gradients = gradient(params, frozen, batch, step)
             unboxed = jax.tree.map(lambda x: x.value if isinstance(x, Share) else x, gradients, is_leaf=_is_share)
             return jax.lax.pmean(loss, batch_axes), jax.tree.map(_mean, unboxed, param_specs)

@@ -10,6 +10,7 @@ Axes of the mesh:
 A parameter, its optimizer moments and its average are placed by the first rule whose pattern is found in its path.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,10 +64,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"config: mesh {shape} does not fit {len(devices)} devices; mesh.data = -1 uses all that are left"
         )
     shape = {axis: len(devices) // known if size == -1 else size for axis, size in shape.items()}
-    if shape["data"] % _num_slices(devices):
+    slices = len({_slice(device) for device in devices})
+    if shape["data"] % slices:
         raise UserError(
-            f"config: mesh.data = {shape['data']} must be a multiple of the {_num_slices(devices)} slices: parameters "
-            "are split within a slice, and replicated over the slices"
+            f"config: mesh.data = {shape['data']} must be a multiple of the {slices} slices: parameters are split "
+            "within a slice, and replicated over the slices"
         )
     shares, batch = shape["data"] * shape["fsdp"], config.train.global_batch_size // config.train.accumulate_steps
     if batch % shares:
@@ -80,21 +82,52 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
 def mesh_of(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the first `data x fsdp x tensor` devices: neighbours along `tensor`, slices along `data`."""
     devices = jax.devices()[: data * fsdp * tensor] if devices is None else devices
-    slices = _num_slices(devices)
-    if slices == 1:
-        try:
-            grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
-        except TypeError:  # jax's way to say that it found no assignment, as of 64 to a torus of 16x20x28
-            grid = np.asarray(devices).reshape(data, fsdp, tensor)
-    else:
-        within, between = (data // slices, fsdp, tensor), (slices, 1, 1)
-        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    slices = [list(group) for _, group in itertools.groupby(sorted(devices, key=_slice), _slice)]
+    grid = np.concatenate([_grid((data // len(slices), fsdp, tensor), each) for each in slices])
     # Explicit axes, the default, refuse a vmap over a sharded batch.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _num_slices(devices: Sequence[Any]) -> int:
-    return len({getattr(device, "slice_index", 0) for device in devices})
+def rings(mesh: Mesh) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The axes of a TPU's torus that the `fsdp` axis runs along, the slowest first: each as groups of its indices.
+
+    Devices of a group lie on one line of the torus. A mesh whose devices have no coordinates, or whose `fsdp` axis
+    fills no box of the torus, has one group of all.
+    """
+    count = mesh.shape["fsdp"]
+    whole = ((tuple(range(count)),),)
+    devices = mesh.devices[0, :, 0]
+    if not all(hasattr(device, "coords") for device in devices):
+        return whole
+    places = np.array([device.coords for device in devices])
+    extents = np.array([len(set(column)) for column in places.T])
+    if np.prod(extents) != count:
+        return whole
+    strides = {int(np.argmax(places[:, axis] != places[0, axis])): axis for axis in np.flatnonzero(extents > 1)}
+    order = [strides[stride] for stride in sorted(strides, reverse=True)]
+    index = np.arange(count).reshape([extents[axis] for axis in order])
+    lines = [np.moveaxis(index, place, -1).reshape(-1, extents[axis]) for place, axis in enumerate(order)]
+    for axis, each in zip(order, lines, strict=True):
+        if any(np.ptp(np.delete(places[line], axis, 1), axis=0).any() for line in each):
+            return whole
+    return tuple(tuple(tuple(int(i) for i in line) for line in each) for each in lines)
+
+
+def _grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of one slice, such that `fsdp` and `tensor` run along axes of the torus where they can."""
+    places = np.array([getattr(device, "coords", ()) for device in devices])
+    # What the last axes of the torus hold, the last first.
+    boxes = np.cumprod((np.ptp(places, axis=0) + 1)[::-1]).tolist() if places.size else []
+    if len(devices) in boxes and {shape[2], shape[1] * shape[2]} <= {1, *boxes}:
+        return np.asarray(sorted(devices, key=lambda device: tuple(device.coords))).reshape(shape)
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except TypeError:  # jax's way to say that it found no assignment, as of 64 to a torus of 16x20x28
+        return np.asarray(devices).reshape(shape)
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def spec(path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:

@@ -1,4 +1,4 @@
-"""The autoencoder: diffusers' `FlaxAutoencoderKL`, always in float32."""
+"""The autoencoder: diffusers' `FlaxAutoencoderKL`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from offsetjax.models.intercept import torch_numerics
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """`init`, `encode` and `decode`; `config` has diffusers' names and values."""
+    """`init`, `encode` and `decode`; `config` has diffusers' names and values.
+
+    Attributes:
+        dtype: that it computes in. Pictures are drawn in float32; SDXL's overflows in float16.
+    """
 
     config: Mapping[str, Any]
+    dtype: Any = jnp.float32
     class_name: str = "AutoencoderKL"
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """What it computes in: SDXL's overflows in float16, and rounds visibly in bfloat16."""
-        return jnp.dtype(jnp.float32)
 
     @property
     def downscale(self) -> int:
@@ -30,7 +30,8 @@ class Autoencoder:
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def _module(self) -> FlaxAutoencoderKL:
-        return FlaxAutoencoderKL(**{k: v for k, v in self.config.items() if k != "mid_block_add_attention"})
+        fields = {key: value for key, value in self.config.items() if key != "mid_block_add_attention"}
+        return FlaxAutoencoderKL(**fields, dtype=jnp.dtype(self.dtype))
 
     def _numerics(self):
         return torch_numerics(self.config["norm_num_groups"], self.config["mid_block_add_attention"])
@@ -47,15 +48,16 @@ class Autoencoder:
     ) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
         """The mean and the log-variance of the latents (not yet scaled) of pixels in [-1, 1]."""
         with self._numerics():
-            posterior = self._module().apply({"params": params}, pixels, method="encode").latent_dist
-        return jnp.transpose(posterior.mean, (0, 3, 1, 2)), jnp.transpose(posterior.logvar, (0, 3, 1, 2))
+            posterior = self._module().apply({"params": params}, pixels.astype(self.dtype), method="encode").latent_dist
+        mean, log_variance = (jnp.transpose(x, (0, 3, 1, 2)) for x in (posterior.mean, posterior.logvar))
+        return mean.astype(jnp.float32), log_variance.astype(jnp.float32)
 
     def decode(self, params: PyTree, latents: Float[Array, "b c h w"]) -> Float[Array, "b 3 H W"]:
         """Pixels, about [-1, 1], of latents that are not scaled."""
         # Channels last: diffusers' own transposition guesses the layout from the shape.
-        channels_last = jnp.transpose(latents, (0, 2, 3, 1))
+        channels_last = jnp.transpose(latents, (0, 2, 3, 1)).astype(self.dtype)
         with self._numerics():
-            return self._module().apply({"params": params}, channels_last, method="decode").sample
+            return self._module().apply({"params": params}, channels_last, method="decode").sample.astype(jnp.float32)
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that PyTorch diffusers reads."""

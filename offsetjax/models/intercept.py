@@ -7,7 +7,8 @@ Each makes a converted model give PyTorch's numbers, and no parameter changes it
 - group normalisation has the configured number of groups (diffusers' Flax UNet: always 32), and gives the type of its
   input (Flax: float32, which would turn bfloat16 convolutions into float32 ones); its variance does not drown in the
   mean (Flax takes E x² - (E x)², which on a picture of one colour is rounding and nothing else);
-- softmax is taken in float32, of scores in float32 (diffusers' and transformers' Flax: in the compute type);
+- softmax is taken in float32, of scores in float32 (diffusers' and transformers' Flax: in the compute type), in the
+  autoencoder of some queries at a time;
 - upsampling repeats pixels (diffusers' Flax gathers them and scatters their gradients: the same numbers, slowly);
 - the autoencoder's attention can be left out (`mid_block_add_attention=False`, as in PyTorch).
 """
@@ -26,6 +27,8 @@ from jaxtyping import Array, Float
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPAttention
 
 from offsetjax.models.attention import attend
+
+_VAE_QUERIES = 4096
 
 
 def torch_numerics(
@@ -46,8 +49,7 @@ def torch_numerics(
         resnet_flax.FlaxUpsample2D: _upsample,
         vae_flax.FlaxUpsample2D: _upsample,
     }
-    if not vae_attention:
-        corrections[vae_flax.FlaxAttentionBlock] = lambda module, x: x
+    corrections[vae_flax.FlaxAttentionBlock] = _vae_attention if vae_attention else lambda module, x: x
 
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         correction = corrections.get(type(context.module))
@@ -109,6 +111,16 @@ def _text_attention(
     causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
     projected = module.q_proj(x), module.k_proj(x), module.v_proj(x)
     return (module.out_proj(attend(*projected, module.num_heads, mask=causal)),)
+
+
+def _vae_attention(module: vae_flax.FlaxAttentionBlock, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    positions = module.group_norm(x).reshape(len(x), -1, x.shape[-1])
+    query, key, value = module.query(positions), module.key(positions), module.value(positions)
+    # A part of the queries at a time: all scores of a picture of 1024 px are 1 GiB.
+    parts = -(-query.shape[1] // _VAE_QUERIES) if query.shape[1] % _VAE_QUERIES == 0 else 1
+    queries = query.reshape(len(x), parts, -1, query.shape[-1])
+    attended = [attend(queries[:, part], key, value, module.num_heads) for part in range(parts)]
+    return x + module.proj_attn(jnp.concatenate(attended, axis=1)).reshape(x.shape)
 
 
 def _upsample(

@@ -111,7 +111,10 @@ def build(config: ConfigDict, tokenizers: Sequence[CLIPTokenizer] = ()) -> Pipel
 
 
 def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipeline:
-    """The pipeline whose denoiser has `model.attention` and `model.remat`, to be traced by each device for itself.
+    """The pipeline as it is trained, to be traced by each device for itself.
+
+    The denoiser has `model.attention` and `model.remat`. Pictures are encoded in the compute type, as by other
+    trainers; not SDXL's, whose autoencoder is for float32 alone, nor by an autoencoder that is itself trained.
 
     Raises:
         UserError: the platform ("tpu", "gpu" or "cpu") or the pictures' size has no use for the kernel that is named.
@@ -133,7 +136,9 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipel
             return replace(unet, model=settle(unet.model))
         return replace(unet, kernel=kernel, remat=config.model.remat)
 
-    return replace(pipeline, unet=settle(pipeline.unet))
+    is_half_enough = config.task == "diffusion" and family(config) != "sdxl"
+    vae = replace(pipeline.vae, dtype=pipeline.unet.dtype) if is_half_enough else pipeline.vae
+    return replace(pipeline, unet=settle(pipeline.unet), vae=vae)
 
 
 def adapter_scale(config: ConfigDict) -> float:
