@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from offsetjax.data.stream import Stream, open_source
 from offsetjax.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.metrics import MetricsWriter, StepClock
 from offsetjax.models.pipeline import for_training
-from offsetjax.objective import make_objective
+from offsetjax.objective import Objective, make_objective
 from offsetjax.run import Run, first_state, open_run, open_stream
 from offsetjax.step import TrainState, TrainStep, make_gradient, make_train_step
 from offsetjax.watch import Watch, open_watches
@@ -50,11 +50,16 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
-    """The train step with its placement: the state is donated, batches are split over all devices."""
+    """The train step of a run, with its placement."""
     pipeline = for_training(run.pipeline, run.config, run.mesh.devices.flat[0].platform)
-    gradient = make_gradient(make_objective(pipeline, run.config), run.config)
+    return place(make_objective(pipeline, run.config), pipeline.dtypes, run, state_shardings)
+
+
+def place(objective: Objective, dtypes: Mapping[str, Any], run: Run, state_shardings: PyTree) -> TrainStep:
+    """The train step of an objective on the run's mesh: the state is donated, batches are split over all devices."""
+    gradient = fsdp.on_mesh(make_gradient(objective, run.config), run.mesh, dtypes)
     return jax.jit(
-        make_train_step(fsdp.on_mesh(gradient, run.mesh, pipeline.dtypes), run.config),
+        make_train_step(gradient, run.config),
         in_shardings=(
             state_shardings,
             sharding.shardings(run.mesh, run.frozen),

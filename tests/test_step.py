@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from offsetjax import sharding
 from offsetjax.diffusion.noise import offset_noise
-from offsetjax.objective import add_position, batch_keys, diffusion_objective
+from offsetjax.objective import add_position, batch_keys, diffusion_objective, make_objective
 from offsetjax.run import Run
 from offsetjax.step import TrainState, accumulate, init_state, make_gradient, make_train_step
-from offsetjax.train import jit_train_step
+from offsetjax.train import place
 from tests.tiny import quick_compilation, tiny_config
 
 SIZE = 3 * 4 * 4
@@ -111,7 +111,7 @@ class Trainer:
         self.frozen = jax.device_put(frozen, sharding.shardings(self.mesh, frozen))
         self.state: TrainState = jax.device_put(state, shardings)
         run = Run(self.config, None, self.mesh, LinearPipeline(), self.frozen)
-        self.train_step = jit_train_step(run, shardings)
+        self.train_step = place(make_objective(run.pipeline, run.config), run.pipeline.dtypes, run, shardings)
 
     def step(self, number: int = 0) -> dict[str, float]:
         batch = jax.device_put(_batch(number), NamedSharding(self.mesh, sharding.BATCH))
