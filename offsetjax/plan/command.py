@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,23 @@ def plan(
 
 
 def _compile(request: Request) -> Compiled:
-    """Compiles with a line that says what is done and since when."""
+    """Compiles with a line that says what is done and since when; where nobody looks on, with a line for each."""
     slices = f"{request.num_slices} x " if request.num_slices > 1 else ""
     where = f"{slices}{request.topology}, batch {request.config.train.global_batch_size}"
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return compile_step(request, lambda phase: print(f"{where}: {phase}", file=sys.stderr, flush=True))
-    with console.status(where) as status:
-        return compile_step(request, _clock(status.update, where))
+    console, begin, last = Console(stderr=True), time.monotonic(), ""
+    if console.is_terminal:
+        with console.status(where) as status:
+            return compile_step(
+                request, lambda phase: status.update(f"{where}: {phase} ({time.monotonic() - begin:.0f} s)")
+            )
 
+    def once(phase: str) -> None:
+        nonlocal last
+        if phase != last:
+            print(f"{where}: {phase}", file=sys.stderr, flush=True)
+        last = phase
 
-def _clock(update: Callable[[str], None], where: str) -> Callable[[str], None]:
-    begin = time.monotonic()
-
-    def progress(phase: str) -> None:
-        update(f"{where}: {phase} ({time.monotonic() - begin:.0f} s)")
-
-    return progress
+    return compile_step(request, once)
 
 
 def _search(request: Request, found: Plan) -> dict[str, Any]:

@@ -101,17 +101,20 @@ def check_topology(topology: str, num_slices: int) -> None:
 def compile_step(request: Request, progress: Progress) -> Compiled:
     """Compiles, or recalls, a config's train step.
 
+    Args:
+        progress: is told what is being done, again and again.
+
     Raises:
         UserError: the config does not go with the topology.
         RuntimeError: the compiler failed for a reason of its own; its last words are in the message.
     """
     with tempfile.TemporaryDirectory(prefix="offsetjax_plan_") as dump_dir, _Worker(request, Path(dump_dir)) as worker:
-        facts, begin = {}, time.monotonic()
+        facts, phase, begin = {}, "starting", time.monotonic()
         while True:
+            progress(phase)
             message = worker.next_message()
             if "phase" in message:
-                progress(message["phase"])
-                begin = time.monotonic()
+                phase, begin = message["phase"], time.monotonic()
             if "facts" in message:
                 facts = message["facts"]
                 if (entry := request.cache_dir / f"{facts['key']}.json").exists():

@@ -94,7 +94,8 @@ def _devices(topology: str, num_slices: int) -> list[Any]:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:  # libtpu raises several kinds for a shape that it does not know
         examples = ", ".join(_chip(generation).examples)
-        raise UserError(f"plan: no topology {topology!r} can be had; some that can: {examples}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]
+        raise UserError(f"plan: {topology} cannot be had ({reason}); some that can: {examples}") from error
     return list(description.devices)
 
 

@@ -124,6 +124,44 @@ def test_a_plan_for_a_tpu_without_one(on_tpu: dict[str, Any], on_cpu: dict[str, 
     assert on_tpu["hours"][0] == pytest.approx(900 * fastest / 3600)
 
 
+@pytest.mark.slow
+def test_generated_code_tells_its_cycles(folder: pathlib.Path) -> None:
+    pytest.importorskip("libtpu")
+    full, quick = (planned(folder, "--topology=v5e:2x4", *more)[0] for more in (["--full"], []))
+    assert full["compiled"]["program"] != quick["compiled"]["program"]
+    assert full["seconds"]["cycles"] > full["seconds"]["roofline"]
+    assert full["step_seconds"][0] == pytest.approx(full["seconds"]["cycles"])
+    for figure in ("bytes_per_device", "flops_per_device", "collectives"):
+        assert full[figure] == quick[figure]
+
+
+@pytest.mark.slow
+def test_slices_exchange_over_dcn(folder: pathlib.Path) -> None:
+    pytest.importorskip("libtpu")
+    two = planned(folder, "--topology=v5e:2x2", "--num_slices=2")[0]
+    assert (two["chips"], two["mesh"]["data"]) == (8, 2)
+    between = [each for each in two["collectives"] if each["over"] == "dcn"]
+    assert {each["kind"] for each in between} == {"all-reduce"}
+    gradients = two["bytes_per_device"]["params"]
+    assert sum(each["bytes"] for each in between) == pytest.approx(gradients, rel=0.1)  # each its share
+    assert two["seconds"]["dcn"] > 0
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_an_answer_and_the_largest_is_found(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("libtpu")
+    batch = 8 * 2**19
+    plan = planned(folder, "--topology=v5e:2x4", "--search", f"--config.train.global_batch_size={batch}")[0]
+    memory, largest = plan["bytes_per_device"], plan["largest_batch"]
+    assert memory["fits"] is False
+    assert memory["total"] > memory["hbm"]
+    assert "does not fit: needs" in capsys.readouterr().out
+    assert 0 < largest["batch_per_device"] < 2**19
+    assert 0.9 * memory["hbm"] < largest["total"] <= memory["hbm"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
