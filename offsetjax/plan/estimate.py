@@ -118,7 +118,7 @@ def _seconds(
         if each.is_dcn:
             dcn += each.times * _sent(each, request.num_slices)
         elif len(each.group) > 1:
-            links = _bandwidth(each.group, facts["coordinates"], request.topology, chip)
+            links = _bandwidth(each.group, facts["coordinates"], chip)
             ici += each.times * _sent(each, len(each.group)) / links
     cycles = [each.times * each.cycles for each in work if each.cycles is not None]
     return Seconds(
@@ -142,14 +142,16 @@ def _sent(exchange: Collective, parties: int) -> float:
     return factor * exchange.num_bytes
 
 
-def _bandwidth(group: tuple[int, ...], coordinates: list[list[int]], topology: str, chip: Chip) -> float:
+def _bandwidth(group: tuple[int, ...], coordinates: list[list[int]], chip: Chip) -> float:
     """Bytes a second that a device can send within a group: an axis that is closed to a ring has two ways."""
     link = (chip.ici_bandwidth or 0.0) / max(1, chip.ici_links)
-    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
     closes = 16 if chip.ici_links == 4 else 4  # a v5e's or v6e's axis of 16, a cube's of 4
     places = [coordinates[device] for device in group if device < len(coordinates)]
-    spanned = [axis for axis in range(len(sizes)) if len({place[axis] for place in places}) > 1]
-    ways = sum(2 if sizes[axis] % closes == 0 else 1 for axis in spanned)
+    ways = 0
+    for axis in range(len(coordinates[0])):
+        size = max(each[axis] for each in coordinates) + 1
+        if len({place[axis] for place in places}) > 1:
+            ways += 2 if size % closes == 0 else 1
     return link * max(1, ways)
 
 
