@@ -116,12 +116,14 @@ def window_products(
         pad: before the first input; it may be negative.
     """
     reach, count = (inputs - 1) * input_dilation, 0
+    common = math.gcd(stride, input_dilation)
+    period = input_dilation // common
+    inverse = pow(stride // common, -1, period)
     for place in range(size):
-        # Output o meets o * stride + shift, which has to be in reach and in no hole.
+        # Output o meets o * stride + shift, which has to be in reach, and a multiple of the dilation.
         shift = place * kernel_dilation - pad
         first, last = max(0, -(shift // stride)), min(outputs - 1, (reach - shift) // stride)
-        if input_dilation == 1:
-            count += max(0, last - first + 1)
-        else:
-            count += sum((output * stride + shift) % input_dilation == 0 for output in range(first, last + 1))
+        if first <= last and shift % common == 0:
+            residue = -(shift // common) * inverse % period
+            count += (last - residue) // period - (first - 1 - residue) // period
     return count

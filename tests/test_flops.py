@@ -130,3 +130,9 @@ def test_one_axis_against_counting() -> None:
             inputs, outputs, size=size, stride=stride, pad=pad, input_dilation=hole, kernel_dilation=dilation
         )
         assert counted == len(met)
+
+
+def test_a_batch_written_as_an_axis_is_counted_at_once() -> None:
+    # As a TPU's compiler writes products of matrices: each example meets itself alone.
+    count = 2**17
+    assert window_products(count, count, size=count, stride=count - 1, input_dilation=count) == count
