@@ -24,8 +24,9 @@ from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
 from offsetjax.formats.memory import freed_memory_kept
+from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.single_file import write_single_file
-from offsetjax.formats.tensors import NotFiniteError, Tensor, seen
+from offsetjax.formats.tensors import Tensor, seen
 from offsetjax.metadata import header
 from offsetjax.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts

@@ -56,8 +56,7 @@ class Stored:
 
     def adapters(self, part: str) -> PyTree:
         """The adapters of a part, on the host."""
-        is_tensor = lambda leaf: isinstance(leaf, Tensor)  # noqa: E731
-        return jax.tree.map(lambda tensor: tensor(), self.params[part], is_leaf=is_tensor)
+        return jax.tree.map(lambda tensor: tensor(), self.params[part])
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:

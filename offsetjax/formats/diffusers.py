@@ -15,8 +15,9 @@ import diffusers
 from etils import epath
 
 from offsetjax.errors import UserError
+from offsetjax.formats.safetensors import PICKLES, NotFiniteError, open_tensors, read_metadata
 from offsetjax.formats.shards import open_sharded, shard_files, write_sharded
-from offsetjax.formats.tensors import PICKLES, NotFiniteError, Tensor, open_tensors, read_metadata
+from offsetjax.formats.tensors import Tensor
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those with weights
 _CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}

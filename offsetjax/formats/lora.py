@@ -22,7 +22,8 @@ from jaxtyping import Float, PyTree
 from offsetjax.errors import UserError
 from offsetjax.formats.lora_names import Path, known_names, kohya_names, layers
 from offsetjax.formats.names import from_torch, to_torch
-from offsetjax.formats.tensors import PICKLES, Tensor, cast, of_array, open_file, with_ndim, write_tensors
+from offsetjax.formats.safetensors import PICKLES, open_file, write_tensors
+from offsetjax.formats.tensors import Tensor, cast, of_array, with_ndim
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # as kohya's scripts call them
 _PEFT_CONFIGS = "lora_adapter_metadata"  # diffusers' entry of the header, as JSON
@@ -95,7 +96,7 @@ def write_lora(
     dtype: str = "float32",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the adapters of all parts into one file, under a temporary name, and renames it.
+    """Writes the adapters of all parts into one file.
 
     Args:
         adapters: by part, trees of arrays.
@@ -136,14 +137,7 @@ def write_lora(
     }
     if keys == "diffusers":  # which refuses a file that has it along with kohya's alphas
         header[_PEFT_CONFIGS] = json.dumps(configs, indent=2, sort_keys=True)
-    file = epath.Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.parent / f".{file.name}.unfinished"
-    try:
-        write_tensors(temporary, tensors, metadata=header)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(file, tensors, metadata=header)
 
 
 def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str) -> LoadedLora:

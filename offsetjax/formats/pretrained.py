@@ -8,8 +8,9 @@ from etils import epath
 
 from offsetjax.errors import UserError
 from offsetjax.formats.diffusers import PARTS, Directory, pickle_message
+from offsetjax.formats.safetensors import PICKLES
 from offsetjax.formats.single_file import SUPPORTED, WHERE, SingleFile, open_single_file
-from offsetjax.formats.tensors import PICKLES, Tensor
+from offsetjax.formats.tensors import Tensor
 
 _PIPELINES = re.compile(r"(Flax)?StableDiffusion(XL)?(Img2Img|ControlNet)?Pipeline")
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from etils import epath
 
 from offsetjax.errors import UserError
-from offsetjax.formats.tensors import Tensor, converted, open_tensors, write_tensors
+from offsetjax.formats.safetensors import converted, open_tensors, write_tensors
+from offsetjax.formats.tensors import Tensor
 
 
 def open_sharded(index: epath.PathLike, where: str) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ from offsetjax.formats.original_names import (
     unused_open_clip,
     vae_rules,
 )
-from offsetjax.formats.tensors import Tensor, of_array, open_file, write_tensors
+from offsetjax.formats.safetensors import open_file, write_tensors
+from offsetjax.formats.tensors import Tensor, of_array
 
 WHERE = "model.pretrained"  # what an error begins with
 SUPPORTED = "Stable Diffusion 1.x, 2.x and XL base"

@@ -24,7 +24,8 @@ from offsetjax import checksums
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
-from offsetjax.formats.tensors import NotFiniteError, Tensor, open_tensors, seen, write_tensors
+from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_tensors
+from offsetjax.formats.tensors import Tensor, seen
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
 
@@ -88,7 +89,7 @@ def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
 
         return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=jnp.dtype(dtype))
 
-    return jax.tree.map(place, tensors, shardings, is_leaf=lambda leaf: isinstance(leaf, Tensor))
+    return jax.tree.map(place, tensors, shardings)
 
 
 def _bounds(index: Any) -> tuple[tuple[int | None, int | None], ...]:
@@ -98,9 +99,7 @@ def _bounds(index: Any) -> tuple[tuple[int | None, int | None], ...]:
 
 def on_host(tensors: PyTree) -> PyTree:
     """Tensors that are not read yet, as float32 arrays on the host."""
-    return jax.tree.map(
-        lambda tensor: np.asarray(tensor(), np.float32), tensors, is_leaf=lambda leaf: isinstance(leaf, Tensor)
-    )
+    return jax.tree.map(lambda tensor: np.asarray(tensor(), np.float32), tensors)
 
 
 def write_frozen(

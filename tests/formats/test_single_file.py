@@ -17,8 +17,9 @@ from diffusers.loaders import single_file_utils as judge
 from offsetjax.errors import UserError
 from offsetjax.formats.names import flax_tensors
 from offsetjax.formats.pretrained import open_pretrained
+from offsetjax.formats.safetensors import open_file, write_tensors
 from offsetjax.formats.single_file import to_diffusers, to_original, write_single_file
-from offsetjax.formats.tensors import Tensor, of_array, open_file, write_tensors
+from offsetjax.formats.tensors import Tensor, of_array
 from tests.formats import published
 
 UNET_KEYS = {"sd1": 686, "sd2": 686, "sdxl": 1680}
