@@ -2,8 +2,12 @@
 # Runs the command `offsetjax` in .venv, which it makes at the first use and again whenever its requirements change.
 #
 #   launch/local.sh train --config=my.py       any arguments of offsetjax; paths are relative to the current directory
+#   launch/local.sh --processes=4 train …      as on a pod: 4 processes that train as one, on this machine's CPU
 #   launch/local.sh test                       lint, format, types, shell scripts, then the quick tests
 #   launch/local.sh test tests/launch -x       only pytest, with these arguments, at the root of the repository
+#
+# Of several processes, process 0 has the terminal; what the others print is marked with their number.
+# JAX_NUM_CPU_DEVICES=2 gives each as many devices. A signal, SIGTERM or Ctrl-C, goes to all.
 #
 #   PYTHON                  the Python to make .venv from, 3.11 to 3.13; the default is the first that works
 #   OFFSETJAX_EXTRAS        extras of pyproject.toml, such as "tpu"; the default is "cuda" where there is an nvidia-smi
@@ -24,6 +28,16 @@ extras=${OFFSETJAX_EXTRAS-$default_extras}
 if [[ ${1-} == test ]]; then extras=${extras:+$extras,}test; fi
 
 say() { printf 'local.sh: %s\n' "$*" >&2; }
+
+processes=1
+if [[ ${1-} == --processes=* ]]; then
+  processes=${1#*=}
+  shift
+  if [[ ! $processes =~ ^[1-9][0-9]{0,2}$ || ${1-} != train ]]; then
+    say "--processes=N, from 1 to 999, goes before train: launch/local.sh --processes=4 train …"
+    exit 2
+  fi
+fi
 
 find_python() {
   local candidate candidates=(python3.11 python3.12 python3.13 python3)
@@ -101,6 +115,43 @@ set_up() {
 
 if ! { is_current && has_extras; }; then set_up; fi
 
+free_port() { "$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+# Runs the command in several processes; exits with the status that says most: a mistake, saved, or how the first failed.
+together() { # arguments...
+  local i pid status pids=() statuses=""
+  export JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=$processes
+  JAX_COORDINATOR_ADDRESS=localhost:$(free_port)
+  export JAX_COORDINATOR_ADDRESS
+  # Each in a process group of its own, so that a terminal's Ctrl-C comes once, and is not ignored as in the background.
+  set -m
+  for ((i = 0; i < processes; i++)); do
+    if ((i == 0)); then
+      JAX_PROCESS_ID=0 "$venv/bin/offsetjax" "$@" &
+    else
+      JAX_PROCESS_ID=$i "$venv/bin/offsetjax" "$@" > >(sed -u "s/^/[$i] /" >&2) 2>&1 &
+    fi
+    pids+=("$!")
+  done
+  for i in TERM INT; do
+    # shellcheck disable=SC2064
+    trap "kill -$i ${pids[*]} 2>/dev/null || true" "$i"
+  done
+  for pid in "${pids[@]}"; do
+    while :; do # a signal to this shell interrupts `wait`
+      status=0
+      wait "$pid" || status=$?
+      kill -0 "$pid" 2>/dev/null || break
+    done
+    statuses+=" $status"
+  done
+  for status in 2 143 130 75 $statuses; do
+    if ((status)) && [[ "$statuses " == *" $status "* ]]; then exit "$status"; fi
+  done
+  exit 0
+}
+
+if ((processes > 1)); then together "$@"; fi
 if [[ ${1-} != test ]]; then exec "$venv/bin/offsetjax" "$@"; fi
 
 shift

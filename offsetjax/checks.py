@@ -51,6 +51,7 @@ CHECKS: dict[str, Check] = {
         ),
         "the first and the last step to trace, such as (20, 24), or ()",
     ),
+    "train.stall_seconds": _at_least(0),
     "data.resolution": _at_least(8),
     "data.num_workers": _at_least(0),
     "encode.caption_dropout": _SHARE,

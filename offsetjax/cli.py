@@ -3,12 +3,14 @@
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from etils import epath
 
-from offsetjax.errors import UserError
+from offsetjax.errors import PreemptedError, UserError
 
 Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
@@ -16,7 +18,7 @@ _OVERRIDES = "--config.path=value changes one field of the config, such as --con
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Runs one sub-command and returns the exit status: 0; 2, a user's mistake; 130, Ctrl-C; 143, SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("offsetjax").setLevel(logging.INFO)
@@ -25,20 +27,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_paths(options)
         options.run(options, rest)
-    except UserError as error:
-        print(f"offsetjax: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"offsetjax: error: {where}{error.strerror}; see to it and try again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        remedy = "; the same command goes on from the last checkpoint" if options.run is _train else ""
-        print(f"offsetjax: interrupted{remedy}", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return _explain(error, goes_on=options.run is _train)
     return 0
+
+
+def _explain(error: BaseException, goes_on: bool = False) -> int:
+    """Tells the user of an error, and returns the exit status; what is a fault of the program is raised again."""
+    match error:
+        case UserError():
+            status, text = 2, f"error: {error}"
+        case OSError() if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{error.filename}: " if error.filename else ""
+            status, text = 2, f"error: {where}{error.strerror}; see to it and try again"
+        case PreemptedError():
+            status, text = 143, f"ended by SIGTERM {error}; the same command goes on from there"
+        case KeyboardInterrupt():
+            status, text = 130, "interrupted" + ("; the same command goes on from the last checkpoint" if goes_on else "")
+        case _:
+            raise error
+    print(f"offsetjax: {text}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,6 +194,16 @@ def _no_more(rest: Sequence[str]) -> None:
         raise UserError(f"unknown argument {rest[0]}; see --help")
 
 
+def _alone(command: str) -> None:
+    """Refuses what one process does, in one of several: on a pod it would wait for the others for ever."""
+    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    if (count := os.environ.get("JAX_NUM_PROCESSES", str(hosts))) != "1":
+        raise UserError(
+            f"{command}: works in one process, but this is one of {count}; run it on a machine of its own, or here "
+            "with JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=1"
+        )
+
+
 def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
     """The fields that `--config.path=value` changes, with their values as text."""
     overrides = []
@@ -197,13 +216,16 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from offsetjax.config import digest, load_config
+    from offsetjax import processes
 
-    config = load_config(options.config, _overrides(rest))
-    logging.getLogger("offsetjax").info("%s, sha256 %s", options.config, digest(options.config)[:16])
-    from offsetjax.train import train
+    with processes.together(partial(_explain, goes_on=True)):
+        from offsetjax.config import digest, load_config
 
-    train(config, options.workdir)
+        config = load_config(options.config, _overrides(rest))
+        logging.getLogger("offsetjax").info("%s, sha256 %s", options.config, digest(options.config)[:16])
+        from offsetjax.train import train
+
+        train(config, options.workdir)
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -230,16 +252,20 @@ def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from offsetjax.config import load_config
+    from offsetjax import processes
 
-    config = load_config(options.config, _overrides(rest))
-    from offsetjax.calibrate import calibrate
+    with processes.together(_explain):
+        from offsetjax.config import load_config
 
-    calibrate(config, options.out, options.target_snr)
+        config = load_config(options.config, _overrides(rest))
+        from offsetjax.calibrate import calibrate
+
+        calibrate(config, options.out, options.target_snr)
 
 
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
+    _alone("sample")
     for name in ("step", "params") if options.model else ("lora", "variant"):
         if getattr(options, name) not in (None, ""):
             raise UserError(f"sample: --{name} cannot apply to --{'model' if options.model else 'workdir'}")
@@ -270,6 +296,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
+    _alone("export")
     from offsetjax.export import export
 
     export(
@@ -307,6 +334,7 @@ def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
+    _alone("demo")
     from offsetjax.article.demo import demo
 
     demo(epath.Path(options.out))

@@ -64,6 +64,8 @@ def default_config() -> ConfigDict:
             "accumulate_steps": 1,
             "log_every_steps": 50,
             "profile_steps": (),  # the first and the last step of a trace for xprof, such as (20, 24)
+            # Longer than the longest compilation, step, watch or save: what hangs for so long is ended; 0: nothing is.
+            "stall_seconds": 1800,
         }
     )
     config.data = ConfigDict({"path": "", "split": "train", "resolution": 512, "random_flip": True, "num_workers": 0})

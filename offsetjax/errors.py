@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that end a program as they should: the user's to mend, or for the scheduler to start again."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Its text is one line: what is wrong, where, and the remedy. The command line prints it and exits with status 2.
     """
+
+
+class PreemptedError(Exception):
+    """SIGTERM came, to any of the processes: all have saved the same step. The command line exits with status 143."""

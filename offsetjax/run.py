@@ -53,6 +53,7 @@ RESUMABLE_CHANGES = (
     "train.steps",
     "train.log_every_steps",
     "train.profile_steps",
+    "train.stall_seconds",
     "data.path",
     "data.num_workers",
     "model.pretrained",

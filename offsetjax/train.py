@@ -19,11 +19,14 @@ from orbax.checkpoint import CheckpointManager
 from offsetjax import checkpoint, fsdp, sharding
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Stream, open_source
+from offsetjax.errors import PreemptedError
 from offsetjax.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.metrics import MetricsWriter, StepClock
 from offsetjax.models.pipeline import for_training
 from offsetjax.objective import Objective, make_objective
+from offsetjax.preemption import Preemption
 from offsetjax.run import Run, first_state, open_run, open_stream
+from offsetjax.stall import StallGuard
 from offsetjax.step import TrainState, TrainStep, make_gradient, make_train_step
 from offsetjax.watch import Watch, open_watches
 
@@ -35,18 +38,20 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     Raises:
         UserError: a mistake in the config, the data, the checkpoint or the work directory.
+        PreemptedError: SIGTERM came; what was trained is saved.
     """
-    source = open_source(config.data.path, config.data.split)
-    run = open_run(config, epath.Path(workdir), source)
-    config = run.config
-    stream = open_stream(config, run.pipeline, source)
-    with compilation_cache(workdir), checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
-        state, state_shardings = first_state(run, manager, stream)
-        if int(state.step) >= config.train.steps:
-            _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
-            return
-        watches = open_watches(run, source)
-        _loop(run, state, jit_train_step(run, state_shardings), stream, manager, watches)
+    with StallGuard(config.train.stall_seconds) as guard, Preemption() as preemption:
+        source = open_source(config.data.path, config.data.split)
+        run = open_run(config, epath.Path(workdir), source)
+        config = run.config
+        stream = open_stream(config, run.pipeline, source)
+        with compilation_cache(workdir), checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
+            state, state_shardings = first_state(run, manager, stream)
+            if int(state.step) >= config.train.steps:
+                _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
+                return
+            watches = open_watches(run, source)
+            _loop(run, state, jit_train_step(run, state_shardings), stream, manager, watches, preemption, guard)
 
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
@@ -77,6 +82,8 @@ def _loop(
     stream: Stream,
     manager: CheckpointManager,
     watches: Sequence[Watch],
+    preemption: Preemption,
+    guard: StallGuard,
 ) -> None:
     train = run.config.train
     start = int(state.step)
@@ -86,9 +93,12 @@ def _loop(
     host_batches = stream.iterator(start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH))
     unwritten: tuple[int, Any] | None = None
+    last: Any = None
     try:
+        if preemption.reached():
+            raise PreemptedError(f"before step {start + 1}")
         if start == 0:
-            _look(watches, state, 0, metrics, clock)
+            _look(watches, state, 0, metrics, clock, guard)
         for step in range(start + 1, train.steps + 1):
             with clock.waiting_for_data():
                 batch = next(batches)
@@ -96,6 +106,9 @@ def _loop(
             with jax.transfer_guard("disallow"):
                 state, step_metrics = train_step(state, run.frozen, batch)
             instruments.after(step, state)
+            jax.block_until_ready(last)  # one step ahead of the devices, no more: a stall shows, and to stop is quick
+            last = step_metrics
+            guard.goes_on()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
                 metrics.write(*_fetch(*unwritten, clock))
                 unwritten = None
@@ -103,12 +116,16 @@ def _loop(
                 unwritten = (step, step_metrics)
             # Before the checkpoint: a run that is killed in between looks again when it resumes.
             if due := [watch for watch in watches if watch.is_due(step, train.steps)]:
-                _look(due, state, step, metrics, clock)
-            if step % run.config.checkpoint.every_steps == 0 or step == train.steps:
+                _look(due, state, step, metrics, clock, guard)
+            is_preempted = preemption.reached()
+            if is_preempted or step % run.config.checkpoint.every_steps == 0 or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     metrics.write(*_fetch(*unwritten, clock))
                     unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
+                guard.goes_on()
+            if is_preempted and step < train.steps:
+                raise PreemptedError(f"after step {step}")
         if cut := int(state.truncated):
             _log.warning("%d captions were longer than the text encoders read, and cut; see encode.long_captions", cut)
     finally:
@@ -126,9 +143,17 @@ def _position(stream: Stream, next_batch: int) -> dict[str, Any]:
     return {"next_batch": next_batch, "fingerprint": stream.fingerprint()}
 
 
-def _look(watches: Sequence[Watch], state: TrainState, step: int, metrics: MetricsWriter, clock: StepClock) -> None:
+def _look(
+    watches: Sequence[Watch],
+    state: TrainState,
+    step: int,
+    metrics: MetricsWriter,
+    clock: StepClock,
+    guard: StallGuard,
+) -> None:
     jax.block_until_ready(state)  # the steps under way are not the watches' time
     with clock.paused():
         for watch in watches:
             if values := watch.look(state, step):
                 metrics.write_watched(step, values)
+            guard.goes_on()

@@ -33,6 +33,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "train.accumulate_steps": (0,),
     "train.profile_steps": ((3,), (0, 2), (5, 4), (1.0, 2.0)),
     "train.log_every_steps": (0,),
+    "train.stall_seconds": (-1,),
     "data.resolution": (0, 7),
     "data.num_workers": (-1,),
     "encode.caption_dropout": (-0.1, 1.1, float("nan")),

@@ -1,0 +1,180 @@
+"""Several processes that train as one: how they find each other, and how they end together.
+
+On TPUs JAX finds the processes by itself. Elsewhere three variables of the environment name them:
+JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them a process trains
+alone. Whoever fails tells all, through the store of JAX's coordination service, and they end with the same status: none
+waits for one that is gone.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax._src import cloud_tpu_init  # no public module says whether JAX is to look for other hosts,
+from jax._src.distributed import global_state  # nor gives its client of the coordination service
+
+from offsetjax.errors import PreemptedError, UserError
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_HEARTBEAT_SECONDS = 100  # JAX's own: whoever is silent for as long is lost, and JAX aborts the others
+_ENDED = "offsetjax/ended"
+_LISTENER = "offsetjax listener"
+_DAY_MS, _BARRIER_MS = 86_400_000, 60_000
+
+
+@contextlib.contextmanager
+def together(report: Callable[[BaseException], int]) -> Iterator[None]:
+    """Inside, all processes work as one; to be entered before anything else of JAX is used.
+
+    An exception in one of them ends all, with the status that `report` makes of it after it has told the user.
+
+    Raises:
+        UserError: variables that name no processes.
+        RuntimeError: the others are not there.
+    """
+    _join()
+    with _ended_by_sigterm(), _ended_together(report):
+        yield
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends all while nothing is to be saved. Without a handler a container's process 1 would not hear it."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: end_all(128 + number, "SIGTERM"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
+    if not are_several():
+        yield
+        return
+    when(_ENDED, _end_too)
+    try:
+        yield
+    except PreemptedError:  # all are, and at the same step
+        _leave()
+        raise
+    except BaseException as error:
+        try:
+            status = report(error)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        end_all(status, " ".join(str(error).split()) or type(error).__name__)
+    _leave()
+
+
+def are_several() -> bool:
+    """Whether this process works with others."""
+    return global_state.client is not None and global_state.num_processes > 1
+
+
+def _client() -> Any:
+    return global_state.client
+
+
+def when(key: str, action: Callable[[str], None]) -> None:
+    """Calls `action`, in a thread of its own, with what any process tells under `key`."""
+
+    def listen() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # all leave, or the service is gone: JAX sees to that
+            action(_client().blocking_key_value_get(key, _DAY_MS))
+
+    threading.Thread(target=listen, daemon=True, name=_LISTENER).start()
+
+
+def tell(key: str, value: str) -> None:
+    """Tells all processes, this one too."""
+    _client().key_value_set(key, value, allow_overwrite=True)
+
+
+def gather(key: str, value: str) -> list[str]:
+    """The values of all processes, once all have given theirs."""
+    tell(f"{key}/{global_state.process_id}", value)
+    _client().wait_at_barrier(key, _BARRIER_MS)
+    return [value for _, value in _client().key_value_dir_get(key)]
+
+
+def end_all(status: int, why: str) -> None:
+    """Ends all processes at once; what is not written yet is lost."""
+    if are_several():
+        text = f"{global_state.process_id} {status} {why}"
+        telling = threading.Thread(target=tell, args=(_ENDED, text), daemon=True)
+        telling.start()
+        telling.join(5)  # the service may be what is gone
+    end(status)
+
+
+def end(status: int) -> None:
+    """Ends this process at once: what Python does at its end would wait for the others."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    if global_state.service is not None:
+        time.sleep(1)  # the store ends with this process: the others have to read it, and to end, first
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _end_too(told: str) -> None:
+    index, status, why = told.split(" ", 2)
+    if int(index) != global_state.process_id:
+        print(f"offsetjax: ended, as process {index} was: {why}", file=sys.stderr)
+        end(int(status))
+
+
+def _leave() -> None:
+    """Waits for the others, and for the listeners: Python must not end while threads of its are inside of JAX."""
+    jax.distributed.shutdown()
+    for thread in threading.enumerate():
+        if thread.name == _LISTENER:
+            thread.join()
+
+
+def _join() -> None:
+    settings = _settings()
+    if settings is None:
+        return
+    seconds = int(os.environ.get("OFFSETJAX_HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS))  # for tests
+    try:
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=seconds)
+    except Exception as error:  # JAX raises several kinds
+        raise RuntimeError(
+            "the other processes are not there; to train on this machine alone, set JAX_NUM_PROCESSES=1"
+        ) from error
+
+
+def _settings() -> dict[str, Any] | None:
+    """What JAX has to be told to find the others; None for a process that works alone."""
+    if os.environ.get("JAX_NUM_PROCESSES") == "1":
+        return None
+    given = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    if not given:
+        is_tpu = cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+        return {} if is_tpu else None
+    for name in _VARIABLES:
+        if name not in given:
+            raise UserError(f"environment: {next(iter(given))} is set but not {name}; set both, or neither")
+    address, count, index = given.values()
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise UserError(
+            f"environment: JAX_PROCESS_ID = {index} of JAX_NUM_PROCESSES = {count}: expected a number below the other"
+        )
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)} | {
+        "cluster_detection_method": "deactivate"
+    }

@@ -1,0 +1,41 @@
+"""A training that hangs is ended, with what every thread was doing: the scheduler can start it again."""
+
+import faulthandler
+import math
+import sys
+import threading
+import time
+from typing import Any
+
+from offsetjax import processes
+
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+
+
+class StallGuard:
+    """Inside its context all processes end with status 75 once nothing has gone on for `seconds`; 0: never."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds or math.inf
+        self._went_on, self._closed = time.monotonic(), threading.Event()
+
+    def __enter__(self) -> "StallGuard":
+        if self._seconds < math.inf:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._closed.set()
+
+    def goes_on(self) -> None:
+        """To be called after each step, and after each other thing that takes its time."""
+        self._went_on = time.monotonic()
+
+    def _watch(self) -> None:
+        while (left := self._went_on + self._seconds - time.monotonic()) > 0:
+            if self._closed.wait(left):
+                return
+        why = f"nothing went on for {self._seconds:g} s (train.stall_seconds)"
+        print(f"offsetjax: error: stalled: {why}; this is what every thread does:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        processes.end_all(STATUS, f"stalled: {why}")
