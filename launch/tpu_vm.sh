@@ -206,6 +206,7 @@ meaning() { # exit status of `offsetjax train`
     0) printf 'done' ;;
     2) printf "a mistake in the settings, see \`logs\`" ;;
     75) printf 'it stalled' ;;
+    134) printf 'another process of it was lost' ;;
     137) printf 'killed' ;;
     143) printf 'saved after SIGTERM' ;;
     *) printf "it crashed, see \`logs\`" ;;

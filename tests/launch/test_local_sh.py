@@ -1,7 +1,9 @@
 """launch/local.sh, run for real on a tiny project: what it sets up, when again, what it leaves behind when it fails."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,6 +67,7 @@ def build_editable(wheel_directory, settings=None, metadata_directory=None):
 
 COMMAND = """
 import os
+import re
 import sys
 
 
@@ -187,3 +190,66 @@ def test_passes_over_a_python_that_does_not_run(project: Project, tmp_path: Path
         (shims / name).chmod(0o755)
     status, line, err = project.run(PYTHON="", PATH=f"{shims}:{os.environ['PATH']}")
     assert (status, line) == (0, str(project.root)), err
+
+
+# Tells who it is and what it hears; EVENT names a process and the status that it ends with at once.
+SEVERAL = """
+import os
+import re
+import signal
+import sys
+import time
+
+
+def main():
+    who = os.environ["JAX_PROCESS_ID"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(print("heard", number) or 128 + number))
+    print("process", who, "of", os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_PLATFORMS"], *sys.argv[1:], flush=True)
+    print(os.environ["JAX_COORDINATOR_ADDRESS"], file=sys.stderr, flush=True)
+    if sys.argv[-1] == "wait":
+        time.sleep(60)
+    statuses = dict(word.split("=") for word in sys.argv[2:])
+    return int(statuses.get(who, 0))
+"""
+
+
+@pytest.fixture
+def several(project: Project) -> Project:
+    (project.root / "offsetjax.py").write_text(SEVERAL)
+    assert project.run("--processes=1", "test", "-x")[0] == 2  # only `train` is for several; and nothing is set up
+    assert not (project.root / ".venv").exists()
+    return project
+
+
+def test_several_processes_know_each_other_and_are_told_apart(several: Project) -> None:
+    process = several.start("--processes=3", "train", "0=0")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == "process 0 of 3 cpu train 0=0\n"
+    for index in (1, 2):
+        assert f"[{index}] process {index} of 3 cpu train 0=0\n" in err
+    addresses = re.findall(r"^(?:\[[12]\] )?(localhost:\d+)$", err, re.MULTILINE)
+    assert len(addresses) == 3 and len(set(addresses)) == 1, err
+
+    # A mistake has the first word, then what was saved; otherwise it is the first failure.
+    for arguments, status in {("0=143", "1=2"): 2, ("0=134", "1=143"): 143, ("1=137", "2=134"): 137}.items():
+        process = several.start("--processes=3", "train", *arguments)
+        assert (process.communicate(timeout=120), process.returncode)[1] == status
+
+    for number, everyone in ((signal.SIGTERM, 15), (signal.SIGINT, 2)):
+        process = several.start("--processes=3", "train", "wait")
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = [process.stdout.readline()] + [process.stderr.readline() for _ in range(5)]
+        assert sum("of 3" in line for line in lines) == 3
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 128 + number, err
+        assert (out + err).count(f"heard {everyone}") == 3
+
+
+@pytest.mark.parametrize("flag", ["--processes=0", "--processes=many", "--processes="])
+def test_a_number_of_processes_that_is_none_is_refused(flag: str, project: Project) -> None:
+    status, _, err = project.run(flag, "train")
+    assert (status, err.count("\n"), "from 1 to 999" in err) == (2, 1, True)

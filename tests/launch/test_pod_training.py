@@ -1,17 +1,21 @@
 """The real trainer in several processes, with real signals: what is saved, what is lost, and how it goes on."""
 
 import json
+import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.several import HEARTBEAT_SECONDS, Several
+from tests.launch.fake_cloud import Cloud
+from tests.several import HEARTBEAT_SECONDS, ROOT, Several, free_port
 from tests.tiny import CAPTIONS, build_data, quick_compilation
 
 STEPS, SAVED_EVERY = 16, 4
@@ -195,3 +199,41 @@ def test_a_checkpoint_goes_from_two_processes_to_one_and_back(
         # The sums of the first step have another order, and so the weights from then on other last bits.
         tolerance = 1e-6 if step == STEPS - 2 * SAVED_EVERY + 1 else 1e-3
         assert float.fromhex(found[step][0]) == pytest.approx(float.fromhex(expected[step][0]), rel=tolerance), step
+
+
+# What a machine of the fake cloud runs in the place of launch/local.sh: the real trainer, one process of four.
+WORKER = """
+  export JAX_PROCESS_ID=${{MACHINE##*/}} JAX_NUM_PROCESSES=4 JAX_COORDINATOR_ADDRESS=localhost:{port} {variables}
+  exec {python} -m offsetjax "${{@/#--workdir=gs:\\/\\//--workdir=$FAKE_CLOUD/gs/}}"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_supervised_run_of_four_workers_survives_the_loss_of_one(
+    base: Path, train: Train, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with train(tmp_path / "straight", 4) as processes:
+        assert processes.wait(600) == [0] * 4, processes.text()
+    cloud, workdir = Cloud(tmp_path / "cloud"), tmp_path / "cloud" / "gs" / "bucket" / "run"
+    cloud.plan["workers"] = 4
+    variables = {**environment, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    variables["OFFSETJAX_HEARTBEAT_SECONDS"] = str(HEARTBEAT_SECONDS)
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    worker = WORKER.format(port=free_port(), variables=words, python=sys.executable)
+    local_sh = cloud.checkout / "launch" / "local.sh"
+    local_sh.write_text(local_sh.read_text().replace('exec "$FAKE_CLOUD/machine_bin/offsetjax" "$@"', worker))
+    cloud.git("commit", "-qam", "the real trainer")
+    try:
+        training = ("--", f"--config={base / 'config.py'}", "--workdir=gs://bucket/run")
+        supervising = cloud.start("supervise", *training, OFFSETJAX_GRACE_SECONDS="600")
+        cloud.wait_for(lambda: max(_steps(workdir), default=0) >= 6, 600)
+        (pid,) = cloud.root.glob("machines/my-tpu/2/offsetjax/runs/*/pid")
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        _, said = supervising.communicate(timeout=900)
+        assert supervising.returncode == 0, said
+    finally:
+        cloud.close()
+    assert re.search(r"the training ended with exit status .*137.*; trying again", said), said
+    assert (len(cloud.calls("create")), cloud.calls("delete")) == (1, [])  # the slice was whole
+    _assert_same(workdir, tmp_path / "straight")
