@@ -51,7 +51,12 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: end_all(128 + number, "SIGTERM"))
+
+    def end_by(number: int, frame: Any) -> None:
+        print("offsetjax: ended by SIGTERM, with nothing to save", file=sys.stderr)
+        end_all(128 + number, "SIGTERM, with nothing to save")
+
+    before = signal.signal(signal.SIGTERM, end_by)
     try:
         yield
     finally:
