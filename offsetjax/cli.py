@@ -43,7 +43,10 @@ def _explain(error: BaseException, goes_on: bool = False) -> int:
         case PreemptedError():
             status, text = 143, f"ended by SIGTERM {error}; the same command goes on from there"
         case KeyboardInterrupt():
-            status, text = 130, "interrupted" + ("; the same command goes on from the last checkpoint" if goes_on else "")
+            status, text = (
+                130,
+                "interrupted" + ("; the same command goes on from the last checkpoint" if goes_on else ""),
+            )
         case _:
             raise error
     print(f"offsetjax: {text}", file=sys.stderr)
