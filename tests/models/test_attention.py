@@ -1,0 +1,102 @@
+"""Every kernel attends as plain einsums do, and is taken only where it can be."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from offsetjax.models import attention
+from offsetjax.sharding import mesh_of
+
+LENGTH, HEADS = attention.SHORTEST, 2
+
+
+def _inputs(channels: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(each, (1, LENGTH, HEADS * channels)) for each in keys)
+    return query, key, value
+
+
+def _both(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]:
+    """The output, and the gradients of a sum over it that weighs every element differently."""
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        output, pull = jax.vjp(attend, query, key, value)
+        return output, pull(jnp.sin(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape))
+
+    return run
+
+
+def _apart(these: jax.Array, those: jax.Array) -> float:
+    return float(np.linalg.norm(these - those) / np.linalg.norm(those))
+
+
+@pytest.mark.parametrize("channels", [40, 64])  # of Stable Diffusion 1.x's first blocks; of 2.x and XL
+def test_the_pallas_kernel_gives_the_numbers_of_einsums(channels: int) -> None:
+    def run(kernel: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        attend = lambda q, k, v: attention.attend(q, k, v, HEADS, kernel=kernel, interpret=True)  # noqa: E731
+        return jax.jit(_both(attend))(*_inputs(channels))
+
+    (output, gradients), (plain, plain_gradients) = run("splash"), run("xla")
+    assert _apart(output, plain) < 1e-5
+    for gradient, plain_gradient in zip(gradients, plain_gradients, strict=True):
+        assert _apart(gradient, plain_gradient) < 1e-5
+
+
+def test_heads_are_divided_among_the_devices_of_the_tensor_axis() -> None:
+    mesh = mesh_of(data=1, fsdp=1, tensor=2)
+    query, key, value = _inputs(16)
+
+    def attend(kernel: str) -> jax.Array:
+        local = lambda q, k, v: attention.attend(q, k, v, HEADS, kernel=kernel, interpret=True)  # noqa: E731
+        on_devices = jax.shard_map(
+            local, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data", "fsdp"}, check_vma=False
+        )
+        return jax.jit(on_devices)(query, key, value)
+
+    assert _apart(attend("splash"), attend("xla")) < 1e-5
+
+
+def test_short_and_crossed_attention_and_masks_stay_with_einsums() -> None:
+    assert attention.takes_kernel(LENGTH, LENGTH, 64)
+    assert attention.takes_kernel(9216, 9216, 64)  # of pictures of 768 px
+    assert not attention.takes_kernel(LENGTH, 77, 64)
+    assert not attention.takes_kernel(256, 256, 64)
+    assert not attention.takes_kernel(LENGTH + 128, LENGTH + 128, 64)
+    query, key, value = _inputs(16)
+    mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+    masked = attention.attend(query, key, value, HEADS, kernel="splash", mask=mask)
+    # The first position sees itself alone.
+    np.testing.assert_allclose(masked[:, 0], value[:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "platform", "dtype", "kernel"),
+    [
+        ("auto", "tpu", "float32", "splash"),
+        ("auto", "tpu", "bfloat16", "splash"),
+        ("auto", "gpu", "bfloat16", "cudnn"),
+        ("auto", "gpu", "float32", "xla"),
+        ("auto", "cpu", "bfloat16", "xla"),
+        ("xla", "tpu", "bfloat16", "xla"),
+    ],
+)
+def test_each_platform_has_its_kernel(setting: str, platform: str, dtype: str, kernel: str) -> None:
+    assert attention.kernel_of(setting, platform, jnp.dtype(dtype)) == kernel
+
+
+@pytest.mark.parametrize(
+    ("setting", "platform", "dtype"),
+    [
+        ("splash", "cpu", "float32"),
+        ("splash", "gpu", "bfloat16"),
+        ("cudnn", "tpu", "bfloat16"),
+        ("cudnn", "gpu", "float32"),
+    ],
+)
+def test_a_kernel_that_the_platform_lacks_is_refused(setting: str, platform: str, dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"{setting} .* for .*, and this is a {platform}"):
+        attention.kernel_of(setting, platform, jnp.dtype(dtype))
