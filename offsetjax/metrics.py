@@ -18,14 +18,14 @@ _log = logging.getLogger("offsetjax")
 class MetricsWriter:
     """A line of JSON, and TensorBoard scalars, for each logged step, and one for each watch's values.
 
-    Lines of steps after `start_step` are dropped when it opens: a resumed run writes them again. Of several processes
-    the first writes.
+    Lines of steps that a resumed run writes again are dropped when it opens: those after `start_step`, and all at 0. Of
+    several processes the first writes.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int, num_steps: int):
         self._file = epath.Path(workdir) / "metrics.jsonl"
         lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
-        self._kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= start_step]
+        self._kept = [line for line in lines if line.endswith("\n") and start_step and _step_of(line) <= start_step]
         self._is_local = "://" not in str(workdir)
         self._writes = jax.process_index() == 0
         if self._writes:

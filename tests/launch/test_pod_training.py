@@ -28,6 +28,7 @@ from tests.tiny import tiny_config
 def get_config():
     config = tiny_config({data!r}, train__steps={steps}, checkpoint__every_steps={every}, checkpoint__max_to_keep=100)
     config.data.split = "train[:75%]"
+    config.optimizer.decay = "constant"  # a cosine would end elsewhere with another train.steps
     config.validation.update(every_steps=8, split="train[75%:]", num_examples=4, timesteps=(500,))
     config.sample.prompts = {prompts!r}
     config.probe.seeds_per_prompt = 2
