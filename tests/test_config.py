@@ -41,6 +41,8 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "model.family": ("sd3", "sd15"),
     "model.from_scratch": (("unet", "scheduler"), (1,), ([],)),
     "model.dtype": ("float16",),
+    "model.attention": ("flash", ""),
+    "model.remat": ("all",),
     "model.unet.addition_embed_type": ("text", "image"),
     "model.vae.scaling_factor": (-1.0, float("inf")),
     "noise.offset_strength": (-0.1, float("nan"), float("inf")),
