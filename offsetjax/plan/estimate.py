@@ -166,12 +166,15 @@ def _by_part(work: Sequence[Work], chip: Chip | None) -> dict[str, float]:
 
 
 def _part(attributes: str) -> str:
+    """The network that an operation belongs to, and in which pass, by the name that jax gives it."""
     name = re.search(r'op_name="([^"]*)"', attributes)
     found = re.search(r"Flax(\w+?)(?:Model)?(?:\.\w+)?\)", name[1]) if name else None
-    if found is None:
+    if name is None or found is None:
         return "other"
     network = {"UNet2DCondition": "unet", "AutoencoderKL": "vae"}.get(found[1], "text encoders")
-    return f"{network} {'backward' if name and 'transpose(' in name[1] else 'forward'}"
+    if "rematted_computation" in name[1]:
+        return f"{network} again"
+    return f"{network} {'backward' if 'transpose(' in name[1] else 'forward'}"
 
 
 def _rates(facts: dict[str, Any], seconds: Seconds, chip: Chip | None, chips: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from tests.tiny import tiny_config
 
 def get_config():
-    return tiny_config(train__global_batch_size=16, train__steps=900, mesh__fsdp=4)
+    return tiny_config(train__global_batch_size=16, train__steps=900, mesh__fsdp=4, model__remat="blocks")
 """
 
 
@@ -122,6 +122,14 @@ def test_a_plan_for_a_tpu_without_one(on_tpu: dict[str, Any], on_cpu: dict[str, 
     assert on_tpu["mfu"][0] == pytest.approx(on_tpu["flops_per_device"]["model"] / 197e12 / fastest)
     assert on_tpu["chip_hours"] == pytest.approx([8 * hours for hours in on_tpu["hours"]])
     assert on_tpu["hours"][0] == pytest.approx(900 * fastest / 3600)
+
+
+def test_the_roofline_is_told_by_networks_and_passes(on_tpu: dict[str, Any]) -> None:
+    parts = on_tpu["seconds_by_part"]
+    passes = {"text encoders forward", "vae forward", "unet forward", "unet again", "unet backward"}
+    assert set(parts) == passes | {"other"}
+    assert sum(parts.values()) == pytest.approx(on_tpu["seconds"]["roofline"])
+    assert parts["unet backward"] > parts["unet forward"]
 
 
 @pytest.mark.slow
