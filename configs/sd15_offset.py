@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.data.resolution = 512
     config.model.family = "sd1"
     config.model.pretrained = "stable-diffusion-v1-5"
+    config.model.remat = "blocks"
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.noise.offset_strength = 0.1

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.train.log_every_steps = 100
     config.data.resolution = 512
     config.data.num_workers = 16
+    config.model.remat = "blocks"
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.noise.offset_strength = 0.03

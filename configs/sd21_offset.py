@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data.resolution = 768
     config.model.family = "sd2"
     config.model.pretrained = "stable-diffusion-2-1"
+    config.model.remat = "blocks"
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.noise.offset_strength = 0.067

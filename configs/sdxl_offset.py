@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data.resolution = 1024
     config.model.family = "sdxl"
     config.model.pretrained = "stable-diffusion-xl-base-1.0"
+    config.model.remat = "blocks"
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.noise.offset_strength = 0.05

@@ -206,6 +206,12 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
         millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
         what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
         _log.info("%s: %s%.2f M parameters trained on mesh %s", part, what, millions, dict(run.mesh.shape))
+    for row in sharding.placed(run.mesh, like.params):
+        held = f"{row.elements_per_device / 1e6:.2f} of {row.elements / 1e6:.2f} M on a device"
+        _log.info("  %d arrays of %s: %s", row.arrays, row.pattern, held)
+        if row.undivided:
+            whole = f"{len(row.undivided)} large ones whole: {row.undivided[0]}, …"
+            _log.warning("  mesh.fsdp = %d divides no axis of %s", run.mesh.shape["fsdp"], whole)
     params = initial_trained(config, pipeline, shardings.params)
     # Donated: the first state holds the parameters once, whatever their size.
     begin = jax.jit(lambda params: init_state(params, config), out_shardings=shardings, donate_argnums=0)
