@@ -1,0 +1,48 @@
+"""The pipeline as it is trained: kernels that the device has, and the types that are enough."""
+
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from offsetjax.config import default_config
+from offsetjax.errors import UserError
+from offsetjax.models.pipeline import Pipeline, build, for_training
+from offsetjax.presets import stable_diffusion_1, stable_diffusion_xl
+
+
+def _trained(config: ConfigDict, platform: str = "tpu") -> Pipeline:
+    return for_training(build(config), config, platform)
+
+
+def test_the_denoiser_has_the_settings_also_under_adapters() -> None:
+    config = default_config()
+    config.model.remat, config.lora.rank = "blocks", 4
+    unet = _trained(config).unet.model
+    assert (unet.kernel, unet.remat) == ("splash", "blocks")
+    assert (build(config).unet.kernel, build(config).unet.remat) == ("xla", "none")  # pictures are drawn without
+
+
+def test_pictures_are_encoded_in_the_compute_type_but_for_sdxl() -> None:
+    for preset, dtype in ((stable_diffusion_1, jnp.bfloat16), (stable_diffusion_xl, jnp.float32)):
+        config = default_config()
+        preset(config)
+        assert _trained(config).vae.dtype == dtype
+        assert build(config).vae.dtype == jnp.float32
+    config = default_config()
+    config.task = "autoencoder"
+    assert _trained(config).vae.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("attention", "resolution", "platform", "message"),
+    [
+        ("splash", 512, "cpu", "model.attention = splash: splash is a kernel for TPUs, and this is a cpu; auto"),
+        ("cudnn", 512, "tpu", "model.attention = cudnn: cudnn has kernels for GPUs .* this is a tpu"),
+        ("splash", 128, "tpu", "is for latents of 1024 pixels and more, and those of data.resolution = 128 have 256"),
+    ],
+)
+def test_a_kernel_that_cannot_apply_is_refused(attention: str, resolution: int, platform: str, message: str) -> None:
+    config = default_config()
+    config.model.attention, config.data.resolution = attention, resolution
+    with pytest.raises(UserError, match=message):
+        _trained(config, platform)
