@@ -114,7 +114,8 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipel
     """The pipeline as it is trained, to be traced by each device for itself.
 
     The denoiser has `model.attention` and `model.remat`. Pictures are encoded in the compute type, as by other
-    trainers; not SDXL's, whose autoencoder is for float32 alone, nor by an autoencoder that is itself trained.
+    trainers (latents move by 1 % of their deviation, their means by less); not SDXL's, whose autoencoder is for float32
+    alone, nor by an autoencoder that is itself trained.
 
     Raises:
         UserError: the platform ("tpu", "gpu" or "cpu") or the pictures' size has no use for the kernel that is named.
