@@ -251,7 +251,7 @@ def test_checkpoints_without_their_config_are_refused(data: pathlib.Path, copy: 
 
 def test_a_damaged_config_is_refused(data: pathlib.Path, copy: pathlib.Path) -> None:
     (copy / "config.json").write_text('{"seed": 0,')
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json is no config .*; restore it from a copy"):
         train(run_config(data), copy)
 
 

@@ -116,6 +116,7 @@ def write_frozen(
     directory = epath.Path(directory)
     if directory.exists():  # of a start that did not come to its end, of another model perhaps
         directory.rmtree()
+    directory.mkdir(parents=True)
     sums: dict[str, int] = {}
 
     def summed(name: str, tensor: Tensor) -> Tensor:
