@@ -39,7 +39,9 @@ def open_checkpoints(workdir: epath.PathLike, max_to_keep: int | None = None) ->
         ),
         "data": ocp.JsonCheckpointHandler(),
     }
-    directory = epath.Path(workdir).resolve() / "checkpoints"
+    workdir = epath.Path(workdir)
+    is_local = "://" not in str(workdir)  # `resolve` would make a local path of gs://…
+    directory = (workdir.resolve() if is_local else workdir) / "checkpoints"
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
