@@ -79,6 +79,7 @@ def default_config() -> ConfigDict:
             "dtype": "bfloat16",  # compute; parameters are float32
             "attention": "auto",  # the kernel in training: splash on TPUs, cudnn on GPUs, xla elsewhere
             "remat": "none",  # what the backward pass computes again: none, attention, blocks or full
+            "scan_layers": True,  # in training, the blocks of a transformer that has several are compiled as a loop
             "unet": {
                 "sample_size": 64,
                 "in_channels": 4,

@@ -52,8 +52,10 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
 
         # encode
         latents = encode_pixels(pipeline.vae, params["vae"], batch["pixels"], keys("vae"))
+        params = after(latents, params)
         input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
         conditions = encode_captions(pipeline, params, input_ids, batch["time_ids"], empty_ids)
+        params = after(conditions, params)
         # noise
         # A picture's mean is decided at the noisy end; a short fine-tuning may look there alone.
         first, last = config.loss.min_timestep, schedule.num_train_timesteps
@@ -74,6 +76,22 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         return jax.vmap(example_loss)(prediction, latents, noise, timesteps)
 
     return objective
+
+
+def after(values: PyTree, params: PyTree) -> PyTree:
+    """The parameters, not to be touched before the values are there.
+
+    The compiler would gather the weights of the next network long before their turn, while the one before has the most
+    activations of the step.
+    """
+    values = jax.lax.stop_gradient(values)
+
+    @jax.custom_vjp
+    def wait(params: PyTree) -> PyTree:
+        return jax.lax.optimization_barrier((params, values))[0]
+
+    wait.defvjp(lambda params: (wait(params), None), lambda _, gradients: (gradients,))
+    return wait(params)
 
 
 def perturb(keys: Key[Array, " b"], noise: Float[Array, "b c h w"], gamma: float) -> Float[Array, "b c h w"]:

@@ -60,6 +60,7 @@ RESUMABLE_CHANGES = (
     "model.variant",
     "model.attention",
     "model.remat",
+    "model.scan_layers",
     "lora.pretrained",  # read before the first step alone
     "noise.calibration",  # what it filled in is compared
 )
@@ -165,7 +166,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
             )
     for section in ("train", "data", *RESUMABLE_SECTIONS):
         stored[section].update(config[section])
-    stored.model.update(attention=config.model.attention, remat=config.model.remat)
+    stored.model.update({name: config.model[name] for name in ("attention", "remat", "scan_layers")})
     validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
     return stored
 

@@ -45,21 +45,22 @@ class Adapted:
         Args:
             params: `base`, the model's own parameters, and `adapters`.
         """
-        with nn.intercept_methods(_interceptor(params["adapters"], self.scale)):
-            return self.model.apply(params["base"], *args, **kwargs)
+        # Beside the kernels that they adapt, so that whatever is done with a layer's weights is done with them.
+        together = unflatten_dict(flatten_dict(params["base"]) | flatten_dict(params["adapters"]))
+        with nn.intercept_methods(_interceptor(self.scale)):
+            return self.model.apply(together, *args, **kwargs)
 
 
-def _interceptor(adapters: PyTree, scale: float) -> Callable:
-    by_path = flatten_dict(adapters)
-
+def _interceptor(scale: float) -> Callable:
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         output, module = next_function(*args, **kwargs), context.module
         if context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.Conv):
             return output
-        if (down := by_path.get((*module.path, "down"))) is None:
+        if not module.has_variable("params", "down"):
             return output
+        halves: Any = module.variables["params"]
         # Scaled in float32, before the cast: α / rank is seldom a number of bfloat16.
-        up = jnp.asarray(scale * by_path[*module.path, "up"], output.dtype)
+        down, up = halves["down"], jnp.asarray(scale * halves["up"], output.dtype)
         narrow = module.clone(features=down.shape[-1], use_bias=False, parent=None, name=None)
         hidden: Any = narrow.apply({"params": {"kernel": down}}, *args)
         return output + hidden @ up.reshape(up.shape[-2:])

@@ -113,9 +113,9 @@ def build(config: ConfigDict, tokenizers: Sequence[CLIPTokenizer] = ()) -> Pipel
 def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipeline:
     """The pipeline as it is trained, to be traced by each device for itself.
 
-    The denoiser has `model.attention` and `model.remat`. Pictures are encoded in the compute type, as by other
-    trainers (latents move by 1 % of their deviation, their means by less); not SDXL's, whose autoencoder is for float32
-    alone, nor by an autoencoder that is itself trained.
+    The denoiser has `model.attention`, `model.remat` and, as the text encoders have, `model.scan_layers`. Pictures are
+    encoded in the compute type, as by other trainers (latents move by 1 % of their deviation, their means by less); not
+    SDXL's, whose autoencoder is for float32 alone, nor by an autoencoder that is itself trained.
 
     Raises:
         UserError: the platform ("tpu", "gpu" or "cpu") or the pictures' size has no use for the kernel that is named.
@@ -132,14 +132,16 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipel
             f"data.resolution = {config.data.resolution} have {longest}; auto takes what fits"
         )
 
-    def settle(unet: UNet | Adapted) -> UNet | Adapted:
-        if isinstance(unet, Adapted):
-            return replace(unet, model=settle(unet.model))
-        return replace(unet, kernel=kernel, remat=config.model.remat)
+    def settle(model: Any, **settings: Any) -> Any:
+        if isinstance(model, Adapted):
+            return replace(model, model=settle(model.model, **settings))
+        return replace(model, is_scanned=config.model.scan_layers, **settings)
 
     is_half_enough = config.task == "diffusion" and family(config) != "sdxl"
     vae = replace(pipeline.vae, dtype=pipeline.unet.dtype) if is_half_enough else pipeline.vae
-    return replace(pipeline, unet=settle(pipeline.unet), vae=vae)
+    unet = settle(pipeline.unet, kernel=kernel, remat=config.model.remat)
+    texts = {part: settle(model) for part, model in pipeline.text_encoders.items()}
+    return replace(pipeline, unet=unet, vae=vae, **texts)
 
 
 def adapter_scale(config: ConfigDict) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from transformers import CLIPTextConfig, FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection
 
 from offsetjax.models.intercept import torch_numerics
+from offsetjax.models.scan import scanned
 
 # As in the published checkpoints: with `eos_token_id = 2`, transformers takes the greatest id of a caption for the
 # end of its text, whatever the size of the vocabulary.
@@ -25,12 +27,14 @@ class TextEncoder:
         is_penultimate: the hidden states are those before the last layer, without the final layer norm (SDXL); else
             those of the last layer after it.
         has_projection: the caption as a whole is given as well, projected (SDXL's second encoder).
+        is_scanned: whether the layers are one loop (`scan.py`).
     """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype
     is_penultimate: bool = False
     has_projection: bool = False
+    is_scanned: bool = False
 
     @property
     def class_name(self) -> str:
@@ -57,7 +61,7 @@ class TextEncoder:
         """The hidden states of the tokens and, with `has_projection`, the projected state of the end of the text."""
         module, variables = self._module(), {"params": params}
         inputs = self._inputs(jnp.asarray(input_ids))
-        with torch_numerics():
+        with scanned() if self.is_scanned else nullcontext(), torch_numerics():
             output: Any = module.apply(variables, *inputs, output_hidden_states=self.is_penultimate)
             hidden = output.hidden_states[-2] if self.is_penultimate else output.last_hidden_state
             if not self.has_projection:

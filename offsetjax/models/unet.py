@@ -7,6 +7,7 @@ caption as a whole, `text_embeds`, and the sizes of the picture, `time_ids`:
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from offsetjax.errors import UserError
 from offsetjax.models.intercept import torch_numerics
 from offsetjax.models.remat import rematerialised
+from offsetjax.models.scan import scanned
 
 # What the config does not vary, and PyTorch needs to be told.
 _FIXED = {"act_fn": "silu", "norm_eps": 1e-5, "mid_block_type": "UNetMidBlock2DCrossAttn"}
@@ -32,12 +34,14 @@ class UNet:
     Attributes:
         kernel: of attention (`attention.py`); one other than "xla" needs each device to trace `apply` for itself.
         remat: what the backward pass computes again (`remat.py`).
+        is_scanned: whether blocks that repeat are one loop (`scan.py`).
     """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype
     kernel: str = "xla"
     remat: str = "none"
+    is_scanned: bool = False
     class_name: str = "UNet2DConditionModel"
 
     @property
@@ -97,7 +101,8 @@ class UNet:
                 "time_ids": jnp.asarray(added_conditions["time_ids"], jnp.float32),  # bfloat16 has no 1023 pixels
             }
         numerics = torch_numerics(self.config["norm_num_groups"], kernel=self.kernel)
-        with rematerialised(self.remat), numerics:
+        loops = scanned() if self.is_scanned else nullcontext()
+        with loops, rematerialised(self.remat), numerics:
             output = self._module().apply(
                 {"params": params},
                 jnp.asarray(latents, self.dtype),

@@ -27,7 +27,9 @@ from offsetjax.chips import CHIPS, chip_named
 from offsetjax.config import to_json
 from offsetjax.errors import UserError
 
-_OPTIMISED = "*after_optimizations_after_buffer_assignment.txt"
+_OPTIMISED = "*after_optimizations.txt"
+_ALLOCATIONS = "*buffer-assignment.txt"
+_AFTER_THEM = "*buffer-assignment-values.txt"  # of a program with loops several GB, which nobody waits for
 _OUT_OF_MEMORY = "*oom_intermediate_module.txt"
 _USAGE = "*memory-usage-report.txt"
 _POLL_SECONDS = 0.5
@@ -137,10 +139,10 @@ def _result(message: dict[str, Any], dump_dir: Path, request: Request) -> tuple[
         return _read(dump_dir, _OUT_OF_MEMORY) or "", _usage(dump_dir) or needs, limit
     if "compiled" in message:
         return (dump_dir / "compiled.txt").read_text(), _usage(dump_dir) or message["compiled"], None
-    usage = _usage(dump_dir)
-    if request.is_full or usage is None or not (hlo := _read(dump_dir, _OPTIMISED)):
+    allocated = _allocated(dump_dir)
+    if request.is_full or allocated is None or not (hlo := _read(dump_dir, _OPTIMISED)):
         return None
-    return hlo, usage, None
+    return hlo, allocated, None
 
 
 def _read(dump_dir: Path, pattern: str) -> str | None:
@@ -153,6 +155,15 @@ def _read(dump_dir: Path, pattern: str) -> str | None:
     text = file.read_text()
     is_whole = size == file.stat().st_size and text.rstrip().endswith("}") and "\nENTRY " in text
     return text if is_whole else None
+
+
+def _allocated(dump_dir: Path) -> int | None:
+    """Bytes of HBM, from the list of allocations, once it is whole."""
+    file = next(dump_dir.glob(_ALLOCATIONS), None)
+    if file is None or not any(dump_dir.glob(_AFTER_THEM)):
+        return None
+    allocations = re.findall(r"^allocation \d+: size (\d+)(.*)", file.read_text(errors="replace"), re.MULTILINE)
+    return sum(int(size) for size, what in allocations if not re.search(r"\bcolor [1-9]", what))
 
 
 def _usage(dump_dir: Path) -> int | None:

@@ -1,0 +1,105 @@
+"""A loop over the blocks of a transformer changes no number and no name, and is compiled once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import PyTree
+
+from offsetjax.models.lora import Adapted, init_adapters
+from offsetjax.models.pipeline import build
+from offsetjax.models.text import TextEncoder
+from offsetjax.models.unet import UNet
+from tests.tiny import quick_compilation, tiny_config
+
+DEPTH = 3
+# Transformers in the middle alone, which compile quickly.
+SMALL = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory.getbasetemp()):
+        yield
+
+
+def _unet(depth: int = DEPTH) -> UNet:
+    config = tiny_config()
+    config.model.unet.update(SMALL)
+    config.model.unet.transformer_layers_per_block = (depth,) * len(config.model.unet.block_out_channels)
+    return build(config).unet
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    return _unet()
+
+
+@pytest.fixture(scope="module")
+def params(unet: UNet) -> PyTree:
+    return jax.jit(unet.init)(jax.random.key(0))
+
+
+def _loss(model: UNet | Adapted) -> Callable[[PyTree], jax.Array]:
+    latents = jax.random.normal(jax.random.key(1), (2, 4, 8, 8))
+    hidden = jax.random.normal(jax.random.key(2), (2, 8, model.config["cross_attention_dim"]))
+    return lambda params: jnp.square(model.apply(params, latents, jnp.array([3, 700]), hidden)).mean()
+
+
+def _assert_alike(plain: Any, looped: Any, params: PyTree) -> None:
+    """Loss and gradients of two models."""
+    loss, gradients = jax.jit(jax.value_and_grad(_loss(plain)))(params)
+    loss_of_loop, gradients_of_loop = jax.jit(jax.value_and_grad(_loss(looped)))(params)
+    assert float(loss_of_loop) == pytest.approx(float(loss), rel=1e-6)
+    assert jax.tree.structure(gradients_of_loop) == jax.tree.structure(gradients)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
+    apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), gradients, gradients_of_loop)
+    assert max(jax.tree.leaves(apart)) < 1e-5 * largest
+
+
+def test_loss_and_gradients_are_the_same(unet: UNet, params: PyTree) -> None:
+    _assert_alike(unet, replace(unet, remat="blocks", is_scanned=True), params)
+
+
+@pytest.mark.parametrize(
+    ("targets", "loops"),
+    [
+        (("to_q", "ff.net.2"), True),
+        (("transformer_blocks.1.attn1.to_q",), False),  # blocks that are not alike make no loop
+    ],
+)
+def test_so_they_are_with_adapters(unet: UNet, params: PyTree, targets: tuple[str, ...], loops: bool) -> None:
+    adapters = init_adapters(jax.random.key(3), params, targets, rank=2)
+    adapters = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+    both = {"base": params, "adapters": adapters}
+    looped = Adapted(replace(unet, is_scanned=True), 0.5)
+    _assert_alike(Adapted(unet, 0.5), looped, both)
+    assert (_dots(looped, both) < _dots(Adapted(unet, 0.5), both)) == loops
+
+
+@pytest.mark.parametrize("is_penultimate", [False, True])
+def test_text_encoders_give_the_same(is_penultimate: bool) -> None:
+    config = tiny_config().model.text_encoder.to_dict() | {"num_hidden_layers": 4}
+    encoder = TextEncoder(config, jnp.dtype("float32"), is_penultimate=is_penultimate, has_projection=is_penultimate)
+    params = jax.jit(encoder.init)(jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (3, config["max_position_embeddings"]), 0, config["vocab_size"])
+    looped = jax.jit(replace(encoder, is_scanned=True).apply)
+    for plain, of_loop in zip(jax.jit(encoder.apply)(params, ids), looped(params, ids), strict=True):
+        if plain is not None:
+            np.testing.assert_allclose(of_loop, plain, rtol=1e-5, atol=1e-6)
+    assert looped.lower(params, ids).as_text().count("stablehlo.dot_general") < 3 * 8 + 4
+
+
+def test_the_program_does_not_grow_with_the_number_of_blocks(unet: UNet, params: PyTree) -> None:
+    deeper = _unet(3 * DEPTH)
+    deep_params = jax.eval_shape(deeper.init, jax.random.key(0))
+    assert _dots(replace(deeper, is_scanned=True), deep_params) == _dots(replace(unet, is_scanned=True), params)
+    assert _dots(deeper, deep_params) > 2 * _dots(unet, params)
+
+
+def _dots(model: UNet | Adapted, params: PyTree) -> int:
+    return jax.jit(jax.grad(_loss(model))).lower(params).as_text().count("stablehlo.dot_general")
