@@ -253,6 +253,24 @@ def test_a_bad_model_is_refused(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("file", "tensor", "words"),
+    [
+        (UNET, "conv_in__bias", "unet/conv_in/bias has values that are not finite; give another model"),
+        (TEXT, "text_model__final_layer_norm__bias", "text_encoder: text_model.final_layer_norm.bias has values that"),
+    ],
+    ids=["trained", "frozen"],
+)
+def test_weights_that_are_not_finite_are_refused(
+    file: str, tensor: str, words: str, base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copied(base / "sd1", tmp_path)
+    with_tensors(file, **{tensor: lambda array: np.full_like(array, np.inf)})(model)
+    line = refused(capsys, *command("train", base, tmp_path, model))
+    assert words in line, line
+    assert not list(tmp_path.rglob("metrics.jsonl")) and not list(tmp_path.rglob("checkpoints/[0-9]*"))
+
+
 def in_base(path: str) -> Callable[[pathlib.Path, pathlib.Path], str]:
     return lambda base, folder: str(base / path)
 

@@ -14,13 +14,14 @@ from offsetjax.errors import UserError
 from offsetjax.formats.lora import LoadedLora, read_lora
 from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
-from offsetjax.formats.tensors import Tensor
+from offsetjax.formats.tensors import Tensor, seen
 from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import Pipeline, build, family, text_parts, trained_parts
 from offsetjax.models.resolve import is_from_scratch
 from offsetjax.models.tokenizer import clip_tokenizer, load_tokenizer
 from offsetjax.models.weights import abstract_params, load, on_host
 from offsetjax.random import stream_key
+from offsetjax.sharding import path_name
 
 CLIP_VOCABULARY = 49408  # tokens of CLIP's own vocabulary, which the text encoders of every family know
 
@@ -40,11 +41,24 @@ def initial_params(config: ConfigDict, part: str, model: Any, shardings: PyTree 
 
     Args:
         shardings: where they lie; None: on the host.
+
+    Raises:
+        UserError: a loaded one has values that are not finite.
     """
     if is_from_scratch(config, part):
         return jax.jit(model.init, out_shardings=shardings)(stream_key(config.seed, f"init/{part}"))
     tensors = part_tensors(open_pretrained(config.model.pretrained, config.model.variant), part, model)
+    where = f"model.pretrained: {config.model.pretrained}: {part}"
+    tensors = jax.tree_util.tree_map_with_path(lambda path, tensor: _finite(tensor, where + path_name(path)), tensors)
     return on_host(tensors) if shardings is None else load(tensors, shardings, np.float32)
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    def check(array: np.ndarray) -> None:
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} has values that are not finite; give another model, or another copy of it")
+
+    return seen(tensor, check)
 
 
 def initial_tensors(config: ConfigDict, part: str, model: Any) -> dict[str, Tensor]:
