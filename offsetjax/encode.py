@@ -31,18 +31,24 @@ def sample_latent(
 def encode_pixels(
     vae: Autoencoder, params: PyTree, pixels: UInt8[Array, "b h w 3"], keys: Key[Array, " b"]
 ) -> Float[Array, "b c h w"]:
-    """Scaled latents, drawn from the posterior with one key an example, a few pictures at a time."""
+    """Scaled latents, drawn from the posterior with one key an example."""
+    return jax.vmap(sample_latent)(keys, *encode_moments(vae, params, pixels)) * vae.config["scaling_factor"]
+
+
+def encode_moments(
+    vae: Autoencoder, params: PyTree, pixels: UInt8[Array, "b h w 3"]
+) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
+    """The posterior's mean and log-variance, not scaled; a few pictures are encoded at a time."""
     params = meta.unbox(params)  # once, not for each few
 
-    def encode(example: tuple[Array, Array]) -> Array:
-        pixels, key = example
+    def encode(pixels: Array) -> tuple[Array, Array]:
         mean, log_variance = vae.encode(params, to_unit_range(pixels[None]))
-        return sample_latent(key, mean[0], log_variance[0]) * vae.config["scaling_factor"]
+        return mean[0], log_variance[0]
 
     at_once = _at_once(len(pixels), pixels.shape[1] * pixels.shape[2])
     if len(pixels) == at_once:
-        return jax.vmap(encode)((pixels, keys))
-    return jax.lax.map(encode, (pixels, keys), batch_size=at_once)
+        return jax.vmap(encode)(pixels)
+    return jax.lax.map(encode, pixels, batch_size=at_once)
 
 
 def _at_once(count: int, pixels: int) -> int:

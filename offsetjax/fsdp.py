@@ -101,33 +101,57 @@ def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradie
         gradient: takes weights as Flax modules do, with `Share`s among them.
         dtypes: the type that each part of the parameters computes in.
     """
-    manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
-    batch_axes, rings = sharding.BATCH[0], sharding.rings(mesh)
+    batch_axes = sharding.BATCH[0]
 
-    def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, step: Array) -> tuple[Loss, PyTree]:
+    def mean(gradient: Any) -> Array:
+        # A share's is summed over `fsdp` already.
+        is_share = isinstance(gradient, Share)
+        total: Any = jax.lax.psum(gradient.value if is_share else gradient, "data" if is_share else batch_axes)
+        return total / (mesh.shape["data"] * mesh.shape["fsdp"])
+
+    def of_device(*arguments: Any) -> tuple[Loss, PyTree]:
+        loss, gradients = gradient(*arguments)
+        return jax.lax.pmean(loss, batch_axes), jax.tree.map(mean, gradients, is_leaf=_is_share)
+
+    return _on_devices(of_device, mesh, dtypes, lambda param_specs: (P(), param_specs))
+
+
+def sums_on_mesh(function: Callable[..., PyTree], mesh: Mesh, dtypes: Mapping[str, Any]) -> Callable[..., PyTree]:
+    """(params, frozen, batch, …) → sums over a batch that is split over the mesh, from those of a device's share of it.
+
+    Args:
+        function, dtypes: as those of `on_mesh`; what follows the batch is the same on all devices.
+    """
+    return _on_devices(
+        lambda *arguments: jax.lax.psum(function(*arguments), sharding.BATCH[0]), mesh, dtypes, lambda _: P()
+    )
+
+
+def _on_devices(
+    function: Callable[..., Any], mesh: Mesh, dtypes: Mapping[str, Any], out_specs: Callable[[PyTree], PyTree]
+) -> Callable[..., Any]:
+    """The function on each device, of its own examples and of `Share`s; `out_specs` takes the parameters' specs."""
+    manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
+    rings = sharding.rings(mesh)
+
+    def boxed(params: PyTree, specs: PyTree) -> PyTree:
+        return {part: shared(params[part], specs[part], dtypes[part], rings) for part in params}
+
+    def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, *others: Any) -> Any:
         param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
 
-        def on_device(params: PyTree, frozen: PyTree, batch: PyTree, step: Array) -> tuple[Loss, PyTree]:
-            params = {part: shared(params[part], param_specs[part], dtypes[part], rings) for part in params}
-            frozen = {part: shared(frozen[part], frozen_specs[part], dtypes[part], rings) for part in frozen}
-            loss, gradients = gradient(params, frozen, batch, step)
-            unboxed = jax.tree.map(lambda x: x.value if isinstance(x, Share) else x, gradients, is_leaf=_is_share)
-            return jax.lax.pmean(loss, batch_axes), jax.tree.map(_mean, unboxed, param_specs)
-
-        def _mean(gradient: Array, spec: P) -> Array:
-            # What was split is summed over `fsdp` already.
-            total = jax.lax.psum(gradient, "data" if "fsdp" in tuple(spec) else batch_axes)
-            return total / (mesh.shape["data"] * mesh.shape["fsdp"])
+        def on_device(params: PyTree, frozen: PyTree, *others: Any) -> Any:
+            return function(boxed(params, param_specs), boxed(frozen, frozen_specs), *others)
 
         manual_specs = [jax.tree.map(lambda spec: _only(spec, manual), specs) for specs in (param_specs, frozen_specs)]
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(*manual_specs, sharding.BATCH, P()),
-            out_specs=(P(), manual_specs[0]),
+            in_specs=(*manual_specs, sharding.BATCH, *(P() for _ in others)),
+            out_specs=out_specs(manual_specs[0]),
             axis_names=manual,
             check_vma=False,
-        )(params, frozen, batch, step)
+        )(params, frozen, batch, *others)
 
     return on_devices
 

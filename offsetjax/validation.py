@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
-from offsetjax import sharding
+from offsetjax import fsdp, sharding
 from offsetjax.data.devices import on_devices
 from offsetjax.data.stream import Source, Stream
 from offsetjax.diffusion.loss import mean_squared_error
 from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
-from offsetjax.encode import encode_captions, to_unit_range
+from offsetjax.encode import encode_captions, encode_moments
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.objective import Batch, add_position, training_noise
@@ -28,8 +28,12 @@ from offsetjax.random import stream_key
 Losses = Callable[[PyTree, PyTree, Batch, Int[Array, ""], Int[Array, ""]], dict[str, Float[Array, " t"]]]
 
 
-def make_losses(pipeline: Pipeline, config: ConfigDict) -> Losses:
-    """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count."""
+def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> Losses:
+    """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count.
+
+    Args:
+        mesh: each of its devices computes the losses of its own examples, as in training.
+    """
     schedule = make_schedule(**config.schedule)
     empty_ids = pipeline.tokenize([""])[0]
     noises = {"plain": PLAIN}
@@ -37,13 +41,12 @@ def make_losses(pipeline: Pipeline, config: ConfigDict) -> Losses:
     if not training.is_plain:
         noises["training"] = training
 
-    def losses(
+    def sums(
         trained: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
     ) -> dict[str, Float[Array, " t"]]:
         params = join(trained, frozen)
-        batch = add_position(batch, config.train.global_batch_size)
         # The posterior's mean: a draw from it would only add noise to the curve.
-        means, _ = pipeline.vae.encode(params["vae"], to_unit_range(batch["pixels"]))
+        means, _ = encode_moments(pipeline.vae, params["vae"], batch["pixels"])
         latents = means * pipeline.vae.config["scaling_factor"]
         conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
         places = number * config.train.global_batch_size + batch["position"]
@@ -60,6 +63,13 @@ def make_losses(pipeline: Pipeline, config: ConfigDict) -> Losses:
 
         timesteps = jnp.asarray(config.validation.timesteps, jnp.int32)
         return {name: jax.lax.map(lambda t, noise=noise: at(noise, t), timesteps) for name, noise in noises.items()}
+
+    on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.dtypes) if mesh else sums
+
+    def losses(
+        trained: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
+    ) -> dict[str, Float[Array, " t"]]:
+        return on_devices(trained, frozen, add_position(batch, config.train.global_batch_size), number, count)
 
     return losses
 

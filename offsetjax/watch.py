@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from offsetjax import sharding
 from offsetjax.brightness import compare, data_brightness
 from offsetjax.data.stream import Source, open_source
+from offsetjax.models.pipeline import for_training
 from offsetjax.pictures import Picture, write_samples
 from offsetjax.run import Run, open_stream
 from offsetjax.sample import Sampler, about_samples, draw_pictures, make_sampler
@@ -108,8 +109,11 @@ def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[st
     config.train.accumulate_steps = 1
     stream = open_stream(config, run.pipeline, held_out)
     frozen, replicated = sharding.shardings(run.mesh, run.frozen), NamedSharding(run.mesh, P())
+    # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
+    as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform)
+    pipeline = dataclasses.replace(as_trained, vae=run.pipeline.vae)
     losses = jax.jit(
-        make_losses(run.pipeline, config),
+        make_losses(pipeline, config, run.mesh),
         in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated),
         out_shardings=replicated,
     )

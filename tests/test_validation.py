@@ -48,17 +48,17 @@ def _parts(base: pathlib.Path, config: ConfigDict, mesh: Mesh) -> tuple[Pipeline
     return pipeline, load_frozen(folder, config, pipeline, frozen_parts(config), partial(shardings, mesh))
 
 
-def _validate(base: pathlib.Path, *, devices: int = 1, **changes: Any) -> dict[str, float]:
+def _validate(base: pathlib.Path, *, fsdp: int = 1, **changes: Any) -> dict[str, float]:
     """The losses of one fixed model on 5 pictures."""
     settings = {"validation__num_examples": 5, "validation__timesteps": TIMESTEPS, "data__random_flip": False}
     config = tiny_config(data_path(base), **settings, **changes)
-    mesh = mesh_of(data=devices, fsdp=1)
+    mesh = mesh_of(data=2 if fsdp > 1 else 1, fsdp=fsdp)
     pipeline, frozen = _parts(base, tiny_config(data_path(base)), mesh)
     params = {"unet": jax.jit(pipeline.unet.init)(jax.random.key(3))}
     stream_config = config.copy_and_resolve_references()
     stream_config.seed = 0
     stream = open_stream(stream_config, pipeline, open_source(config.data.path))
-    losses = jax.jit(make_losses(pipeline, config))
+    losses = jax.jit(make_losses(pipeline, config, mesh))
     return validate(losses, config, stream, mesh, params, frozen)
 
 
@@ -95,7 +95,7 @@ def test_no_offset_leaks_into_the_plain_curve(
 
 
 @pytest.mark.parametrize(
-    "other", [{"train__global_batch_size": 2}, {"train__global_batch_size": 16}, {"seed": 7}, {"devices": 8}]
+    "other", [{"train__global_batch_size": 2}, {"train__global_batch_size": 16}, {"seed": 7}, {"fsdp": 4}]
 )
 def test_the_losses_do_not_depend_on_how_they_are_computed(
     base: pathlib.Path, plain: dict[str, float], other: dict[str, Any]
