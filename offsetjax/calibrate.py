@@ -137,8 +137,8 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     size, total = config.train.global_batch_size, len(source)
     params = jax.device_put(params, sharding.shardings(mesh, params))
     batch_modes = _jit_batch_modes(pipeline.vae, params, mesh)
-    host_batches = open_stream(config, pipeline, source).iterator(0)
-    batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH))
+    host_batches = open_stream(config, pipeline, source, mesh).iterator(0)
+    batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH), size)
     mean, squares = np.complex128(0), np.float64(0)
     try:
         for seen, batch in zip(range(0, total, size), _tracked(batches, -(-total // size)), strict=True):

@@ -61,6 +61,7 @@ CHECKS: dict[str, Check] = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.attention": _one_of("auto", "xla", "splash", "cudnn"),
     "model.remat": _one_of("none", "attention", "blocks", "full"),
+    "model.scan_layers": _one_of("auto", "always", "never"),
     "model.unet.addition_embed_type": _one_of("", "text_time"),
     "lora.rank": _at_least(0),
     "lora.alpha": _at_least(0),

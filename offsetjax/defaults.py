@@ -79,7 +79,7 @@ def default_config() -> ConfigDict:
             "dtype": "bfloat16",  # compute; parameters are float32
             "attention": "auto",  # the kernel in training: splash on TPUs, cudnn on GPUs, xla elsewhere
             "remat": "none",  # what the backward pass computes again: none, attention, blocks or full
-            "scan_layers": True,  # in training, the blocks of a transformer that has several are compiled as a loop
+            "scan_layers": "auto",  # layers that repeat become a loop: always, never, or auto: where FSDP splits them
             "unet": {
                 "sample_size": 64,
                 "in_channels": 4,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
@@ -219,20 +219,20 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     return begin(params), shardings
 
 
-def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, process_count: int | None = None) -> Stream:
-    """This process's share of the training batches; `process_count` 1 gives each process the whole of them."""
-    count = process_count or jax.process_count()
+def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None) -> Stream:
+    """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them."""
+    global_batch_size = config.train.global_batch_size
+    batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
     return make_stream(
         source,
         seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=global_batch_size,
         resolution=config.data.resolution,
         random_flip=config.data.random_flip,
         tokenize=partial(tokenize, pipeline.tokenizers) if pipeline.tokenizers else _no_tokens,
         long_captions=config.encode.long_captions,
         num_workers=config.data.num_workers,
-        process_index=jax.process_index() % count,
-        process_count=count,
+        rows=sharding.rows_of_process(batch, global_batch_size) if batch else None,
     )
 
 
@@ -248,7 +248,7 @@ def latent_statistics(
     """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures."""
     sampled = config.copy_and_resolve_references()
     sampled.train.global_batch_size, sampled.data.random_flip = 8, False
-    batches = open_stream(sampled, pipeline, source, process_count=1).iterator(0)
+    batches = open_stream(sampled, pipeline, source).iterator(0)
     encode = jax.jit(lambda pixels: pipeline.vae.encode(vae_params, to_unit_range(pixels))[0])
     latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])
     batches.close()

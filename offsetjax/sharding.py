@@ -165,6 +165,18 @@ def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda where: NamedSharding(mesh, where), specs(mesh, tree))
 
 
+def rows_of_process(sharding: NamedSharding, count: int, process: int | None = None) -> tuple[int, ...]:
+    """The rows of a batch of `count` that a process's devices hold, in order; those of this process by default.
+
+    They need not lie together, for a mesh follows the torus and not the hosts; and where `tensor` reaches over hosts,
+    several processes hold the same ones.
+    """
+    process = jax.process_index() if process is None else process
+    parts: Mapping[Any, Any] = sharding.devices_indices_map((count,))
+    mine = [part.indices(count) for device, (part,) in parts.items() if device.process_index == process]
+    return tuple(sorted({row for bounds in mine for row in range(*bounds)}))
+
+
 class Placed(NamedTuple):
     """What one rule places: the number of arrays, their elements, and how many of those a device holds."""
 

@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         source = open_source(config.data.path, config.data.split)
         run = open_run(config, epath.Path(workdir), source)
         config = run.config
-        stream = open_stream(config, run.pipeline, source)
+        stream = open_stream(config, run.pipeline, source, run.mesh)
         with compilation_cache(workdir), checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
             state, state_shardings = first_state(run, manager, stream)
             if int(state.step) >= config.train.steps:
@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
     """The train step of a run, with its placement."""
-    pipeline = for_training(run.pipeline, run.config, run.mesh.devices.flat[0].platform)
+    pipeline = for_training(run.pipeline, run.config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
     return place(make_objective(pipeline, run.config), pipeline.dtypes, run, state_shardings)
 
 
@@ -91,7 +91,7 @@ def _loop(
     metrics = MetricsWriter(run.workdir, start, train.steps)
     clock = StepClock(start, train.global_batch_size, ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel()))
     host_batches = stream.iterator(start)
-    batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH))
+    batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
     unwritten: tuple[int, Any] | None = None
     last: Any = None
     try:

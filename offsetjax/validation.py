@@ -81,7 +81,7 @@ def validate(
     count = num_examples(config, stream)
     host_batches = stream.iterator()
     try:
-        batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), ahead=0)
+        batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.global_batch_size, ahead=0)
         numbers = range(-(-count // stream.global_batch_size))
         sums = [losses(params, frozen, next(batches), jnp.int32(number), jnp.int32(count)) for number in numbers]
     finally:

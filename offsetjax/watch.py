@@ -107,10 +107,10 @@ def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[st
     config.seed, config.data.random_flip = 0, False  # the same pictures in every run
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     config.train.accumulate_steps = 1
-    stream = open_stream(config, run.pipeline, held_out)
+    stream = open_stream(config, run.pipeline, held_out, run.mesh)
     frozen, replicated = sharding.shardings(run.mesh, run.frozen), NamedSharding(run.mesh, P())
     # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
-    as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform)
+    as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
     pipeline = dataclasses.replace(as_trained, vae=run.pipeline.vae)
     losses = jax.jit(
         make_losses(pipeline, config, run.mesh),

@@ -43,6 +43,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float16",),
     "model.attention": ("flash", ""),
     "model.remat": ("all",),
+    "model.scan_layers": ("sometimes",),
     "model.unet.addition_embed_type": ("text", "image"),
     "model.vae.scaling_factor": (-1.0, float("inf")),
     "noise.offset_strength": (-0.1, float("nan"), float("inf")),

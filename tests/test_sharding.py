@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ from offsetjax.errors import UserError
 from offsetjax.models.initial import abstract_trained
 from offsetjax.models.pipeline import build
 from offsetjax.step import TrainState, init_state
+from tests.plan import topology
 
 FSDP = 8
 MESH = {"data": 1, "fsdp": FSDP, "tensor": 1}
@@ -110,3 +112,19 @@ def test_a_batch_is_split_over_both_axes() -> None:
     placed = jax.device_put(np.arange(16), jax.sharding.NamedSharding(mesh, sharding.BATCH))
     assert [shard.data.shape for shard in placed.addressable_shards] == [(2,)] * 8
     assert len({int(shard.data[0]) for shard in placed.addressable_shards}) == 8
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4"])
+@pytest.mark.parametrize(("data", "tensor"), [(1, 1), (4, 1), (1, 4)])
+def test_the_processes_of_a_slice_hold_each_row_as_often_as_the_mesh_does(name: str, data: int, tensor: int) -> None:
+    devices = topology.mesh(name, (16,), ("all",)).devices.ravel().tolist()
+    mesh = sharding.mesh_of(data=data, fsdp=16 // (data * tensor), tensor=tensor, devices=devices)
+    batch = NamedSharding(mesh, sharding.BATCH)
+    rows = {process: sharding.rows_of_process(batch, 32, process) for process in range(4)}
+    assert {row for mine in rows.values() for row in mine} == set(range(32))
+    for device, (part,) in batch.devices_indices_map((32,)).items():
+        assert set(range(*part.indices(32))) <= set(rows[device.process_index])
+    if tensor == 1:
+        assert sum(len(mine) for mine in rows.values()) == 32
+    if (name, data, tensor) == ("v5e:4x4", 1, 1):  # not one block for each process
+        assert rows[0] != tuple(range(8))

@@ -2,23 +2,37 @@
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+
+from offsetjax.sharding import rows_of_process
 
 # What the step takes of a batch; the rest stays with the host.
 FIELDS = ("pixels", "input_ids", "time_ids", "is_truncated")
 
 
 def on_devices(
-    batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding, ahead: int = 2
+    batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding, global_batch_size: int, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """The batches as global arrays, `ahead` of them on their way; each process gives its own block of each batch."""
+    """The batches as global arrays, `ahead` of them on their way.
+
+    Args:
+        batches: of each batch the rows that this process holds (`sharding.rows_of_process`).
+    """
+    rows = rows_of_process(sharding, global_batch_size)
+
+    def whole(field: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(global_batch_size)
+            return field[rows.index(first) :][: last - first]
+
+        return jax.make_array_from_callback((global_batch_size, *field.shape[1:]), sharding, part)
 
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        fields = {name: batch[name] for name in FIELDS}
-        return {name: jax.make_array_from_process_local_data(sharding, field) for name, field in fields.items()}
+        return {name: whole(batch[name]) for name in FIELDS}
 
     queue: deque[dict[str, jax.Array]] = deque()
     for batch in batches:

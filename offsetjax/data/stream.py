@@ -1,14 +1,14 @@
 """The training stream: a TFDS data set in ArrayRecord → batches, through Grain.
 
 A batch is a function of the seed and of its number alone. Grain shuffles each epoch, repeats for ever and draws the
-flips, all by the position in one infinite sequence; process h of H takes its block of b = G / H places of each global
-batch of G. So the whole state of the data is one integer, the number of the next batch, and a run may go on with
+flips, all by the position in one infinite sequence, of which a process takes its own rows of each global batch. So the
+whole state of the data is one integer, the number of the next batch, and a run may go on with
 another number of processes or workers and still see the same global batches.
 """
 
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -155,8 +155,7 @@ class Stream:
     tokenize: Tokenize
     long_captions: Literal["truncate", "refuse"] = "truncate"
     num_workers: int = 0
-    process_index: int = 0
-    process_count: int = 1
+    rows: tuple[int, ...] = ()  # of each global batch, those of this process
 
     def iterator(self, start_batch: int = 0) -> Generator[dict[str, np.ndarray], None, None]:
         """The batches of this process from number `start_batch` on; close it when done.
@@ -165,7 +164,7 @@ class Stream:
             `pixels` uint8 `[b, resolution, resolution, 3]`; `input_ids` int32 `[b, e, n]`, for each of e text encoders;
             `time_ids` float32 `[b, 6]`, SDXL's micro-conditioning (see `offsetjax.data.images.time_ids`);
             `is_truncated` bool `[b]`, whose captions were cut; `index` int64 `[b]`, the number of each example in
-            the source. b is `global_batch_size / process_count`.
+            the source. b is the number of this process's rows.
 
         Raises:
             UserError: a record that cannot be decoded, or a caption that is refused for its length.
@@ -199,8 +198,7 @@ def make_stream(
     tokenize: Tokenize,
     long_captions: Literal["truncate", "refuse"] = "truncate",
     num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Stream:
     """The stream of a source.
 
@@ -210,16 +208,10 @@ def make_stream(
         tokenize: a caption's ids and number of tokens; it runs in this process, whatever `num_workers` is.
         long_captions: what becomes of a caption with more tokens than the text encoders read.
         num_workers: processes that read and decode; 0: threads of this one.
-
-    Raises:
-        UserError: the batch does not divide among the processes.
+        rows: of each global batch, those that this process reads, in order; None: all.
     """
-    if global_batch_size % process_count:
-        raise UserError(
-            f"config: train.global_batch_size = {global_batch_size} must be a multiple of the {process_count} processes"
-        )
-    shares = (num_workers, process_index, process_count)
-    return Stream(source, seed, global_batch_size, resolution, random_flip, tokenize, long_captions, *shares)
+    rows = tuple(range(global_batch_size) if rows is None else rows)
+    return Stream(source, seed, global_batch_size, resolution, random_flip, tokenize, long_captions, num_workers, rows)
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -238,31 +230,30 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-class _HostBlocks(grain.MapDataset):
-    """The places of one process: place i of its b a batch is place (i // b) G + h b + i % b of all."""
+class _Rows(grain.MapDataset):
+    """The examples of one process: its i-th, of b a batch, is row r[i % b] of batch i // b."""
 
     def __init__(self, parent: grain.MapDataset, stream: Stream):
         super().__init__(parent)
-        self._whole, self._block = stream.global_batch_size, stream.global_batch_size // stream.process_count
-        self._offset = stream.process_index * self._block
+        self._global_batch_size, self._rows = stream.global_batch_size, stream.rows
 
     def __len__(self) -> int:
-        return sys.maxsize // self._whole * self._block
+        return sys.maxsize // self._global_batch_size * len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        batch, place = divmod(index, self._block)
-        return self._parent[batch * self._whole + self._offset + place]
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._global_batch_size + self._rows[place]]
 
 
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
-    block = stream.global_batch_size // stream.process_count
+    block = len(stream.rows)
     indices = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
     examples = indices.map(partial(_example, stream.source, stream.resolution))
     if stream.random_flip:
         examples = examples.random_map(_flip)
-    examples = _HostBlocks(examples, stream)
+    examples = _Rows(examples, stream)
     if stream.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
             flags.FLAGS.mark_as_parsed()

@@ -21,6 +21,7 @@ from offsetjax.models.text import TextEncoder
 from offsetjax.models.tokenizer import tokenize
 from offsetjax.models.unet import UNet
 
+_SHARES_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for whole ones would be a second copy
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 
 
@@ -110,12 +111,15 @@ def build(config: ConfigDict, tokenizers: Sequence[CLIPTokenizer] = ()) -> Pipel
     )
 
 
-def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipeline:
+def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, shares: int = 1) -> Pipeline:
     """The pipeline as it is trained, to be traced by each device for itself.
 
     The denoiser has `model.attention`, `model.remat` and, as the text encoders have, `model.scan_layers`. Pictures are
     encoded in the compute type, as by other trainers (latents move by 1 % of their deviation, their means by less); not
     SDXL's, whose autoencoder is for float32 alone, nor by an autoencoder that is itself trained.
+
+    Args:
+        shares: that FSDP splits a weight into.
 
     Raises:
         UserError: the platform ("tpu", "gpu" or "cpu") or the pictures' size has no use for the kernel that is named.
@@ -132,10 +136,13 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str) -> Pipel
             f"data.resolution = {config.data.resolution} have {longest}; auto takes what fits"
         )
 
+    scan = config.model.scan_layers
+    is_scanned = scan == "always" or (scan == "auto" and shares >= _SHARES_TO_SCAN)
+
     def settle(model: Any, **settings: Any) -> Any:
         if isinstance(model, Adapted):
             return replace(model, model=settle(model.model, **settings))
-        return replace(model, is_scanned=config.model.scan_layers, **settings)
+        return replace(model, is_scanned=is_scanned, **settings)
 
     is_half_enough = config.task == "diffusion" and family(config) != "sdxl"
     vae = replace(pipeline.vae, dtype=pipeline.unet.dtype) if is_half_enough else pipeline.vae

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from offsetjax.data.devices import on_devices
+from offsetjax.sharding import AXES, BATCH, rows_of_process
+from tests.processes import call_together
 
 
 def batches(num_encoders: int, num_tokens: int) -> Iterator[dict[str, np.ndarray]]:
@@ -27,10 +29,36 @@ def batches(num_encoders: int, num_tokens: int) -> Iterator[dict[str, np.ndarray
 def test_each_device_has_its_block_of_each_batch(num_encoders: int, num_tokens: int) -> None:
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
     given = list(itertools.islice(batches(num_encoders, num_tokens), 5))
-    arrived = list(on_devices(iter(given), sharding))
+    arrived = list(on_devices(iter(given), sharding, 8))
     assert len(arrived) == 5
     for host, device in zip(given, arrived, strict=True):
         assert set(device) == set(host) - {"index"}
         for name, array in device.items():
             assert array.sharding == sharding and array.dtype == host[name].dtype
             np.testing.assert_array_equal(array, host[name])
+
+
+def _rows_on_devices(order: tuple[int, ...], shape: tuple[int, int, int]) -> tuple[tuple[int, ...], list[bool]]:
+    """This process's rows, and whether each of its devices has those of its place in the mesh."""
+    mesh = Mesh(np.array(jax.devices())[list(order)].reshape(shape), AXES)
+    sharding = NamedSharding(mesh, BATCH)
+    rows = rows_of_process(sharding, 8)
+    fields = {name: np.array(rows, np.int32) for name in ("pixels", "input_ids", "time_ids", "is_truncated")}
+    [batch] = on_devices(iter([fields]), sharding, 8)
+    shards = batch["pixels"].addressable_shards
+    return rows, [np.array_equal(each.data, np.arange(8)[each.index]) for each in shards]
+
+
+@pytest.mark.parametrize(
+    ("order", "shape", "rows"),
+    [
+        ((0, 2, 1, 3), (2, 2, 1), ((0, 1, 4, 5), (2, 3, 6, 7))),  # as on a torus, whose lines pass from host to host
+        ((0, 2, 1, 3), (2, 1, 2), (tuple(range(8)),) * 2),  # the two devices of a row's `tensor` are of two hosts
+    ],
+)
+def test_the_rows_of_a_batch_are_where_the_mesh_has_them(
+    order: tuple[int, ...], shape: tuple[int, int, int], rows: tuple[tuple[int, ...], ...]
+) -> None:
+    found = call_together([(_rows_on_devices, order, shape)] * 2, num_devices=2)
+    assert tuple(each for each, _ in found) == rows
+    assert all(all(placed) for _, placed in found)

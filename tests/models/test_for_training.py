@@ -18,8 +18,8 @@ from offsetjax.pretrained import load_model
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _trained(config: ConfigDict, platform: str = "tpu") -> Pipeline:
-    return for_training(build(config), config, platform)
+def _trained(config: ConfigDict, platform: str = "tpu", shares: int = 1) -> Pipeline:
+    return for_training(build(config), config, platform, shares)
 
 
 def test_the_denoiser_has_the_settings_also_under_adapters() -> None:
@@ -28,6 +28,17 @@ def test_the_denoiser_has_the_settings_also_under_adapters() -> None:
     unet = _trained(config).unet.model
     assert (unet.kernel, unet.remat) == ("splash", "blocks")
     assert (build(config).unet.kernel, build(config).unet.remat) == ("xla", "none")  # pictures are drawn without
+
+
+@pytest.mark.parametrize(
+    ("setting", "shares", "is_scanned"),
+    [("auto", 1, False), ("auto", 8, True), ("always", 1, True), ("never", 64, False)],
+)
+def test_layers_are_scanned_where_their_weights_are_split(setting: str, shares: int, is_scanned: bool) -> None:
+    config = default_config()
+    config.model.scan_layers = setting
+    trained = _trained(config, shares=shares)
+    assert (trained.unet.is_scanned, trained.text_encoder.is_scanned) == (is_scanned, is_scanned)
 
 
 def test_pictures_are_encoded_in_the_compute_type_but_for_sdxl() -> None:
