@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.flops import count_flops
 from offsetjax.models.initial import abstract_trained, pretrained_tokenizers
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, text_parts
+from offsetjax.models.pipeline import Pipeline, build, for_training, frozen_parts, text_parts
 from offsetjax.models.tokenizer import train_tokenizer
 from offsetjax.models.weights import abstract_params
 from offsetjax.objective import add_position, make_objective
@@ -59,6 +59,9 @@ def abstract_batch(config: ConfigDict) -> Mapping[str, jax.ShapeDtypeStruct]:
 
 def model_flops(config: ConfigDict, pipeline: Pipeline) -> int:
     """Matrix FLOPs of a step's forward and backward pass, over all devices together; nothing is computed twice."""
+    config = config.copy_and_resolve_references()
+    config.model.update(attention="xla", remat="none", scan_layers="always")  # loops are traced the fastest
+    pipeline = for_training(pipeline, config, "cpu")
     objective = make_objective(pipeline, config)
 
     def gradient(params: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], step: jax.Array) -> PyTree:

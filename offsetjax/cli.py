@@ -14,6 +14,11 @@ from offsetjax.errors import PreemptedError, UserError
 
 Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
+# A mistake of the user's, which no other try will mend.
+_MISTAKES = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+)
 _OVERRIDES = "--config.path=value changes one field of the config, such as --config.noise.offset_strength=0.1"
 
 
@@ -37,9 +42,10 @@ def _explain(error: BaseException, goes_on: bool = False) -> int:
     match error:
         case UserError():
             status, text = 2, f"error: {error}"
-        case OSError() if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        case OSError() if error.filename or error.errno in _MISTAKES:
             where = f"{error.filename}: " if error.filename else ""
-            status, text = 2, f"error: {where}{error.strerror}; see to it and try again"
+            status = 2 if error.errno in _MISTAKES else 1  # a disk or a network may do better the next time
+            text = f"error: {where}{error.strerror}; see to it and try again"
         case PreemptedError():
             status, text = 143, f"ended by SIGTERM {error}; the same command goes on from there"
         case KeyboardInterrupt():

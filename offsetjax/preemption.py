@@ -13,6 +13,8 @@ import threading
 import time
 from typing import Any
 
+import jax
+
 from offsetjax import processes
 
 _SAME_SIGNAL_SECONDS = 1.0  # a launcher may pass on what its process group has got already
@@ -79,5 +81,9 @@ class Preemption:
 
     def _agree(self, _: str) -> None:
         with self._counting:
-            counts = processes.gather(f"{self._key}/at", str(self._calls))
+            try:
+                counts = processes.gather(f"{self._key}/at", str(self._calls))
+            except jax.errors.JaxRuntimeError:  # one of them is late by more than a minute, or gone
+                print("offsetjax: SIGTERM: not every process answers: ended at once, nothing is saved", file=sys.stderr)
+                processes.end_all(128 + signal.SIGTERM, "SIGTERM, to which not every process answered")
             self._stop_at = max(map(int, counts)) + 1

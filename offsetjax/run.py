@@ -166,7 +166,10 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
             )
     for section in ("train", "data", *RESUMABLE_SECTIONS):
         stored[section].update(config[section])
-    stored.model.update({name: config.model[name] for name in ("attention", "remat", "scan_layers")})
+    # Before its first checkpoint a run reads its model again, from where that is now.
+    changed = [path.split(".") for path in RESUMABLE_CHANGES if path.startswith(("model.", "lora."))]
+    for section, name in changed:
+        stored[section][name] = config[section][name]
     validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
     return stored
 

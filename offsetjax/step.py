@@ -78,7 +78,8 @@ def make_train_step(gradient: Gradient, config: ConfigDict) -> TrainStep:
 
         skipped = state.skipped + (~is_finite).astype(jnp.int32)
         truncated = state.truncated + batch["is_truncated"].sum(dtype=jnp.uint32)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate(state.step), "skipped": skipped}
+        applied = rate(state.step - state.skipped)  # a skipped step does not count in the schedule
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": applied, "skipped": skipped}
         if config.task == "diffusion":
             metrics["captions_truncated"] = truncated
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated), metrics

@@ -126,6 +126,8 @@ def _loop(
                 guard.goes_on()
             if is_preempted and step < train.steps:
                 raise PreemptedError(f"after step {step}")
+        if skipped := int(state.skipped):
+            _log.warning("%d steps changed nothing: their loss or gradient was not finite", skipped)
         if cut := int(state.truncated):
             _log.warning("%d captions were longer than the text encoders read, and cut; see encode.long_captions", cut)
     finally:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from offsetjax import sharding
 from offsetjax.diffusion.noise import offset_noise
 from offsetjax.objective import add_position, batch_keys, diffusion_objective, make_objective
+from offsetjax.optimizer import learning_rate
 from offsetjax.run import Run
 from offsetjax.step import TrainState, accumulate, init_state, make_gradient, make_train_step
 from offsetjax.train import place
@@ -196,12 +197,14 @@ def test_a_batch_that_makes_nan_changes_nothing_but_the_counters() -> None:
 @pytest.mark.parametrize("times", [1, 5])
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too_however_often(times: int) -> None:
     config = _config()
+    config.optimizer.warmup_steps = 10
     gradient = make_gradient(lambda params, *_: jnp.sqrt(params["w"]), config)  # slope ∞ at 0
     train_step = jax.jit(make_train_step(gradient, config))
     state = first = init_state({"w": jnp.zeros(2)}, config)
     for _ in range(times):
         state, metrics = train_step(state, None, _batch())
         assert float(metrics["loss"]) == 0.0
+        assert float(metrics["learning_rate"]) == float(learning_rate(config)(0))  # the schedule waits as well
     assert int(state.skipped) == times
     assert _bytes((state.params, state.opt_state, state.ema_params)) == _bytes(
         (first.params, first.opt_state, first.ema_params)

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float
 KERNELS = ("auto", "xla", "splash", "cudnn")
 _OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
 SHORTEST = 1024  # positions; the scores of fewer are small beside the rest
-_BLOCK = 512  # queries and keys that the Pallas kernel holds at a time; it divides the lengths of all families' latents
+_BLOCKS = (512, 256, 128)  # queries and keys that the Pallas kernel holds at a time: the first that divides
+_MOST_CHANNELS = {"splash": 256, "cudnn": 128}  # of a head; cuDNN takes 256 on its newest devices alone
 
 
 def kernel_of(setting: str, platform: str, dtype: jnp.dtype) -> str:
@@ -42,9 +43,16 @@ def kernel_of(setting: str, platform: str, dtype: jnp.dtype) -> str:
     return kernel
 
 
-def takes_kernel(length: int, context_length: int, channels: int) -> bool:
+def takes_kernel(kernel: str, length: int, context_length: int, channels: int) -> bool:
     """Whether attention from `length` to `context_length` positions goes through a kernel other than `xla`."""
-    return length == context_length and length >= SHORTEST and length % _BLOCK == 0 and channels <= 256
+    is_divided = kernel != "splash" or length % _BLOCKS[-1] == 0
+    return (
+        kernel != "xla"
+        and length == context_length
+        and length >= SHORTEST
+        and is_divided
+        and channels <= _MOST_CHANNELS[kernel]
+    )
 
 
 def attend(
@@ -64,7 +72,7 @@ def attend(
         interpret: run a Pallas kernel on a device that it is not for, slowly, as tests do.
     """
     query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
-    if mask is not None or not takes_kernel(query.shape[1], key.shape[1], query.shape[-1]):
+    if mask is not None or not takes_kernel(kernel, query.shape[1], key.shape[1], query.shape[-1]):
         kernel = "xla"
     attended = {
         "xla": functools.partial(_xla, mask=mask),
@@ -97,13 +105,9 @@ def _splash(query: Heads, key: Heads, value: Heads, interpret: bool) -> Heads:
 
 def _splash_kernel(heads: int, length: int, interpret: bool) -> Callable:
     mask = masks.MultiHeadMask([masks.FullMask((length, length))] * heads)
+    block = next(size for size in _BLOCKS if length % size == 0)
     sizes = splash.BlockSizes(
-        block_q=_BLOCK,
-        block_kv=_BLOCK,
-        block_q_dkv=_BLOCK,
-        block_kv_dkv=_BLOCK,
-        block_q_dq=_BLOCK,
-        block_kv_dq=_BLOCK,
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 

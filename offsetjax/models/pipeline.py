@@ -130,10 +130,12 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, shares: 
     except ValueError as error:
         raise UserError(f"config: model.attention = {setting}: {error}; auto takes what fits") from None
     longest = (config.data.resolution // pipeline.vae.downscale) ** 2
-    if setting in ("splash", "cudnn") and longest < attention.SHORTEST:
+    lengths = [longest // 4**halvings for halvings in range(len(config.model.unet.block_out_channels))]
+    if setting in ("splash", "cudnn") and not any(attention.takes_kernel(setting, n, n, channels=1) for n in lengths):
         raise UserError(
-            f"config: model.attention = {setting} is for latents of {attention.SHORTEST} pixels and more, and those of "
-            f"data.resolution = {config.data.resolution} have {longest}; auto takes what fits"
+            f"config: model.attention = {setting} takes {attention.SHORTEST} positions and more, splash in multiples "
+            f"of 128, and data.resolution = {config.data.resolution} gives the blocks {', '.join(map(str, lengths))}; "
+            "auto takes what fits"
         )
 
     scan = config.model.scan_layers

@@ -14,9 +14,9 @@ from offsetjax.sharding import mesh_of
 LENGTH, HEADS = attention.SHORTEST, 2
 
 
-def _inputs(channels: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _inputs(channels: int, length: int = LENGTH) -> tuple[jax.Array, jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(0), 3)
-    query, key, value = (jax.random.normal(each, (1, LENGTH, HEADS * channels)) for each in keys)
+    query, key, value = (jax.random.normal(each, (1, length, HEADS * channels)) for each in keys)
     return query, key, value
 
 
@@ -34,11 +34,15 @@ def _apart(these: jax.Array, those: jax.Array) -> float:
     return float(np.linalg.norm(these - those) / np.linalg.norm(those))
 
 
-@pytest.mark.parametrize("channels", [40, 64])  # of Stable Diffusion 1.x's first blocks; of 2.x and XL
-def test_the_pallas_kernel_gives_the_numbers_of_einsums(channels: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "length"),
+    # Of Stable Diffusion 1.x's first blocks; of 2.x and XL; with blocks of 256, as the second ones at 768 px have them.
+    [(40, LENGTH), (64, LENGTH), (16, LENGTH + 256)],
+)
+def test_the_pallas_kernel_gives_the_numbers_of_einsums(channels: int, length: int) -> None:
     def run(kernel: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         attend = lambda q, k, v: attention.attend(q, k, v, HEADS, kernel=kernel, interpret=True)  # noqa: E731
-        return jax.jit(_both(attend))(*_inputs(channels))
+        return jax.jit(_both(attend))(*_inputs(channels, length))
 
     (output, gradients), (plain, plain_gradients) = run("splash"), run("xla")
     assert _apart(output, plain) < 1e-5
@@ -61,11 +65,14 @@ def test_heads_are_divided_among_the_devices_of_the_tensor_axis() -> None:
 
 
 def test_short_and_crossed_attention_and_masks_stay_with_einsums() -> None:
-    assert attention.takes_kernel(LENGTH, LENGTH, 64)
-    assert attention.takes_kernel(9216, 9216, 64)  # of pictures of 768 px
-    assert not attention.takes_kernel(LENGTH, 77, 64)
-    assert not attention.takes_kernel(256, 256, 64)
-    assert not attention.takes_kernel(LENGTH + 128, LENGTH + 128, 64)
+    for length in (LENGTH, 9216, 2304, 6400):  # of pictures of 768 px, of 640 px
+        assert attention.takes_kernel("splash", length, length, 64)
+    assert not attention.takes_kernel("splash", LENGTH, 77, 64)
+    assert not attention.takes_kernel("splash", 256, 256, 64)
+    assert not attention.takes_kernel("splash", 7744, 7744, 64)  # of 704 px
+    assert attention.takes_kernel("cudnn", 7744, 7744, 64)
+    assert not attention.takes_kernel("cudnn", LENGTH, LENGTH, 160)
+    assert not attention.takes_kernel("xla", LENGTH, LENGTH, 64)
     query, key, value = _inputs(16)
     mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
     masked = attention.attend(query, key, value, HEADS, kernel="splash", mask=mask)

@@ -70,7 +70,13 @@ def test_the_compute_type_is_enough_for_latents() -> None:
     [
         ("splash", 512, "cpu", "model.attention = splash: splash is a kernel for TPUs, and this is a cpu; auto"),
         ("cudnn", 512, "tpu", "model.attention = cudnn: cudnn has kernels for GPUs .* this is a tpu"),
-        ("splash", 128, "tpu", "is for latents of 1024 pixels and more, and those of data.resolution = 128 have 256"),
+        ("splash", 128, "tpu", "takes 1024 positions and more, .* = 128 gives the blocks 256, 64, 16, 4; auto takes"),
+        (
+            "splash",
+            704,
+            "tpu",
+            "splash in multiples of 128, and data.resolution = 704 gives the blocks 7744, 1936, 484",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_apply_is_refused(attention: str, resolution: int, platform: str, message: str) -> None:
