@@ -162,5 +162,8 @@ if (($# == 0)); then
   ruff format --check .
   mypy
   shellcheck launch/*.sh .ci/run
+  # Two processes, for most of a test keeps one core busy; whole files, which share what they have trained, and in their
+  # order, for the first takes the longest.
+  set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 fi
 exec python -m pytest "$@"

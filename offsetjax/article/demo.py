@@ -15,6 +15,7 @@ from offsetjax.article.pictures import BLACK_PROMPT, write_black_picture, write_
 from offsetjax.config import load_config
 from offsetjax.data.build import build
 from offsetjax.errors import UserError
+from offsetjax.instruments import compilation_cache
 from offsetjax.metrics import format_duration
 from offsetjax.report import report
 from offsetjax.sample import sample_workdir
@@ -54,15 +55,16 @@ def demo(out: epath.Path) -> None:
         raise UserError(f"demo: {_CONFIG} is missing; run it from a clone of the project")
     _make_data(out)
     total, done, began = sum(arm.steps for arm in ARMS), 0, time.monotonic()
-    for number, arm in enumerate(ARMS, 1):
-        _log.info("demo: %d of %d, %s", number, len(ARMS), arm.name)
-        overrides = [("data.path", str(out / "data" / arm.data)), ("train.steps", str(arm.steps)), *arm.overrides]
-        train(load_config(str(_CONFIG), overrides), out / arm.name)
-        done += arm.steps
-        elapsed = time.monotonic() - began
-        _log.info("demo: %d%% done, about %s left", 100 * done // total, format_duration(elapsed * (total / done - 1)))
-    for start_noise in ("plain", "matched"):
-        _draw_unconditional(out / "offset", start_noise)
+    with compilation_cache(out):  # the arms share most of what they compile
+        for number, arm in enumerate(ARMS, 1):
+            _log.info("demo: %d of %d, %s", number, len(ARMS), arm.name)
+            overrides = [("data.path", str(out / "data" / arm.data)), ("train.steps", str(arm.steps)), *arm.overrides]
+            train(load_config(str(_CONFIG), overrides), out / arm.name)
+            done += arm.steps
+            left = format_duration((time.monotonic() - began) * (total / done - 1))
+            _log.info("demo: %d%% done, about %s left", 100 * done // total, left)
+        for start_noise in ("plain", "matched"):
+            _draw_unconditional(out / "offset", start_noise)
     report([str(out / arm.name) for arm in ARMS], str(out / "report.html"))
     _log.info("demo: %s after %s", out / "report.html", format_duration(time.monotonic() - began))
 
