@@ -151,7 +151,9 @@ OFFSETJAX = r"""
 import os, pathlib, signal, sys, time
 
 cloud, me = pathlib.Path(os.environ["FAKE_CLOUD"]), os.environ["MACHINE"].replace("/", ".")
-(cloud / f"arguments.{me}").write_bytes(b"".join(os.fsencode(argument) + b"\0" for argument in sys.argv[1:]))
+written = cloud / f"new_arguments.{me}"
+written.write_bytes(b"".join(os.fsencode(argument) + b"\0" for argument in sys.argv[1:]))
+written.replace(cloud / f"arguments.{me}")
 (workdir,) = [a.removeprefix("--workdir=gs://") for a in sys.argv if a.startswith("--workdir=gs://")]
 folder = cloud / "gs" / workdir
 folder.mkdir(parents=True, exist_ok=True)

@@ -261,6 +261,8 @@ def test_a_training_that_starts_on_some_workers_only_is_ended_there(cloud: Cloud
     cloud.plan["workers"] = 2
     cloud.be_ready()
     cloud.plan["drop"] = {"word": " start ", "worker": "my-tpu/1", "when": "before"}
+    cloud.file("gs/bucket/run").mkdir(parents=True)
+    cloud.file("gs/bucket/run/hold").touch()  # it is not done before it is ended
     status, out, err = cloud.run("train", *TRAINING)
     assert (status, out) == (1, "")
     assert "did not start on every worker, and was ended on the others" in err
@@ -326,6 +328,7 @@ def test_arguments_reach_the_training_exactly(cloud: Cloud) -> None:
     arguments += ["--config.b=('a  b', 'c')", "--config.c=", "*", "~", "", "\\"]
     cloud.be_ready()
     cloud.do("train", "--", *arguments)
+    cloud.wait_for(cloud.file("arguments.my-tpu.0").exists)
     got = cloud.file("arguments.my-tpu.0").read_bytes().decode().split("\0")[:-1]
     assert got == ["train", *arguments]
     assert not list(cloud.root.rglob("x"))
