@@ -5,7 +5,7 @@ Axes of the mesh:
 - `data` replicates parameters; it alone reaches from slice to slice;
 - `fsdp` splits parameters, to be gathered where they are used (`fsdp.py`); a batch is split over `data` and `fsdp`;
 - `tensor` splits the heads of attention and the width of feed-forward layers, and stays split where they are used
-  (Megatron, arXiv 1909.08053).
+  (Megatron, arXiv 1909.08053), but that GEGLU's two halves, which lie in one kernel, are exchanged.
 
 A parameter, its optimizer moments and its average are placed by the first rule whose pattern is found in its path.
 """
@@ -68,13 +68,14 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     if shape["data"] % slices:
         raise UserError(
             f"config: mesh.data = {shape['data']} must be a multiple of the {slices} slices: parameters are split "
-            "within a slice, and replicated over the slices"
+            f"within a slice, and replicated over the slices; set mesh.data = {slices}, with mesh.fsdp = -1"
         )
     shares, batch = shape["data"] * shape["fsdp"], config.train.global_batch_size // config.train.accumulate_steps
     if batch % shares:
         split_over = f"{len(devices)} devices" if shares == len(devices) else f"mesh.data x mesh.fsdp = {shares}"
         raise UserError(
-            f"config: train.global_batch_size / train.accumulate_steps = {batch} must be a multiple of the {split_over}"
+            f"config: train.global_batch_size / train.accumulate_steps = {batch} must be a multiple of the "
+            f"{split_over}; the next one is {-(-batch // shares) * shares}"
         )
     return mesh_of(**shape, devices=devices)
 
