@@ -86,16 +86,24 @@ def _compile(request: Request) -> Compiled:
 
 
 def _search(request: Request, found: Plan) -> dict[str, Any]:
-    """The largest batch a device that fits, and what it takes."""
-    devices = found["devices"] * request.config.train.accumulate_steps
+    """The largest global batch that fits, 0 where the smallest does not, and the bytes that it takes of a device.
+
+    Only batches that can be run are measured: as many examples for each share of the batch, at each time that gradients
+    are accumulated. Devices that differ in `tensor` alone have the same share.
+    """
+    shares = found["mesh"]["data"] * found["mesh"]["fsdp"] * request.config.train.accumulate_steps
     hbm = found["bytes_per_device"]["hbm"]
 
     def total(batch: int) -> int:
         config = request.config.copy_and_resolve_references()
-        config.train.global_batch_size = batch * devices
+        config.train.global_batch_size = batch * shares
         other = Request(config, request.topology, request.num_slices, False, request.cache_dir)
         return estimate(other, _compile(other))["bytes_per_device"]["total"]
 
-    first = max(1, request.config.train.global_batch_size // devices)
+    first = found["global_batch_size"] // shares  # a multiple, or there were no plan
     batch, needs = largest_batch(total, hbm, first, found["bytes_per_device"]["total"])
-    return {"batch_per_device": batch, "total": needs}
+    return {
+        "global_batch_size": batch * shares,
+        "batch_per_device": batch * shares / found["devices"],
+        "total": needs,
+    }

@@ -5,7 +5,8 @@
     time over DCN = bytes that a device sends / its share of its host's network
 
 No operation can be faster than its roofline, and no step faster than the largest of the three; if nothing is hidden
-behind anything else, they add up. MFU is the model's FLOPs, recomputation left out, over the step's time at peak.
+behind anything else, they add up. Where a bandwidth is not known, how slow a step may be is not known either. MFU is
+the model's FLOPs, recomputation left out, over the step's time at peak.
 """
 
 import math
@@ -23,7 +24,7 @@ ASSUMPTIONS = (
     "the fastest step hides all traffic between chips behind computing, the slowest none of it",
     "each operation runs at its roofline: at the peak of bfloat16, or at the whole bandwidth of HBM",
     "a float32 product counts as the bfloat16 products that its precision takes",
-    "collectives use every link along the axes of the torus that their devices span, one way for each",
+    "collectives use every link along the axes that their devices span: two where that is a closed ring, else one",
     "input and checkpoints keep up with the steps",
 )
 
@@ -126,7 +127,7 @@ def _seconds(
         hbm=sum(each.times * each.hbm_bytes for each in work) / chip.hbm_bandwidth,
         roofline=sum(each.times * _roofline(each, chip) for each in work),
         ici=ici,
-        dcn=dcn / chip.dcn_bandwidth if chip.dcn_bandwidth else None,
+        dcn=dcn / chip.dcn_bandwidth if chip.dcn_bandwidth else (None if dcn else 0.0),
         cycles=sum(cycles) / chip.clock_hz if cycles and chip.clock_hz else None,
     )
 
@@ -143,16 +144,27 @@ def _sent(exchange: Collective, parties: int) -> float:
 
 
 def _bandwidth(group: tuple[int, ...], coordinates: list[list[int]], chip: Chip) -> float:
-    """Bytes a second that a device can send within a group: an axis that is closed to a ring has two ways."""
+    """Bytes a second that a device can send within a group: two ways along an axis that it closes to a ring."""
     link = (chip.ici_bandwidth or 0.0) / max(1, chip.ici_links)
-    closes = 16 if chip.ici_links == 4 else 4  # a v5e's or v6e's axis of 16, a cube's of 4
     places = [coordinates[device] for device in group if device < len(coordinates)]
+    sizes = [max(axis) + 1 for axis in zip(*coordinates, strict=True)]
     ways = 0
-    for axis in range(len(coordinates[0])):
-        size = max(each[axis] for each in coordinates) + 1
-        if len({place[axis] for place in places}) > 1:
-            ways += 2 if size % closes == 0 else 1
+    for axis, (size, is_closed) in enumerate(zip(sizes, _closed(sizes, chip), strict=True)):
+        extent = len({place[axis] for place in places})
+        if extent > 1:
+            ways += 2 if is_closed and extent == size else 1
     return link * max(1, ways)
+
+
+def _closed(sizes: list[int], chip: Chip) -> list[bool]:
+    """Whether links lead from one end of each axis of a slice to the other.
+
+    Those of a v5e or v6e are a pod's own, whose axes are 16 long. Those of the others are made by optical switches,
+    which join the faces of cubes of 4x4x4: a slice of less than a cube has none (jax-ml.github.io/scaling-book/tpus).
+    """
+    if chip.ici_links == 4:
+        return [size == 16 for size in sizes]
+    return [all(size % 4 == 0 for size in sizes)] * len(sizes)
 
 
 def _by_part(work: Sequence[Work], chip: Chip | None) -> dict[str, float]:
@@ -178,17 +190,18 @@ def _part(attributes: str) -> str:
 
 
 def _rates(facts: dict[str, Any], seconds: Seconds, chip: Chip | None, chips: int) -> dict[str, Any]:
-    """From the fastest step to the slowest; where the compiler has an estimate of its own, not below that."""
+    """From the fastest step to the slowest, None where that is not known; not below the compiler's own estimate."""
     if seconds.roofline is None or chip is None:
         return {}
     computing = max(seconds.roofline, seconds.cycles or 0.0)
     between = [each for each in (seconds.ici, seconds.dcn) if each is not None]
-    steps = max(computing, *between) if between else computing, computing + math.fsum(between)
+    is_whole = None not in (seconds.ici, seconds.dcn)
+    steps = max([computing, *between]), computing + math.fsum(between) if is_whole else None
     peak = chip.peak_flops * facts["num_devices"]
     return {
         "step_seconds": list(steps),
-        "images_per_second": [facts["global_batch_size"] / each for each in steps],
-        "mfu": [facts["model_flops"] / (each * peak) for each in steps],
-        "hours": [facts["steps"] * each / 3600 for each in steps],
-        "chip_hours": [facts["steps"] * each * chips / 3600 for each in steps],
+        "images_per_second": [each and facts["global_batch_size"] / each for each in steps],
+        "mfu": [each and facts["model_flops"] / (each * peak) for each in steps],
+        "hours": [each and facts["steps"] * each / 3600 for each in steps],
+        "chip_hours": [each and facts["steps"] * each * chips / 3600 for each in steps],
     }

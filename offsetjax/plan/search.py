@@ -8,8 +8,8 @@ def largest_batch(
 ) -> tuple[int, int]:
     """The largest batch whose bytes are within the limit, and those bytes; 0 and the bytes of 1 where none fits.
 
-    The answer was measured to fit. That the next larger batch does not was measured too, or follows from the line
-    through the last two measurements.
+    The answer was measured, 1 too where that is said not to fit. That the next larger batch does not fit was measured
+    as well, or follows from the line through the last two measurements; or the measurements were used up.
 
     Args:
         total_bytes: measures one batch; it may take minutes.
@@ -17,14 +17,14 @@ def largest_batch(
         most_tries: further measurements.
     """
     measured = {first: first_bytes}
-    for _ in range(most_tries):
+    for left in reversed(range(most_tries)):
         fitting = max((batch for batch, needs in measured.items() if needs <= limit), default=0)
         too_large = min((batch for batch, needs in measured.items() if needs > limit), default=None)
         guess = _next(measured, limit)
         if guess <= fitting or (too_large is not None and fitting + 1 == too_large):
             break
         if too_large is not None:
-            guess = min(guess, too_large - 1)
+            guess = min(guess, too_large - 1) if fitting or left else 1
         measured[guess] = total_bytes(guess)
     fitting = max((batch for batch, needs in measured.items() if needs <= limit), default=0)
     return fitting, measured[fitting or min(measured)]

@@ -27,7 +27,7 @@ def _all(plans: list[Plan]) -> Table:
     table.add_row("batch a device", *(f"{plan['batch_per_device']:g}" for plan in plans))
     table.add_row("memory a device", *(_of_hbm(plan["bytes_per_device"]) for plan in plans))
     if any("largest_batch" in plan for plan in plans):
-        table.add_row("largest batch", *(str(plan["largest_batch"]["batch_per_device"]) for plan in plans))
+        table.add_row("largest batch", *(f"{plan['largest_batch']['batch_per_device']:g}" for plan in plans))
     for name, key, form in _RATES:
         table.add_row(name, *(_range(plan, key, form) for plan in plans))
     return table
@@ -82,9 +82,10 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _largest(largest: dict[str, Any]) -> str:
-    if not largest["batch_per_device"]:
-        return "not even 1 a device fits"
-    return f"{largest['batch_per_device']} a device, which take {_bytes(largest['total'])}"
+    if not largest["global_batch_size"]:
+        return "not even the smallest fits"
+    batch = f"{largest['global_batch_size']}, {largest['batch_per_device']:g} a device"
+    return f"{batch}, which take {_bytes(largest['total'])} of each"
 
 
 def _title(plan: Plan) -> str:
@@ -109,7 +110,7 @@ def _of_hbm(memory: dict[str, Any]) -> str:
 
 def _range(plan: Plan, key: str, form: str) -> str:
     values = plan.get(key, ())
-    texts = [form.format(value) for value in values]
+    texts = ["– (not known)" if value is None else form.format(value) for value in values]
     return " to ".join(dict.fromkeys(texts))
 
 

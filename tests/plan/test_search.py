@@ -1,8 +1,14 @@
 """The search for the largest batch, on made-up machines."""
 
+import pathlib
+from typing import Any
+
 import pytest
 
+from offsetjax.plan import command
+from offsetjax.plan.compile import Request
 from offsetjax.plan.search import largest_batch
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("fixed", [0, 300, 999])
@@ -37,12 +43,50 @@ def test_a_model_that_does_not_fit_at_all() -> None:
     assert largest_batch(lambda batch: 5000 + batch, 1000, 8, 5008) == (0, 5001)
 
 
-def test_measurements_are_few_whatever_happens() -> None:
-    tried = []
+@pytest.mark.parametrize("first", [1, 7, 999, 1000, 5001])
+@pytest.mark.parametrize("last", [0, 1, 2, 999])
+def test_measurements_are_few_and_the_answer_is_one_whatever_happens(first: int, last: int) -> None:
+    measured = {}
 
-    def total(batch: int) -> int:
-        tried.append(batch)
-        return 999 if batch < 1000 else 1001
+    def total(batch: int) -> int:  # steps tell nothing of where they are
+        measured[batch] = 999 if batch <= last else 1001
+        return measured[batch]
 
-    assert largest_batch(total, 1000, 1, 999)[0] >= 1
-    assert len(tried) <= 6
+    batch, needs = largest_batch(total, 1000, first, total(first))
+    assert len(measured) <= 1 + 6
+    if last:
+        assert 1 <= batch <= last
+        assert measured[batch] == needs <= 1000
+    else:
+        assert (batch, needs) == (0, measured[1])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate", "batch", "largest"),
+    [
+        ({"data": 2, "fsdp": 4, "tensor": 1}, 1, 24, 72),
+        ({"data": 2, "fsdp": 1, "tensor": 4}, 1, 6, 78),  # less than an example a device
+        ({"data": 1, "fsdp": 4, "tensor": 2}, 1, 12, 76),  # no multiple of the devices
+        ({"data": 1, "fsdp": 4, "tensor": 2}, 3, 12, 72),
+        ({"data": 1, "fsdp": 4, "tensor": 2}, 1, 100, 76),
+    ],
+)
+def test_what_is_reported_was_measured(
+    monkeypatch: pytest.MonkeyPatch, mesh: dict[str, int], accumulate: int, batch: int, largest: int
+) -> None:
+    measured = {}
+
+    def fake(request: Request, compiled: Any = None) -> dict[str, Any]:
+        batch = request.config.train.global_batch_size
+        measured[batch] = 210 + 10 * batch  # 79 fit into 1000
+        memory = {"total": measured[batch], "hbm": 1000}
+        return {"mesh": mesh, "devices": 8, "global_batch_size": batch, "bytes_per_device": memory}
+
+    monkeypatch.setattr(command, "_compile", lambda request: None)
+    monkeypatch.setattr(command, "estimate", fake)
+    config = tiny_config(train__global_batch_size=batch, train__accumulate_steps=accumulate)
+    request = Request(config, "v5e:2x4", 1, False, pathlib.Path())
+    found = command._search(request, fake(request))
+    assert found == {"global_batch_size": largest, "batch_per_device": largest / 8, "total": measured[largest]}
+    shares = mesh["data"] * mesh["fsdp"] * accumulate
+    assert all(batch % shares == 0 for batch in measured)
