@@ -58,9 +58,7 @@ def _answer(request: dict[str, Any]) -> None:
     _say(phase="lowering")
     lowered = traced.lower()
     versions = [jax.__version__, jaxlib.__version__, _libtpu_version()]
-    asked = [request["topology"], request["num_slices"], request["is_full"], versions]
-    text = lowered.as_text() + json.dumps(asked)
-    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    key = _key(lowered.as_text(), request, versions)
     _say(
         facts={
             **_facts(program),
@@ -80,6 +78,14 @@ def _answer(request: dict[str, Any]) -> None:
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     _say(compiled=int(used + memory.temp_size_in_bytes))
+
+
+def _key(program: str, request: dict[str, Any], versions: list[str]) -> str:
+    """What tells one compilation from another: the program, and all that changes what the compiler makes of it."""
+    asked = [request["topology"], request["num_slices"], request["is_full"], versions]
+    if flags := {name: os.environ[name] for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS") if os.environ.get(name)}:
+        asked.append(flags)
+    return hashlib.sha256((program + json.dumps(asked)).encode()).hexdigest()[:32]
 
 
 def _devices(topology: str, num_slices: int) -> list[Any]:
