@@ -7,6 +7,7 @@ waits for one that is gone.
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -23,8 +24,10 @@ from jax._src.distributed import global_state  # nor gives its client of the coo
 
 from offsetjax.errors import PreemptedError, UserError
 
+STALLED = 75  # exit status: EX_TEMPFAIL of sysexits.h, to be tried again
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _HEARTBEAT_SECONDS = 100  # JAX's own: whoever is silent for as long is lost, and JAX aborts the others
+_JOINING_HEARTBEATS = 3  # JAX's own: for as many of them the others are waited for at the start
 _ENDED = "offsetjax/ended"
 _LISTENER = "offsetjax listener"
 _DAY_MS, _BARRIER_MS = 86_400_000, 60_000
@@ -139,8 +142,15 @@ def end(status: int) -> None:
 def _end_too(told: str) -> None:
     index, status, why = told.split(" ", 2)
     if int(index) != global_state.process_id:
-        print(f"offsetjax: ended, as process {index} was: {why}", file=sys.stderr)
+        print(f"offsetjax: ended, as process {index} was: {why}", file=sys.stderr, flush=True)
+        if int(status) == STALLED:  # all wait for the one that hangs, which need not be the first to notice
+            dump_stacks()
         end(int(status))
+
+
+def dump_stacks() -> None:
+    """Prints what every thread of this process does, on standard error."""
+    faulthandler.dump_traceback(all_threads=True)
 
 
 def _leave() -> None:
@@ -157,7 +167,9 @@ def _join() -> None:
         return
     seconds = int(os.environ.get("OFFSETJAX_HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS))  # for tests
     try:
-        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=seconds)
+        jax.distributed.initialize(
+            **settings, heartbeat_timeout_seconds=seconds, initialization_timeout=_JOINING_HEARTBEATS * seconds
+        )
     except Exception as error:  # JAX raises several kinds
         raise RuntimeError(
             "the other processes are not there; to train on this machine alone, set JAX_NUM_PROCESSES=1"

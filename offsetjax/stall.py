@@ -1,6 +1,5 @@
 """A training that hangs is ended, with what every thread was doing: the scheduler can start it again."""
 
-import faulthandler
 import math
 import sys
 import threading
@@ -8,8 +7,6 @@ import time
 from typing import Any
 
 from offsetjax import processes
-
-STATUS = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 
 
 class StallGuard:
@@ -37,5 +34,5 @@ class StallGuard:
                 return
         why = f"nothing went on for {self._seconds:g} s (train.stall_seconds)"
         print(f"offsetjax: error: stalled: {why}; this is what every thread does:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        processes.end_all(STATUS, f"stalled: {why}")
+        processes.dump_stacks()
+        processes.end_all(processes.STALLED, f"stalled: {why}")

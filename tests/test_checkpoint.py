@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from offsetjax import checkpoint, sharding
 from offsetjax.errors import UserError
+from tests.launch.fake_bucket import BUCKET, bucket
 
 DATA = {"next_batch": 4, "fingerprint": {"seed": 0, "split": "train"}}
 
@@ -222,3 +223,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: pathlib.Path, reader
         checkpoint.save(manager, 4, _place(other, 1, 1), DATA)
     [outcome] = _restore_apart([tmp_path], reader)
     assert "checkpoints/4 cannot be read" in outcome["error"]
+
+
+ON_A_BUCKET = """
+import sys
+import jax, numpy as np
+from offsetjax import checkpoint
+
+place = sys.argv[1]
+state = {"params": {"kernel": jax.numpy.arange(6.0)}, "step": jax.numpy.int32(4)}
+like = checkpoint.abstract(state, jax.tree.map(lambda array: array.sharding, state))
+with checkpoint.open_checkpoints(place) as manager:
+    checkpoint.save(manager, 4, state, {"next_batch": 4})
+assert checkpoint.newest_step(place) == 4
+with checkpoint.open_checkpoints(place) as manager:
+    restored, data = checkpoint.restore(manager, like)
+    part = checkpoint.open_part(manager, "params", like["params"])
+    np.testing.assert_array_equal(restored["params"]["kernel"], np.arange(6.0))
+    np.testing.assert_array_equal(part["kernel"](), np.arange(6.0))
+    assert data == {"next_batch": 4}
+"""
+
+
+def test_a_checkpoint_on_a_bucket_is_read_back(tmp_path: pathlib.Path) -> None:
+    with bucket() as store:
+        env = {**os.environ, **store.environment, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+        command = [sys.executable, "-c", ON_A_BUCKET, f"gs://{BUCKET}/run"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "run/checkpoints/4/state/manifest.ocdbt" in store.objects
+    assert not [*tmp_path.iterdir()]

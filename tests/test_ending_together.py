@@ -1,6 +1,7 @@
 """Real processes with real signals: how they stop at one step, and end together. The command is the real one, and the
 training a stand-in that adds up numbers over all devices, so that each test takes seconds."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -153,8 +154,9 @@ def test_a_stall_ends_all_with_what_every_thread_did(config: Path) -> None:
         assert processes.wait(20) == [75, 75], processes.text()
         assert 7 < time.monotonic() - began < 8.8 + 0.5  # the clock runs since the step before
         assert "nothing went on for 8 s (train.stall_seconds)" in processes.text()
-        assert "most recent call first" in processes.text()
-        assert ", line " in processes.text()
+        for index in range(2):  # also of who waits, wherever that was noticed first
+            assert "(most recent call first)" in processes.output(index)
+            assert re.search(r", line \d+ in train$", processes.output(index), re.MULTILINE)
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -165,6 +167,15 @@ def test_who_loses_a_peer_ends_within_its_heartbeat(who: int, config: Path) -> N
         statuses = processes.wait(HEARTBEAT_SECONDS + 10)
         assert statuses.pop(who) == 137
         assert set(statuses) <= {1, 75, 134}, processes.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_one_that_never_comes_is_waited_for_three_heartbeats(who: int, config: Path) -> None:
+    with _start(2, config, OFFSETJAX_HEARTBEAT_SECONDS="5") as processes:
+        processes.send(signal.SIGKILL, who)
+        statuses = processes.wait(3 * 5 + 20)
+        assert (statuses[who], statuses[1 - who]) == (137, 134), processes.text()
 
 
 @pytest.mark.parametrize(
