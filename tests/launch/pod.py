@@ -3,13 +3,16 @@
 import functools
 import json
 import re
-from collections.abc import Sequence
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.several import Several
+from tests.several import HEARTBEAT_SECONDS, Several
 from tests.tiny import CAPTIONS, build_data, quick_compilation
 
 STEPS, SAVED_EVERY = 16, 4
@@ -48,7 +51,7 @@ class Pod:
         *options: str,
         output: Path | None = None,
         devices: int = 2,
-        program: Sequence[str] = ("-m", "offsetjax"),
+        program: Sequence[str] = ("-m", "tests.launch.pod_main"),
         **variables: str,
     ) -> Several:
         """Starts a training in `count` processes, with `devices` in all.
@@ -121,3 +124,68 @@ def resumed_at(processes: Several) -> int:
 def last_step(processes: Several) -> int:
     """The last step that these processes, and none before them, have told of."""
     return max(map(int, re.findall(r"^step (\d+)/", processes.output(0), re.MULTILINE)), default=0)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When which process is killed: so many seconds after something can be seen, of the processes or in the folder."""
+
+    who: int
+    after: Callable[[Several, Path], bool]
+    seconds: float = 0.0
+
+
+def started(processes: Several, workdir: Path) -> bool:
+    """At once."""
+    return True
+
+
+def said(words: str) -> Callable[[Several, Path], bool]:
+    """Once the first process has printed these words."""
+    return lambda processes, workdir: words in processes.output(0)
+
+
+def at_step(step: int) -> Callable[[Several, Path], bool]:
+    """Once it has told of a step."""
+    return lambda processes, workdir: last_step(processes) >= step
+
+
+def saving(step: int) -> Callable[[Several, Path], bool]:
+    """While a step is being saved."""
+    return lambda processes, workdir: last_step(processes) >= step and str(step) in _unfinished(workdir)
+
+
+def _unfinished(workdir: Path) -> list[str]:
+    """The steps of which a save has begun, and not come to its end."""
+    return [folder.name.partition(".")[0] for folder in (workdir / "checkpoints").glob("*.*tmp*")]
+
+
+def _kill(processes: Several, workdir: Path, moment: Moment) -> int:
+    """Kills one process; returns the last step that was committed then."""
+    began = time.monotonic()
+    processes.wait_for(lambda: moment.after(processes, workdir))
+    time.sleep(moment.seconds)
+    processes.send(signal.SIGKILL, moment.who)
+    killed, saved, unfinished = time.monotonic(), max(committed(workdir), default=0), _unfinished(workdir)
+    statuses = processes.wait(3 * HEARTBEAT_SECONDS + 10)  # so long is one waited for that has not come yet
+    print(
+        f"process {moment.who} killed after {killed - began:.1f} s and step {last_step(processes)}, with {saved} "
+        f"committed and {unfinished} unfinished; {statuses} after {time.monotonic() - killed:.1f} s"
+    )
+    assert statuses.pop(moment.who) == 137, processes.text()
+    assert set(statuses) <= {1, 75, 134}, processes.text()
+    return saved
+
+
+def assert_kills_lose_nothing(moments: list[Moment], pod: Pod, workdir: Path, **variables: str) -> None:
+    """Kills a training at one moment after the other; then it ends as an undisturbed one."""
+    straight, saved = pod.straight(), 0
+    for moment in moments:
+        with pod.train(workdir, **variables) as processes:
+            before, saved = saved, _kill(processes, workdir, moment)
+            assert saved >= before
+            assert resumed_at(processes) >= before or not last_step(processes)
+    with pod.train(workdir, **variables) as processes:
+        assert processes.wait(600) == [0, 0], processes.text()
+        assert resumed_at(processes) >= saved
+    assert_same(workdir, straight)

@@ -7,17 +7,30 @@ import re
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.launch.fake_bucket import BUCKET, bucket
 from tests.launch.fake_cloud import Cloud
-from tests.launch.pod import SAVED_EVERY, STEPS, Pod, assert_same, committed, last_step, pod_of, resumed_at, steps_of
-from tests.several import HEARTBEAT_SECONDS, ROOT, Several, free_port
+from tests.launch.pod import (
+    SAVED_EVERY,
+    STEPS,
+    Moment,
+    Pod,
+    assert_kills_lose_nothing,
+    assert_same,
+    at_step,
+    committed,
+    last_step,
+    pod_of,
+    resumed_at,
+    said,
+    saving,
+    started,
+    steps_of,
+)
+from tests.several import HEARTBEAT_SECONDS, WITHOUT_TORCH, free_port
 
 
 @pytest.fixture(scope="module")
@@ -25,83 +38,19 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Pod:
     return pod_of(tmp_path_factory)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """When which process is killed: so many seconds after something can be seen, of the processes or in the folder."""
-
-    who: int
-    after: Callable[[Several, Path], bool]
-    seconds: float = 0.0
-
-
-def _started(processes: Several, workdir: Path) -> bool:
-    return True
-
-
-def _said(words: str) -> Callable[[Several, Path], bool]:
-    return lambda processes, workdir: words in processes.output(0)
-
-
-def _at_step(step: int) -> Callable[[Several, Path], bool]:
-    return lambda processes, workdir: last_step(processes) >= step
-
-
-def _saving(step: int) -> Callable[[Several, Path], bool]:
-    return lambda processes, workdir: last_step(processes) >= step and str(step) in _unfinished(workdir)
-
-
-def _unfinished(workdir: Path) -> list[str]:
-    """The steps of which a save has begun, and not come to its end."""
-    return [folder.name.partition(".")[0] for folder in (workdir / "checkpoints").glob("*.*tmp*")]
-
-
-def _kill(processes: Several, workdir: Path, moment: Moment) -> int:
-    """Kills one process; returns the last step that was committed then."""
-    began = time.monotonic()
-    processes.wait_for(lambda: moment.after(processes, workdir))
-    time.sleep(moment.seconds)
-    processes.send(signal.SIGKILL, moment.who)
-    killed, saved, unfinished = time.monotonic(), max(committed(workdir), default=0), _unfinished(workdir)
-    statuses = processes.wait(3 * HEARTBEAT_SECONDS + 10)  # so long is one waited for that has not come yet
-    print(
-        f"process {moment.who} killed after {killed - began:.1f} s and step {last_step(processes)}, with {saved} "
-        f"committed and {unfinished} unfinished; {statuses} after {time.monotonic() - killed:.1f} s"
-    )
-    assert statuses.pop(moment.who) == 137, processes.text()
-    assert set(statuses) <= {1, 75, 134}, processes.text()
-    return saved
-
-
-def _assert_kills_lose_nothing(moments: list[Moment], pod: Pod, workdir: Path, **variables: str) -> None:
-    straight, saved = pod.straight(), 0
-    for moment in moments:
-        with pod.train(workdir, **variables) as processes:
-            before, saved = saved, _kill(processes, workdir, moment)
-            assert saved >= before
-            assert resumed_at(processes) >= before or not last_step(processes)
-    with pod.train(workdir, **variables) as processes:
-        assert processes.wait(600) == [0, 0], processes.text()
-        assert resumed_at(processes) >= saved
-    assert_same(workdir, straight)
-
-
-def test_a_process_killed_in_a_save_ends_the_other_and_nothing_saved_is_lost(pod: Pod, tmp_path: Path) -> None:
-    _assert_kills_lose_nothing([Moment(1, _saving(2 * SAVED_EVERY))], pod, tmp_path / "run")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_kills_at_ten_random_moments_lose_nothing(pod: Pod, tmp_path: Path) -> None:
     draw = random.Random(int(os.environ.get("OFFSETJAX_TEST_SEED", "0")))
-    moments = [Moment(draw.randrange(2), _started, draw.uniform(0, 8)) for _ in range(2)]
+    moments = [Moment(draw.randrange(2), started, draw.uniform(0, 8)) for _ in range(2)]
     # What the run compiles first is in no cache yet.
-    moments += [Moment(draw.randrange(2), _said("sha256"), draw.uniform(0, 15)) for _ in range(2)]
-    steps = [(step, _at_step(step)) for step in draw.sample(range(1, STEPS - 2), 3)]
-    saves = [(step, _saving(step)) for step in range(SAVED_EVERY, STEPS, SAVED_EVERY)]
+    moments += [Moment(draw.randrange(2), said("sha256"), draw.uniform(0, 15)) for _ in range(2)]
+    steps = [(step, at_step(step)) for step in draw.sample(range(1, STEPS - 2), 3)]
+    saves = [(step, saving(step)) for step in range(SAVED_EVERY, STEPS, SAVED_EVERY)]
     in_order = sorted(steps + saves, key=lambda pair: pair[0])
     moments += [Moment(draw.randrange(2), after, draw.uniform(0, 0.2)) for _, after in in_order]
     # With what the work directory itself keeps of what was compiled.
-    _assert_kills_lose_nothing(moments, pod, tmp_path / "run", JAX_COMPILATION_CACHE_DIR="")
+    assert_kills_lose_nothing(moments, pod, tmp_path / "run", JAX_COMPILATION_CACHE_DIR="")
 
 
 @pytest.mark.slow
@@ -137,7 +86,7 @@ def test_a_run_that_lies_with_its_data_on_a_bucket_goes_on_after_a_kill(pod: Pod
 # What a machine of the fake cloud runs in the place of launch/local.sh: the real trainer, one process of four.
 WORKER = """
   export JAX_PROCESS_ID=${{MACHINE##*/}} JAX_NUM_PROCESSES=4 JAX_COORDINATOR_ADDRESS=localhost:{port} {variables}
-  exec {python} -m offsetjax "${{@/#--workdir=gs:\\/\\//--workdir=$FAKE_CLOUD/gs/}}"
+  exec {python} -m tests.launch.pod_main "${{@/#--workdir=gs:\\/\\//--workdir=$FAKE_CLOUD/gs/}}"
 """
 
 
@@ -147,7 +96,7 @@ def test_a_supervised_run_of_four_workers_survives_the_loss_of_one(pod: Pod, tmp
     straight = pod.straight(4)
     cloud, workdir = Cloud(tmp_path / "cloud"), tmp_path / "cloud" / "gs" / "bucket" / "run"
     cloud.plan["workers"] = 4
-    variables = {**pod.environment, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    variables = {**pod.environment, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", **WITHOUT_TORCH}
     variables["OFFSETJAX_HEARTBEAT_SECONDS"] = str(HEARTBEAT_SECONDS)
     words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     worker = WORKER.format(port=free_port(), variables=words, python=sys.executable)

@@ -13,12 +13,15 @@ from PIL import Image
 from tests.launch.pod import (
     SAVED_EVERY,
     STEPS,
+    Moment,
     Pod,
+    assert_kills_lose_nothing,
     assert_same,
     committed,
     last_step,
     pod_of,
     resumed_at,
+    saving,
     steps_of,
     watched,
 )
@@ -68,6 +71,10 @@ def test_sigterm_to_one_saves_a_step_from_which_all_go_on(count: int, pod: Pod, 
     assert_same(workdir, pod.straight(count))
 
 
+def test_a_process_killed_in_a_save_ends_the_other_and_nothing_saved_is_lost(pod: Pod, tmp_path: Path) -> None:
+    assert_kills_lose_nothing([Moment(1, saving(2 * SAVED_EVERY))], pod, tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_second_signal_ends_a_compilation_at_once(count: int, pod: Pod, tmp_path: Path) -> None:
@@ -86,6 +93,7 @@ def test_a_second_signal_ends_a_compilation_at_once(count: int, pod: Pod, tmp_pa
 # The second process's data blocks: a disk, or a bucket, that does not answer any more.
 BLOCKED = """
 import itertools, os, sys, threading
+import tests.launch.pod_main
 from offsetjax.data import stream
 
 decode, pictures = stream.decode, itertools.count()

@@ -16,6 +16,7 @@ import pytest
 
 from tests import tiny
 from tests.launch.fake_cloud import LAST_STEP, Cloud
+from tests.several import WITHOUT_TORCH
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -339,7 +340,7 @@ def test_two_by_two_trainings_ended_in_the_middle_resumed_and_reported(tmp_path:
     local_sh.chmod(0o755)
     arguments = [f"--config={tmp_path}/sweep.py", f"--workdir={tmp_path}/runs", f"--config.data.path={data}"]
     with tiny.quick_compilation(tmp_path) as quick:
-        env = os.environ | quick | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        env = os.environ | quick | WITHOUT_TORCH | {"JAX_PLATFORMS": "cpu"}
 
         def start(*flags: str) -> subprocess.Popen[str]:
             command = [str(tmp_path / "launch" / "sweep.sh"), *arguments, *flags]
