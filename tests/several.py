@@ -84,7 +84,7 @@ class Several:
         """What all have printed, for a failed assertion."""
         return "\n".join(f"--- process {index}\n{self.output(index)[-4000:]}" for index in range(len(self.outputs)))
 
-    def wait_for(self, what: Callable[[], object], seconds: float = 300) -> None:
+    def wait_for(self, what: Callable[[], object], seconds: float = 900) -> None:
         """Waits until something is so."""
         end = time.monotonic() + seconds
         while not what():
