@@ -8,7 +8,7 @@ empty model.pretrained and model.from_scratch all is drawn at random, which trie
 The strength is 0.03, since over long runs 0.1 washes colours out.
 
 Hardware: a v5e-128. By `offsetjax plan --topology=v5e:8x16 --config.mesh.fsdp=16 --config.mesh.data=-1` a chip's
-batch of 16 takes 5.3 of 15.8 GiB, and a step 0.43 to 0.51 s: 500,000 steps in 60 to 71 hours, beside compiling,
+batch of 16 takes 14.2 of 15.8 GiB, and a step 0.37 to 0.44 s: 500,000 steps in 52 to 61 hours, beside compiling,
 looking and saving. Not yet run at full size.
 """
 
@@ -28,7 +28,6 @@ def get_config() -> ConfigDict:
     config.train.log_every_steps = 100
     config.data.resolution = 512
     config.data.num_workers = 16
-    config.model.remat = "blocks"
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.noise.offset_strength = 0.03

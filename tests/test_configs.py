@@ -80,8 +80,7 @@ def test_the_commands_of_its_docstring_can_be_typed(
     assert len([name for name, _ in called if name == "train"]) == len(trainings)
     assert f"--config={file}" in {each for arguments in trainings for each in arguments}
     # What is to be added to a command, in the text around it.
-    for key, value in re.findall(r"--config\.([\w.]+)=([^\s,;]*\w)", docstring(file)):
-        load_config(str(file), [(key, value)])
+    load_config(str(file), re.findall(r"--config\.([\w.]+)=([^\s,;]*\w)", docstring(file)))
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
