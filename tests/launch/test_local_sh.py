@@ -116,16 +116,6 @@ def project(tmp_path: Path) -> Iterator[Project]:
     shutil.rmtree(project.root)  # an environment each: too much to keep
 
 
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A project that is set up, which takes seconds, for tests of what comes then."""
-    project = Project(tmp_path_factory.mktemp("ready") / "a place with spaces")
-    status, _, err = project.run()
-    assert status == 0, err
-    yield project
-    shutil.rmtree(project.root)
-
-
 def test_sets_up_once_and_again_when_the_requirements_change(project: Project, tmp_path: Path) -> None:
     status, line, err = project.run("train", "--config=a b.py")
     assert (status, line) == (0, f"{project.root}|train|--config=a b.py"), err
@@ -172,8 +162,8 @@ def test_two_at_once_set_up_once(project: Project) -> None:
     assert sum("setting up" in err for _, err in ends) == 1
 
 
-def test_the_command_takes_the_place_of_the_script_so_that_signals_reach_it(ready: Project) -> None:
-    process = ready.start()
+def test_the_command_takes_the_place_of_the_script_so_that_signals_reach_it(project: Project) -> None:
+    process = project.start()
     out, _ = process.communicate(timeout=120)
     assert int(out.split("|")[0]) == process.pid
 
@@ -225,10 +215,11 @@ def main():
 
 
 @pytest.fixture
-def several(ready: Project) -> Iterator[Project]:
-    (ready.root / "offsetjax.py").write_text(SEVERAL)
-    yield ready
-    (ready.root / "offsetjax.py").write_text(COMMAND)
+def several(project: Project) -> Project:
+    (project.root / "offsetjax.py").write_text(SEVERAL)
+    assert project.run("--processes=1", "test", "-x")[0] == 2  # only `train` is for several; and nothing is set up
+    assert not (project.root / ".venv").exists()
+    return project
 
 
 def test_several_processes_know_each_other_and_are_told_apart(several: Project) -> None:
@@ -258,11 +249,7 @@ def test_several_processes_know_each_other_and_are_told_apart(several: Project) 
         assert (out + err).count(f"heard {everyone}") == 3
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("--processes=0", "train"), ("--processes=many", "train"), ("--processes=", "train"), ("--processes=1", "test")],
-)
-def test_processes_that_are_none_or_not_of_a_training_are_refused(words: tuple[str, str], project: Project) -> None:
-    status, _, err = project.run(*words)
+@pytest.mark.parametrize("flag", ["--processes=0", "--processes=many", "--processes="])
+def test_a_number_of_processes_that_is_none_is_refused(flag: str, project: Project) -> None:
+    status, _, err = project.run(flag, "train")
     assert (status, err.count("\n"), "from 1 to 999" in err) == (2, 1, True)
-    assert not (project.root / ".venv").exists()

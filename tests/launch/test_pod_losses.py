@@ -99,7 +99,7 @@ def test_a_supervised_run_of_four_workers_survives_the_loss_of_one(pod: Pod, tmp
     variables = {**pod.environment, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", **WITHOUT_TORCH}
     variables["OFFSETJAX_HEARTBEAT_SECONDS"] = str(HEARTBEAT_SECONDS)
     words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-    worker = WORKER.format(port=free_port(), variables=words, python=sys.executable)
+    worker = WORKER.strip().format(port=free_port(), variables=words, python=sys.executable)
     local_sh = cloud.checkout / "launch" / "local.sh"
     local_sh.write_text(local_sh.read_text().replace('exec "$FAKE_CLOUD/machine_bin/offsetjax" "$@"', worker))
     cloud.git("commit", "-qam", "the real trainer")
