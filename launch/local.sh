@@ -119,12 +119,16 @@ free_port() { "$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(
 
 # Runs the command in several processes; exits with the status that says most: a mistake, saved, or how the first failed.
 together() { # arguments...
-  local i pid status pids=() statuses=""
+  local i pid status pids=() statuses="" heard=""
   export JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=$processes
   JAX_COORDINATOR_ADDRESS=localhost:$(free_port)
   export JAX_COORDINATOR_ADDRESS
   # Each in a process group of its own, so that a terminal's Ctrl-C comes once, and is not ignored as in the background.
   set -m
+  for i in TERM INT; do
+    # shellcheck disable=SC2064
+    trap "heard=$i; kill -$i \"\${pids[@]}\" 2>/dev/null || true" "$i"
+  done
   for ((i = 0; i < processes; i++)); do
     if ((i == 0)); then
       JAX_PROCESS_ID=0 "$venv/bin/offsetjax" "$@" &
@@ -133,10 +137,8 @@ together() { # arguments...
     fi
     pids+=("$!")
   done
-  for i in TERM INT; do
-    # shellcheck disable=SC2064
-    trap "kill -$i ${pids[*]} 2>/dev/null || true" "$i"
-  done
+  # One that came while they were being started has not reached all of them.
+  [[ -z $heard ]] || kill -"$heard" "${pids[@]}" 2>/dev/null || true
   for pid in "${pids[@]}"; do
     while :; do # a signal to this shell interrupts `wait`
       status=0
