@@ -319,7 +319,7 @@ def test_nothing_waits_for_the_devices_between_logs_and_logs_are_a_step_late(
 def test_a_transfer_inside_the_step_cannot_hide(
     data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def left_on_the_host(batches: Iterator[Any], sharding: Any) -> Iterator[Any]:
+    def left_on_the_host(batches: Iterator[Any], *_: Any) -> Iterator[Any]:
         for batch in itertools.islice(batches, 2):
             yield {name: batch[name] for name in FIELDS}
 
