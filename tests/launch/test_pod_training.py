@@ -120,10 +120,8 @@ def test_blocked_data_ends_all_with_the_stack_of_every_thread_and_the_run_goes_o
             assert 'train.py", line' in processes.output(index)  # where the loop waits
             assert processes.output(index).count("(most recent call first)") > 3
         assert "in blocking" in processes.output(1)
-    saved = committed(workdir)[-1]
-    with pod.train(workdir) as processes:
+    with pod.train(workdir) as processes:  # from the start, where the data stopped before the first save
         assert processes.wait(600) == [0, 0], processes.text()
-        assert resumed_at(processes) == saved
     assert_same(workdir, straight)
 
 
