@@ -120,8 +120,10 @@ def test_blocked_data_ends_all_with_the_stack_of_every_thread_and_the_run_goes_o
             assert 'train.py", line' in processes.output(index)  # where the loop waits
             assert processes.output(index).count("(most recent call first)") > 3
         assert "in blocking" in processes.output(1)
-    with pod.train(workdir) as processes:  # from the start, where the data stopped before the first save
+    saved = committed(workdir)  # none where the data, which are read ahead, stopped before the first save
+    with pod.train(workdir) as processes:
         assert processes.wait(600) == [0, 0], processes.text()
+        assert not saved or resumed_at(processes) == saved[-1]
     assert_same(workdir, straight)
 
 
