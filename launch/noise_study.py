@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from offsetjax.article.pictures import PROMPTS, write_fine_tuning_folder
 from offsetjax.brightness import compare, data_brightness
 from offsetjax.data.build import build
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.report.figures import colour, prompt_label, style
 
 CONFIG = Path(__file__).parents[1] / "configs" / "noise" / "study.py"

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from scipy.stats import wasserstein_distance
 
 from offsetjax.data.images import resize_and_crop
-from offsetjax.data.stream import Source
+from offsetjax.data.source import Source
 
 # A brightness below or above these is near black or near white: a grey model draws no such picture.
 NEAR_BLACK, NEAR_WHITE = 0.1, 0.9

@@ -38,7 +38,7 @@ from offsetjax.calibration import (
 )
 from offsetjax.checks import validate
 from offsetjax.data.devices import on_devices
-from offsetjax.data.stream import Source, open_source
+from offsetjax.data.source import Source, open_source
 from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
 from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.diffusion.spectrum import frequencies

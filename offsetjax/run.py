@@ -22,7 +22,8 @@ from transformers import CLIPTokenizer
 from offsetjax import checkpoint, sharding
 from offsetjax.calibration import FILLED, fill
 from offsetjax.config import default_config, flatten, validate
-from offsetjax.data.stream import Stream, captions, check_fingerprint, make_stream
+from offsetjax.data.source import captions
+from offsetjax.data.stream import Stream, check_fingerprint, make_stream
 from offsetjax.diffusion.noise import describe
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError

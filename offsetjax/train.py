@@ -18,7 +18,8 @@ from orbax.checkpoint import CheckpointManager
 
 from offsetjax import checkpoint, fsdp, sharding
 from offsetjax.data.devices import on_devices
-from offsetjax.data.stream import Stream, open_source
+from offsetjax.data.source import open_source
+from offsetjax.data.stream import Stream
 from offsetjax.errors import PreemptedError
 from offsetjax.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.metrics import MetricsWriter, StepClock

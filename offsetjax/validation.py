@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from offsetjax import fsdp, sharding
 from offsetjax.data.devices import on_devices
-from offsetjax.data.stream import Source, Stream
+from offsetjax.data.source import Source
+from offsetjax.data.stream import Stream
 from offsetjax.diffusion.loss import mean_squared_error
 from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target

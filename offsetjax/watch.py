@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from offsetjax import sharding
 from offsetjax.brightness import compare, data_brightness
-from offsetjax.data.stream import Source, open_source
+from offsetjax.data.source import Source, open_source
 from offsetjax.models.pipeline import for_training
 from offsetjax.pictures import Picture, write_samples
 from offsetjax.run import Run, open_stream

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from offsetjax.brightness import compare, data_brightness
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from tests.tiny import RESOLUTION, data_path
 
 

@@ -31,7 +31,7 @@ from offsetjax.checks import validate
 from offsetjax.cli import main
 from offsetjax.config import default_config, flatten
 from offsetjax.data.images import resize_and_crop
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.diffusion.spectrum import formula_spectrum

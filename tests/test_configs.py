@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from offsetjax import checkpoint
 from offsetjax.cli import main
 from offsetjax.config import load_config, validate
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.formats.header import Entry, format_header
 from offsetjax.formats.pretrained import open_pretrained
 from offsetjax.formats.single_file import to_original

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from offsetjax.checkpoint import open_checkpoints
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.encode import to_unit_range
 from offsetjax.models.autoencoder import standardised
 from offsetjax.models.pipeline import build

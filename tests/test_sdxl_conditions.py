@@ -12,7 +12,7 @@ from etils import epath
 from offsetjax import sharding
 from offsetjax.cli import main
 from offsetjax.config import default_config
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.encode import encode_captions
 from offsetjax.models.initial import abstract_trained, initial_trained
 from offsetjax.models.pipeline import join

@@ -21,7 +21,7 @@ from PIL import Image
 import offsetjax.train as loop
 from offsetjax.config import default_config, from_json
 from offsetjax.data.devices import FIELDS
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
 from offsetjax.export import export
 from offsetjax.run import open_run

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.brightness import data_brightness
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts
 from offsetjax.models.weights import load_frozen, read_tokenizers

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from offsetjax.data.folder import list_pictures, read_captions, read_text_file
 from offsetjax.data.images import UnreadableImage, clean, resize_and_crop
-from offsetjax.data.stream import Source, open_source
+from offsetjax.data.source import Source, open_source
 from offsetjax.errors import UserError
 
 DROPPED_FILE = "dropped.json"

@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from offsetjax.data.images import UnreadableImage, decode
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
 
 # Pictures of a data set: enough for a standard deviation to two digits, and seconds to read.

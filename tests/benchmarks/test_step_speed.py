@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from offsetjax import sharding
 from offsetjax.checkpoint import open_checkpoints
 from offsetjax.data.devices import on_devices
-from offsetjax.data.stream import open_source
+from offsetjax.data.source import open_source
 from offsetjax.models.pipeline import build
 from offsetjax.run import first_state, open_run, open_stream
 from offsetjax.train import jit_train_step, train

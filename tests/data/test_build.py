@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from offsetjax.data.build import build, inspect
-from offsetjax.data.stream import captions, open_source
+from offsetjax.data.source import captions, open_source
 from offsetjax.errors import UserError
 
 
@@ -213,7 +213,8 @@ def test_tensorflow_is_never_imported(folder: pathlib.Path, tmp_path: pathlib.Pa
 import sys
 import numpy as np
 from offsetjax.data.build import build, inspect
-from offsetjax.data.stream import make_stream, open_source
+from offsetjax.data.source import open_source
+from offsetjax.data.stream import make_stream
 build(sys.argv[1], sys.argv[2])
 inspect(sys.argv[2])
 stream = make_stream(open_source(sys.argv[2]), seed=0, global_batch_size=2, resolution=8, random_flip=True,

@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from offsetjax.data.build import build
-from offsetjax.data.stream import Source, check_fingerprint, make_stream, open_source
+from offsetjax.data.source import Source, open_source
+from offsetjax.data.stream import check_fingerprint, make_stream
 from offsetjax.errors import UserError
 
 COUNT, SIDE = 23, 16

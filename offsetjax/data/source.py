@@ -1,0 +1,125 @@
+"""A data set that is opened for random access: TFDS, in ArrayRecord, with no tensorflow."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from offsetjax.data.images import UnreadableImage, decode
+from offsetjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Random access to the records of one split: `source[i]` is `{"image": bytes, "caption": str, "name": str}`."""
+
+    path: str
+    split: str
+    num_bytes: int
+    records: Any
+    ranges: tuple[tuple[str, int, int], ...] = ()  # file, first record and the one after the last
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self.records[int(index)]
+        except Exception as error:  # the reader's own errors, of several libraries, for bytes that have changed
+            raise UserError(
+                f"data: record {index} of {self.path} ({self.split}) cannot be read: {_one_line(error)}; "
+                "the file is damaged: copy it again, or build the data set again"
+            ) from error
+        name = record.get("name", b"")
+        return {"image": record["image"], "caption": _text(record["caption"]), "name": _text(name)}
+
+    def shares_records(self, other: "Source") -> bool:
+        """Whether a record is in both."""
+        return any(
+            file == other_file and max(first, other_first) < min(last, other_last)
+            for file, first, last in self.ranges
+            for other_file, other_first, other_last in other.ranges
+        )
+
+    def decoded(self, index: int) -> dict[str, Any]:
+        """A record with its picture decoded: `pixels` uint8 `[h, w, 3]`, `caption` and `name`.
+
+        Raises:
+            UserError: it cannot be read or decoded.
+        """
+        record = self[index]
+        try:
+            pixels = decode(record["image"])
+        except UnreadableImage as error:
+            raise UserError(
+                f"data: {self.describe(index)} is no picture: {error}; "
+                "build the data set again with `offsetjax data build`"
+            ) from error
+        return {"pixels": pixels, "caption": record["caption"], "name": record["name"]}
+
+    def describe(self, index: int) -> str:
+        """Which record of which data set it is, for a message."""
+        name = self[index]["name"]
+        return f"record {index} ({name or 'without a name'}) of {self.path} ({self.split})"
+
+
+def open_source(path: epath.PathLike, split: str = "train") -> Source:
+    """Opens a data set for random access.
+
+    Args:
+        path: what `offsetjax data build` wrote, or the version folder of any TFDS data set in ArrayRecord with the
+            features `image` and `caption`.
+        split: a split by TFDS's rules: `train`, `train[:90%]`.
+
+    Raises:
+        UserError: no data set, another format, other features, an unknown or empty split.
+    """
+    folder = version_folder(path)
+    builder = tfds.builder_from_directory(folder)
+    missing = {"image", "caption"} - set(builder.info.features or {})
+    if missing:
+        raise UserError(f"data: {folder} has no feature {sorted(missing)[0]!r}; it must have image and caption")
+    try:
+        info = builder.info.splits[split]
+        num_bytes = int(info.num_bytes)
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError:
+        raise UserError(f"data: {folder} is not in ArrayRecord; prepare it with file_format='array_record'") from None
+    except Exception as error:  # TFDS raises several kinds for a split that it cannot parse or find
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"data: {folder} has no split {split!r}; it has {known}") from error
+    if not len(records):
+        raise UserError(f"data: the split {split!r} of {folder} is empty")
+    files = [(str(each.filename), each.skip, each.skip + each.take) for each in info.file_instructions]
+    return Source(str(folder), split, num_bytes, records, tuple(files))
+
+
+def version_folder(path: epath.PathLike) -> epath.Path:
+    """The folder with `dataset_info.json`: `path`, or the only one in the two levels below.
+
+    Raises:
+        UserError: none, or several.
+    """
+    root = epath.Path(path)
+    patterns = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
+    found = next((files for pattern in patterns if (files := sorted(root.glob(pattern)))), []) if str(path) else []
+    if not found:
+        raise UserError(f"data: {str(path)!r} holds no data set; make one with `offsetjax data build`")
+    if len(found) > 1:
+        names = ", ".join(str(file.parent) for file in found)
+        raise UserError(f"data: {path} holds several data sets; give one of {names}")
+    return found[0].parent
+
+
+def captions(source: Source) -> list[str]:
+    """The caption of every record, in the order of the source."""
+    return [source[index]["caption"] for index in range(len(source))]
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
