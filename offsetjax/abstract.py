@@ -49,8 +49,13 @@ def abstract_batch(config: ConfigDict) -> Mapping[str, jax.ShapeDtypeStruct]:
     if config.task == "diffusion":
         parts = text_parts(config)
         encoders, length = len(parts), config.model[parts[0]].max_position_embeddings
+    pictures = {"pixels": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8)}
+    if config.data.cached_latents:
+        vae = build(config).vae
+        latent = (vae.config["latent_channels"], side // vae.downscale, side // vae.downscale)
+        pictures = {"moments": jax.ShapeDtypeStruct((count, 2, *latent), jnp.float16)}
     return {
-        "pixels": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
+        **pictures,
         "input_ids": jax.ShapeDtypeStruct((count, encoders, length), jnp.int32),
         "time_ids": jax.ShapeDtypeStruct((count, 6), jnp.float32),
         "is_truncated": jax.ShapeDtypeStruct((count,), jnp.bool_),

@@ -25,6 +25,8 @@ def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_
     """
 
     def measure(index: int) -> float:
+        if source.cache:
+            return float(source[index]["brightness"])
         return float(resize_and_crop(source.decoded(index)["pixels"], resolution).mean() / 255.0)
 
     indices = np.linspace(0, len(source) - 1, min(len(source), at_most)).astype(int)

@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Complex, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Complex, Float, Int, PyTree
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.progress import track
 
 from offsetjax import sharding
 from offsetjax.calibration import (
@@ -36,7 +34,6 @@ from offsetjax.calibration import (
     summarise,
     write_calibration,
 )
-from offsetjax.checks import validate
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import Source, open_source
 from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
@@ -44,12 +41,13 @@ from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
-from offsetjax.models.autoencoder import Autoencoder, standardised
-from offsetjax.models.initial import initial_params
-from offsetjax.models.pipeline import Pipeline, build
-from offsetjax.models.resolve import check_resolution, resolve
+from offsetjax.latents import open_vae
+from offsetjax.models.autoencoder import Autoencoder
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.objective import Batch
+from offsetjax.progress import tracked
 from offsetjax.report.leak import leak_figure
-from offsetjax.run import latent_statistics, open_stream
+from offsetjax.run import open_stream
 
 _log = logging.getLogger("offsetjax")
 
@@ -74,10 +72,10 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
             f"calibrate: task = {config.task!r} noises no latents; give the config of the diffusion training"
         )
     mesh = sharding.make_mesh(config)
-    source = open_source(config.data.path, config.data.split)
+    source = open_source(config.data.path, config.data.split, config.data.cached_latents)
     if len(source) < 2:
         raise UserError(f"calibrate: {source.path} ({source.split}) has one picture; a variance needs two or more")
-    config, pipeline, params = open_vae(config, source)
+    config, pipeline, params, _ = open_vae(config, source)
     modes = measure(config, pipeline, params, source, mesh)
     if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):
         raise UserError("calibrate: the autoencoder's latents are not finite; check model.pretrained")
@@ -104,20 +102,6 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
     return calibration
 
 
-def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, PyTree]:
-    """The resolved config, the parts without a tokenizer, and the autoencoder's parameters, as a run begins with."""
-    config = resolve(config)
-    validate(config)  # what was read may not go with what was set
-    check_resolution(config)
-    pipeline = build(config)
-    params = initial_params(config, "vae", pipeline.vae)
-    if config.model.vae.scaling_factor == 0:
-        params = standardised(params, *latent_statistics(config, pipeline, params, source))
-        config.model.vae.scaling_factor = 1.0
-        pipeline = build(config)
-    return config, pipeline, params
-
-
 class Modes(NamedTuple):
     """The mean and the variance over pictures of each mode of the latents, their orthonormal `rfft2`."""
 
@@ -141,10 +125,11 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH), size)
     mean, squares = np.complex128(0), np.float64(0)
     try:
-        for seen, batch in zip(range(0, total, size), _tracked(batches, -(-total // size)), strict=True):
+        shown = tracked(batches, "Measuring latents", -(-total // size), jax.process_index() == 0)
+        for seen, batch in zip(range(0, total, size), shown, strict=True):
             # The stream begins anew after its last picture: what comes after it in the last batch counts for nothing.
             count = min(size, total - seen)
-            batch_mean, batch_squares = jax.device_get(batch_modes(params, batch["pixels"], np.int32(count)))
+            batch_mean, batch_squares = jax.device_get(batch_modes(params, batch, np.int32(count)))
             step = batch_mean.astype(np.complex128) - mean
             mean = mean + step * (count / (seen + count))
             squares = squares + batch_squares + np.abs(step) ** 2 * (seen * count / (seen + count))
@@ -153,20 +138,17 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     return Modes(np.asarray(mean), np.asarray(squares / total))
 
 
-def _tracked(batches: Iterator[Any], total: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    hidden = not console.is_terminal or jax.process_index() != 0
-    yield from track(batches, "Measuring latents", total, console=console, disable=hidden, transient=True)
-
-
 def _jit_batch_modes(vae: Autoencoder, params: PyTree, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
     def batch_modes(
-        params: PyTree, pixels: UInt8[Array, "b H W 3"], count: Int[Array, ""]
+        params: PyTree, batch: Batch, count: Int[Array, ""]
     ) -> tuple[Complex[Array, "c h w2"], Float[Array, "c h w2"]]:
         """Over the first `count` pictures: the mean of the modes, and the sum of their squared distances from it."""
-        latents = vae.encode(params, to_unit_range(pixels))[0] * vae.config["scaling_factor"]
-        modes = jnp.fft.rfft2(latents, norm="ortho")
-        counts = (jnp.arange(len(pixels)) < count)[:, None, None, None]
+        if "moments" in batch:
+            means = batch["moments"][:, 0].astype(jnp.float32)
+        else:  # all at once: each device then encodes its own
+            means = vae.encode(params, to_unit_range(batch["pixels"]))[0]
+        modes = jnp.fft.rfft2(means * vae.config["scaling_factor"], norm="ortho")
+        counts = (jnp.arange(len(modes)) < count)[:, None, None, None]
         mean = jnp.where(counts, modes, 0).sum(0) / count
         return mean, jnp.where(counts, jnp.abs(modes - mean) ** 2, 0).sum(0)
 

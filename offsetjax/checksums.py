@@ -7,6 +7,8 @@ for every m_i is odd; several cancel with a chance of 2⁻³². It is multilinea
 and O. Kaser, "Strongly universal string hashing is fast", arXiv 1202.4961), against accidents, not attackers.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 
 import jax
@@ -25,6 +27,11 @@ def of_tree(tree: PyTree) -> dict[str, int]:
         jax.tree_util.keystr(path, simple=True, separator="/"): int(_of_device_array(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def digest(tree: PyTree) -> str:
+    """One checksum of all arrays of a tree and their names, in hexadecimal."""
+    return hashlib.sha256(json.dumps(of_tree(tree), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check(tree: PyTree, expected: Mapping[str, int]) -> None:

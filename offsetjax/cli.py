@@ -165,12 +165,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 without it")
     sub.add_argument("--out", required=True, help="a folder, or FILE.safetensors, that does not exist yet")
 
-    data = command("data", None, "build or inspect a data set").add_subparsers(required=True, metavar="build|inspect")
+    sub = command("data", None, "build, encode or inspect a data set")
+    data = sub.add_subparsers(required=True, metavar="build|encode|inspect")
     sub = data.add_parser("build", help="a folder of captioned images → ArrayRecord", allow_abbrev=False)
     sub.set_defaults(run=_data_build)
     sub.add_argument("--images", required=True, help="images with metadata.jsonl, or name.txt beside name.png")
     sub.add_argument("--out", required=True)
     sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken images that is accepted")
+    sub = data.add_parser("encode", help="the latents of a data set, to train from", allow_abbrev=False)
+    sub.set_defaults(run=_data_encode)
+    sub.add_argument("--config", required=True, help="the config file of the training to be")
+    sub.add_argument("--out", required=True, help="a folder for data.path, with data.cached_latents=True, or gs://…")
+    sub.epilog = f"What was interrupted goes on with the parts that are missing. {_OVERRIDES}"
     sub = data.add_parser("inspect", help="what a data set holds", allow_abbrev=False)
     sub.set_defaults(run=_data_inspect)
     sub.add_argument("--data", required=True)
@@ -325,6 +331,18 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.data.build import build
 
     build(options.images, options.out, options.max_dropped)
+
+
+def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from offsetjax import processes
+
+    with processes.together(_explain):
+        from offsetjax.config import load_config
+
+        config = load_config(options.config, _overrides(rest))
+        from offsetjax.latents import encode_data
+
+        encode_data(config, options.out)
 
 
 def _data_inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -240,6 +240,7 @@ def _autoencoder(values: Values) -> Wrongs:
     defaults = {"noise.kind": "offset", "noise.probability": 1.0}
     sections = ("probe.every_steps", "validation.every_steps")
     others = (
+        "data.cached_latents",
         "lora.rank",
         "lora.pretrained",
         "optimizer.text_encoder_learning_rate",

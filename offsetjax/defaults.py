@@ -26,6 +26,8 @@ FOREIGN_NAMES = {
     "train_batch_size": "train.global_batch_size",
     "gradient_accumulation_steps": "train.accumulate_steps",
     "max_train_steps": "train.steps",
+    "cache_latents": "data.cached_latents",
+    "cache_latents_to_disk": "data.cached_latents",
     "lr_scheduler": "optimizer.decay",
     "lr_warmup_steps": "optimizer.warmup_steps",
     "timestep_spacing": "sample.spacing",
@@ -68,7 +70,16 @@ def default_config() -> ConfigDict:
             "stall_seconds": 1800,
         }
     )
-    config.data = ConfigDict({"path": "", "split": "train", "resolution": 512, "random_flip": True, "num_workers": 0})
+    config.data = ConfigDict(
+        {
+            "path": "",
+            "split": "train",
+            "resolution": 512,
+            "random_flip": True,
+            "cached_latents": False,  # the path is of latents, from `offsetjax data encode`, not of pictures
+            "num_workers": 0,
+        }
+    )
     config.encode = ConfigDict({"caption_dropout": 0.1, "long_captions": "truncate"})  # or "refuse"
     config.model = ConfigDict(
         {

@@ -28,11 +28,26 @@ def sample_latent(
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
 
 
-def encode_pixels(
-    vae: Autoencoder, params: PyTree, pixels: UInt8[Array, "b h w 3"], keys: Key[Array, " b"]
+def encode_batch(
+    vae: Autoencoder, params: PyTree, batch: Mapping[str, Array], keys: Key[Array, " b"]
 ) -> Float[Array, "b c h w"]:
-    """Scaled latents, drawn from the posterior with one key an example."""
-    return jax.vmap(sample_latent)(keys, *encode_moments(vae, params, pixels)) * vae.config["scaling_factor"]
+    """Scaled latents, drawn from the posterior with one key an example; the arguments are those of `batch_moments`."""
+    return jax.vmap(sample_latent)(keys, *batch_moments(vae, params, batch)) * vae.config["scaling_factor"]
+
+
+def batch_moments(
+    vae: Autoencoder, params: PyTree, batch: Mapping[str, Array]
+) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
+    """The posterior's mean and log-variance, not scaled: the cached ones of a batch, or of its pictures.
+
+    Args:
+        params: of the autoencoder; not read where they are cached.
+        batch: `moments` float16 [b, 2, c, h, w], or `pixels` uint8 [b, H, W, 3].
+    """
+    if "moments" in batch:
+        mean, log_variance = jnp.moveaxis(batch["moments"].astype(jnp.float32), 1, 0)
+        return mean, log_variance
+    return encode_moments(vae, params, batch["pixels"])
 
 
 def encode_moments(

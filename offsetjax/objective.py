@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from offsetjax.diffusion import loss as losses
 from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
-from offsetjax.encode import drop_captions, encode_captions, encode_pixels, sample_latent, to_unit_range
+from offsetjax.encode import drop_captions, encode_batch, encode_captions, sample_latent, to_unit_range
 from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.random import stream_key
 
@@ -37,8 +37,8 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
 
     Each draw has a stream of its own: vae, caption_dropout, timestep, noise and input_perturbation.
 
-    The batch holds `pixels` uint8 [b, H, W, 3], `input_ids` int32 [b, e, n] for e text encoders, `time_ids` float32
-    [b, 6] and `position` int32 [b].
+    The batch holds `pixels` uint8 [b, H, W, 3] or, cached, `moments` float16 [b, 2, c, h, w]; `input_ids` int32
+    [b, e, n] for e text encoders, `time_ids` float32 [b, 6] and `position` int32 [b].
     """
     schedule = make_schedule(**config.schedule)
     noises = training_noise(pipeline, config)
@@ -51,7 +51,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
             return batch_keys(config.seed, name, step, batch)
 
         # encode
-        latents = encode_pixels(pipeline.vae, params["vae"], batch["pixels"], keys("vae"))
+        latents = encode_batch(pipeline.vae, params.get("vae"), batch, keys("vae"))
         params = after(latents, params)
         input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
         conditions = encode_captions(pipeline, params, input_ids, batch["time_ids"], empty_ids)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from jax._src import cloud_tpu_init  # no public module says whether JAX is to look for other hosts,
 from jax._src.distributed import global_state  # nor gives its client of the coordination service
+from jax.experimental import multihost_utils
 
 from offsetjax.errors import PreemptedError, UserError
 
@@ -116,6 +117,12 @@ def gather(key: str, value: str) -> list[str]:
     tell(f"{key}/{global_state.process_id}", value)
     _client().wait_at_barrier(key, _BARRIER_MS)
     return [value for _, value in _client().key_value_dir_get(key)]
+
+
+def meet(where: str) -> None:
+    """Waits until all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def end_all(status: int, why: str) -> None:

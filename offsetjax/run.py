@@ -5,6 +5,7 @@ not change are kept in `frozen/`, so that nothing outside the work directory is 
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
@@ -28,7 +28,8 @@ from offsetjax.diffusion.noise import describe
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
 from offsetjax.formats.names import flax_tensors, torch_tensors
-from offsetjax.models.autoencoder import standardised
+from offsetjax.formats.tensors import Tensor
+from offsetjax.models.autoencoder import encoder_checksum, standardised
 from offsetjax.models.initial import (
     abstract_trained,
     adopt_lora,
@@ -39,15 +40,18 @@ from offsetjax.models.initial import (
     left_out_tensors,
     pretrained_tokenizers,
 )
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, text_parts
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts, text_parts
 from offsetjax.models.resolve import check_resolution, resolve
 from offsetjax.models.tokenizer import Tokens, tokenize, train_tokenizer
 from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.objective import training_noise
+from offsetjax.processes import meet
 from offsetjax.step import TrainState, init_state
 from offsetjax.workdir import read_config, write_config
 
 _log = logging.getLogger("offsetjax")
+
+Statistics = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]  # the mean and the deviation of each channel
 
 # What may change when a run resumes: nothing that the losses depend on, but for the number of steps and of devices.
 RESUMABLE_CHANGES = (
@@ -78,6 +82,11 @@ class Run:
     pipeline: Pipeline
     frozen: PyTree
 
+    @property
+    def step_frozen(self) -> PyTree:
+        """The frozen parts that a step and a validation compute with; drawing takes all."""
+        return {part: self.frozen[part] for part in step_parts(self.config)}
+
 
 def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     """Begins the run of `workdir`, or reopens it.
@@ -87,10 +96,12 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     """
     mesh = sharding.make_mesh(config)
     is_new = not (workdir / "config.json").exists()
-    _meet("the work directory is looked at")  # the first process must not write before the others have looked
+    meet("the work directory is looked at")  # the first process must not write before the others have looked
     config = (_begin if is_new else _reopen)(config, workdir, source)
     pipeline = build(config, read_tokenizers(workdir / "frozen"))
     frozen = load_frozen(workdir / "frozen", config, pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
+    if not is_new:  # the data may be others than those that the run was begun with
+        check_cache(config, source, frozen.get("vae"))
     return Run(config, workdir, mesh, pipeline, frozen)
 
 
@@ -107,26 +118,32 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     check_initial(config, pipeline)
     tensors = {part: initial_tensors(config, part, getattr(pipeline, part)) for part in frozen_parts(config)}
     if config.task == "diffusion" and config.model.vae.scaling_factor == 0:
-        vae = on_host(flax_tensors(tensors["vae"], abstract_params(pipeline.vae), "vae"))
+        vae = _vae_params(tensors["vae"], pipeline)
         mean, std = latent_statistics(config, pipeline, vae, source)
         tensors["vae"] = torch_tensors(standardised(vae, mean, std))
         config.model.vae.scaling_factor = 1.0
         pipeline = build(config, tokenizers)
         _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
+    if source.cache:
+        check_cache(config, source, _vae_params(tensors["vae"], pipeline))
     if left_out := left_out_tensors(config):
         _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
-    _meet("the work directory is written")
+    meet("the work directory is written")
     return config
 
 
-def _meet(where: str) -> None:
-    """Waits until all processes have come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
+    return on_host(flax_tensors(tensors, abstract_params(pipeline.vae), "vae"))
+
+
+def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
+    """Raises a UserError where the data are latents that this autoencoder would not make of their pictures."""
+    if source.cache:
+        source.cache.check(source.path, config.data, encoder_checksum(vae_params))
 
 
 def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
@@ -246,10 +263,16 @@ def _no_tokens(caption: str) -> Tokens:
     return Tokens(np.zeros((1, 1), np.int32), 1)
 
 
-def latent_statistics(
-    config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any
-) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
-    """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures."""
+def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
+    """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures.
+
+    Of a cache, those by which its autoencoder was standardised.
+
+    Raises:
+        UserError: it was not.
+    """
+    if source.cache:
+        return source.cache.statistics(source.path)
     sampled = config.copy_and_resolve_references()
     sampled.train.global_batch_size, sampled.data.random_flip = 8, False
     batches = open_stream(sampled, pipeline, source).iterator(0)

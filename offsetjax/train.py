@@ -42,7 +42,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         PreemptedError: SIGTERM came; what was trained is saved.
     """
     with StallGuard(config.train.stall_seconds) as guard, Preemption() as preemption:
-        source = open_source(config.data.path, config.data.split)
+        source = open_source(config.data.path, config.data.split, config.data.cached_latents)
         run = open_run(config, epath.Path(workdir), source)
         config = run.config
         stream = open_stream(config, run.pipeline, source, run.mesh)
@@ -68,7 +68,7 @@ def place(objective: Objective, dtypes: Mapping[str, Any], run: Run, state_shard
         make_train_step(gradient, run.config),
         in_shardings=(
             state_shardings,
-            sharding.shardings(run.mesh, run.frozen),
+            sharding.shardings(run.mesh, run.step_frozen),
             NamedSharding(run.mesh, sharding.BATCH),
         ),
         out_shardings=(state_shardings, NamedSharding(run.mesh, P())),
@@ -86,7 +86,7 @@ def _loop(
     preemption: Preemption,
     guard: StallGuard,
 ) -> None:
-    train = run.config.train
+    train, frozen = run.config.train, run.step_frozen
     start = int(state.step)
     clock = StepClock(start, train.global_batch_size, ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel()))
     host_batches = stream.iterator(start)
@@ -105,7 +105,7 @@ def _loop(
                 batch = next(batches)
             instruments.before(step)
             with jax.transfer_guard("disallow"):
-                state, step_metrics = train_step(state, run.frozen, batch)
+                state, step_metrics = train_step(state, frozen, batch)
             instruments.after(step, state)
             jax.block_until_ready(last)  # one step ahead of the devices, no more: a stall shows, and to stop is quick
             last = step_metrics

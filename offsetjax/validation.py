@@ -19,7 +19,7 @@ from offsetjax.data.stream import Stream
 from offsetjax.diffusion.loss import mean_squared_error
 from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
-from offsetjax.encode import encode_captions, encode_moments
+from offsetjax.encode import batch_moments, encode_captions
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.objective import Batch, add_position, training_noise
@@ -47,7 +47,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
     ) -> dict[str, Float[Array, " t"]]:
         params = join(trained, frozen)
         # The posterior's mean: a draw from it would only add noise to the curve.
-        means, _ = encode_moments(pipeline.vae, params["vae"], batch["pixels"])
+        means, _ = batch_moments(pipeline.vae, params.get("vae"), batch)
         latents = means * pipeline.vae.config["scaling_factor"]
         conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
         places = number * config.train.global_batch_size + batch["position"]

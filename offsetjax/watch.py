@@ -102,13 +102,13 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, 
 
 def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
     config = run.config.copy_and_resolve_references()
-    held_out = open_source(config.data.path, config.validation.split)
+    held_out = open_source(config.data.path, config.validation.split, config.data.cached_latents)
     check_apart(source, held_out)
     config.seed, config.data.random_flip = 0, False  # the same pictures in every run
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     config.train.accumulate_steps = 1
     stream = open_stream(config, run.pipeline, held_out, run.mesh)
-    frozen, replicated = sharding.shardings(run.mesh, run.frozen), NamedSharding(run.mesh, P())
+    frozen, replicated = sharding.shardings(run.mesh, run.step_frozen), NamedSharding(run.mesh, P())
     # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
     as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
     pipeline = dataclasses.replace(as_trained, vae=run.pipeline.vae)
@@ -120,6 +120,6 @@ def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[st
 
     def look(state: TrainState, step: int) -> dict[str, float]:
         del step
-        return validate(losses, config, stream, run.mesh, _watched(run, state), run.frozen)
+        return validate(losses, config, stream, run.mesh, _watched(run, state), run.step_frozen)
 
     return look

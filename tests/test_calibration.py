@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax import sharding
-from offsetjax.calibrate import calibrate, measure, open_vae
+from offsetjax.calibrate import calibrate, measure
 from offsetjax.calibration import (
     Calibration,
     band_means,
@@ -36,6 +36,7 @@ from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import UserError
+from offsetjax.latents import open_vae
 from offsetjax.run import open_run
 from offsetjax.train import train
 from offsetjax.workdir import read_config
@@ -312,7 +313,7 @@ def _tiny(data: pathlib.Path, **changes: Any) -> ConfigDict:
 @pytest.fixture(scope="module")
 def modes(data: pathlib.Path) -> np.ndarray:
     """The modes of all latents in the order of the data, computed by themselves: `[n, c, h, w2]`."""
-    config, pipeline, params = open_vae(_tiny(data), open_source(data))
+    config, pipeline, params, _ = open_vae(_tiny(data), open_source(data))
     source = open_source(data)
     pixels = np.stack([resize_and_crop(source.decoded(i)["pixels"], 16) for i in range(COUNT)])
     latents = pipeline.vae.encode(params, pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)[0]
@@ -337,7 +338,7 @@ def test_the_command_measures_each_picture_once(measured: pathlib.Path, modes: n
 
 def test_one_device_measures_what_eight_do(data: pathlib.Path, measured: pathlib.Path) -> None:
     source = open_source(data)
-    config, pipeline, params = open_vae(_tiny(data, train__accumulate_steps=2), source)  # in batches of 4
+    config, pipeline, params, _ = open_vae(_tiny(data, train__accumulate_steps=2), source)  # in batches of 4
     mesh = sharding.mesh_of(data=1, fsdp=1)
     found = measure(config, pipeline, params, source, mesh)
     assert mesh.size == 1 and jax.device_count() == 8

@@ -229,6 +229,7 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
             ("lora.rank needs a model", "model.from_scratch"),
         ),
         ({"task": "autoencoder", "lora.rank": 4}, ("lora.rank cannot apply",)),
+        ({"task": "autoencoder", "data.cached_latents": True}, ("data.cached_latents cannot apply",)),
         (
             {"task": "autoencoder", "optimizer.text_encoder_learning_rate": 1e-6},
             ("optimizer.text_encoder_learning_rate cannot apply",),

@@ -66,11 +66,11 @@ def _workdir(
 def data(monkeypatch: pytest.MonkeyPatch) -> Callable[[Brightness], None]:
     """Sets the data set that every config's data.path stands for; until then there is none."""
 
-    def missing(path: str, split: str) -> Any:
+    def missing(path: str, *_: Any) -> Any:
         raise UserError(f"data: {path} holds no data set")
 
     def use(brightness: Brightness) -> None:
-        monkeypatch.setattr(read, "open_source", lambda path, split: _source(brightness))
+        monkeypatch.setattr(read, "open_source", lambda *_: _source(brightness))
 
     monkeypatch.setattr(read, "open_source", missing)
     return use

@@ -20,7 +20,7 @@ from PIL import Image
 
 import offsetjax.train as loop
 from offsetjax.config import default_config, from_json
-from offsetjax.data.devices import FIELDS
+from offsetjax.data.devices import HOST_FIELDS
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
 from offsetjax.export import export
@@ -321,7 +321,7 @@ def test_a_transfer_inside_the_step_cannot_hide(
 ) -> None:
     def left_on_the_host(batches: Iterator[Any], *_: Any) -> Iterator[Any]:
         for batch in itertools.islice(batches, 2):
-            yield {name: batch[name] for name in FIELDS}
+            yield {name: field for name, field in batch.items() if name not in HOST_FIELDS}
 
     monkeypatch.setattr(loop, "on_devices", left_on_the_host)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):

@@ -1,1 +1,1 @@
-"""Pictures and captions: a folder becomes a data set (`build`), and a data set the stream of batches (`stream`)."""
+"""Pictures and captions: a folder becomes a data set (`build`), that or its latents (`cache`) batches (`stream`)."""

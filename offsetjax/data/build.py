@@ -19,13 +19,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.progress import track
 
 from offsetjax.data.folder import list_pictures, read_captions, read_text_file
 from offsetjax.data.images import UnreadableImage, clean, resize_and_crop
 from offsetjax.data.source import Source, open_source
 from offsetjax.errors import UserError
+from offsetjax.progress import tracked
 
 DROPPED_FILE = "dropped.json"
 MAX_MEASURED = 10_000  # pictures that `inspect` decodes
@@ -146,10 +145,7 @@ def _kept(
     read: Iterable[Example], total: int, dropped: list[tuple[str, str]], max_dropped: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The (name, record) of each example that has one; the others are appended to `dropped`."""
-    console = Console(stderr=True)
-    for example in track(
-        read, "Reading pictures", total, console=console, disable=not console.is_terminal, transient=True
-    ):
+    for example in tracked(read, "Reading pictures", total):
         if example.record is not None:
             yield example.name, example.record
         else:

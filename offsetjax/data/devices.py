@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 
 from offsetjax.sharding import rows_of_process
 
-# What the step takes of a batch; the rest stays with the host.
-FIELDS = ("pixels", "input_ids", "time_ids", "is_truncated")
+# What stays with the host of a batch; the step takes the rest.
+HOST_FIELDS = ("index",)
 
 
 def on_devices(
@@ -32,7 +32,7 @@ def on_devices(
         return jax.make_array_from_callback((global_batch_size, *field.shape[1:]), sharding, part)
 
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {name: whole(batch[name]) for name in FIELDS}
+        return {name: whole(field) for name, field in batch.items() if name not in HOST_FIELDS}
 
     queue: deque[dict[str, jax.Array]] = deque()
     for batch in batches:

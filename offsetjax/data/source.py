@@ -6,19 +6,25 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from offsetjax.data.cache import Cache, read_cache
 from offsetjax.data.images import UnreadableImage, decode
 from offsetjax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """Random access to the records of one split: `source[i]` is `{"image": bytes, "caption": str, "name": str}`."""
+    """Random access to the records of one split: `source[i]` is `{"image": bytes, "caption": str, "name": str}`.
+
+    Where `cache` says what they were made of, they are latents: in the place of the image is what
+    `offsetjax.data.cache` describes.
+    """
 
     path: str
     split: str
     num_bytes: int
     records: Any
     ranges: tuple[tuple[str, int, int], ...] = ()  # file, first record and the one after the last
+    cache: Cache | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -31,8 +37,7 @@ class Source:
                 f"data: record {index} of {self.path} ({self.split}) cannot be read: {_one_line(error)}; "
                 "the file is damaged: copy it again, or build the data set again"
             ) from error
-        name = record.get("name", b"")
-        return {"image": record["image"], "caption": _text(record["caption"]), "name": _text(name)}
+        return {**record, "caption": _text(record["caption"]), "name": _text(record.get("name", b""))}
 
     def shares_records(self, other: "Source") -> bool:
         """Whether a record is in both."""
@@ -64,26 +69,39 @@ class Source:
         return f"record {index} ({name or 'without a name'}) of {self.path} ({self.split})"
 
 
-def open_source(path: epath.PathLike, split: str = "train") -> Source:
+def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool = False) -> Source:
     """Opens a data set for random access.
 
     Args:
         path: what `offsetjax data build` wrote, or the version folder of any TFDS data set in ArrayRecord with the
             features `image` and `caption`.
         split: a split by TFDS's rules: `train`, `train[:90%]`.
+        cached_latents: it is what `offsetjax data encode` wrote instead.
 
     Raises:
-        UserError: no data set, another format, other features, an unknown or empty split.
+        UserError: no data set, another format, other features, an unknown or empty split; latents for pictures, or
+            pictures for latents.
     """
     folder = version_folder(path)
+    cache = read_cache(folder)
+    if cache and not cached_latents:
+        raise UserError(
+            f"data: {folder} has the latents of pictures, not the pictures; train from them with "
+            f"data.cached_latents=True, or give {cache.source}"
+        )
+    if cached_latents and not cache:
+        raise UserError(
+            f"data: {folder} has pictures, not their latents; encode them with `offsetjax data encode`, or set "
+            "data.cached_latents=False"
+        )
     builder = tfds.builder_from_directory(folder)
-    missing = {"image", "caption"} - set(builder.info.features or {})
+    missing = {"moments" if cache else "image", "caption"} - set(builder.info.features or {})
     if missing:
         raise UserError(f"data: {folder} has no feature {sorted(missing)[0]!r}; it must have image and caption")
     try:
         info = builder.info.splits[split]
         num_bytes = int(info.num_bytes)
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        records = builder.as_data_source(split, decoders=None if cache else {"image": tfds.decode.SkipDecoding()})
     except NotImplementedError:
         raise UserError(f"data: {folder} is not in ArrayRecord; prepare it with file_format='array_record'") from None
     except Exception as error:  # TFDS raises several kinds for a split that it cannot parse or find
@@ -92,7 +110,7 @@ def open_source(path: epath.PathLike, split: str = "train") -> Source:
     if not len(records):
         raise UserError(f"data: the split {split!r} of {folder} is empty")
     files = [(str(each.filename), each.skip, each.skip + each.take) for each in info.file_instructions]
-    return Source(str(folder), split, num_bytes, records, tuple(files))
+    return Source(str(folder), split, num_bytes, records, tuple(files), cache)
 
 
 def version_folder(path: epath.PathLike) -> epath.Path:

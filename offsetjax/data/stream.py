@@ -53,7 +53,8 @@ class Stream:
         """The batches of this process from number `start_batch` on; close it when done.
 
         Yields:
-            `pixels` uint8 `[b, resolution, resolution, 3]`; `input_ids` int32 `[b, e, n]`, for each of e text encoders;
+            `pixels` uint8 `[b, resolution, resolution, 3]`, or of a cache `moments` float16 `[b, 2, c, h, w]`, the mean
+            and the log-variance of their latents; `input_ids` int32 `[b, e, n]`, for each of e text encoders;
             `time_ids` float32 `[b, 6]`, SDXL's micro-conditioning (see `offsetjax.data.images.time_ids`);
             `is_truncated` bool `[b]`, whose captions were cut; `index` int64 `[b]`, the number of each example in
             the source. b is the number of this process's rows.
@@ -69,6 +70,7 @@ class Stream:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides on the batches, for `check_fingerprint`; JSON holds it unchanged."""
+        cache = self.source.cache
         return {
             "num_examples": len(self.source),
             "num_bytes": self.source.num_bytes,
@@ -77,6 +79,8 @@ class Stream:
             "global_batch_size": self.global_batch_size,
             "resolution": self.resolution,
             "random_flip": self.random_flip,
+            # The files of caches are as large whatever they show.
+            **({"encoder": cache.encoder, "bytes_of_pictures": dict(cache.num_bytes)} if cache else {}),
         }
 
 
@@ -145,6 +149,8 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     examples = indices.map(partial(_example, stream.source, stream.resolution))
     if stream.random_flip:
         examples = examples.random_map(_flip)
+    if stream.source.cache:
+        examples = examples.map(_first_view)
     examples = _Rows(examples, stream)
     if stream.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
@@ -161,19 +167,32 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
 
 
 def _example(source: Source, resolution: int, index: int) -> dict[str, Any]:
-    record = source.decoded(index)
-    height, width, _ = record["pixels"].shape
-    return {
-        "pixels": resize_and_crop(record["pixels"], resolution),
-        "time_ids": time_ids(height, width, resolution),
-        "caption": record["caption"],
-        "index": np.int64(index),
-    }
+    if source.cache:
+        record = source[index]
+        seen = {"views": record["moments"], "time_ids": record["time_ids"]}
+    else:
+        record = source.decoded(index)
+        height, width, _ = record["pixels"].shape
+        seen = {
+            "pixels": resize_and_crop(record["pixels"], resolution),
+            "time_ids": time_ids(height, width, resolution),
+        }
+    return {**seen, "caption": record["caption"], "index": np.int64(index)}
 
 
 def _flip(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     # `time_ids` stay: a central crop is as far from the left of the mirrored picture as it was from its own.
-    return {**example, "pixels": example["pixels"][:, ::-1]} if rng.random() < 0.5 else example
+    if rng.random() >= 0.5:
+        return example
+    if "views" in example:
+        return {**example, "views": example["views"][::-1]}
+    return {**example, "pixels": example["pixels"][:, ::-1]}
+
+
+def _first_view(example: dict[str, Any]) -> dict[str, Any]:
+    """With the latents of one view, the picture or its mirror image, alone."""
+    others = {name: value for name, value in example.items() if name != "views"}
+    return {"moments": example["views"][0], **others}
 
 
 def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -187,7 +206,7 @@ def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, np.ndarray]:
             f"data: the caption of {stream.source.describe(batch['index'][first])} has {num_tokens[first]} tokens, but "
             f"the text encoders read {limit}; shorten it, or set encode.long_captions='truncate'"
         )
-    own = {name: _own(batch[name]) for name in ("pixels", "time_ids", "index")}
+    own = {name: _own(field) for name, field in batch.items() if name != "caption"}
     return {**own, "input_ids": input_ids, "is_truncated": is_truncated}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from diffusers import FlaxAutoencoderKL
 from jaxtyping import Array, Float, Key, PyTree
 
+from offsetjax import checksums
 from offsetjax.models.intercept import torch_numerics
 
 
@@ -64,6 +65,11 @@ class Autoencoder:
         return {"_class_name": self.class_name, **self.config, "act_fn": "silu", "force_upcast": True}
 
 
+def encoder_checksum(params: PyTree) -> str:
+    """The checksum of all weights that latents depend on; the decoder's are not among them."""
+    return checksums.digest({name: params[name] for name in ("encoder", "quant_conv")})
+
+
 def standardised(params: PyTree, mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> PyTree:
     """The same autoencoder with other latents, `(z - mean) / std` a channel, folded into its two 1x1 convolutions.
 
@@ -72,7 +78,8 @@ def standardised(params: PyTree, mean: Float[np.ndarray, " c"], std: Float[np.nd
     """
     quant, post_quant = params["quant_conv"], params["post_quant_conv"]
     scale = np.concatenate([1.0 / std, np.ones_like(std)]).astype(np.float32)
-    shift = np.concatenate([-mean / std, -2.0 * np.log(std)]).astype(np.float32)  # the variance is divided by std²
+    # The variance is divided by std². A logarithm in float32 is not the same on every machine.
+    shift = np.concatenate([-mean / std, -2.0 * np.log(std.astype(np.float64))]).astype(np.float32)
     kernel = post_quant["kernel"]
     return {
         **params,

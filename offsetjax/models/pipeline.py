@@ -89,6 +89,11 @@ def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
     return tuple(part for part in network_parts(config) if part not in trained)
 
 
+def step_parts(config: ConfigDict) -> tuple[str, ...]:
+    """The frozen parts that a train step computes with: no autoencoder where the latents are cached."""
+    return tuple(part for part in frozen_parts(config) if part != "vae" or not config.data.cached_latents)
+
+
 def build(config: ConfigDict, tokenizers: Sequence[CLIPTokenizer] = ()) -> Pipeline:
     """The parts of `config.model`, with `config.lora.rank` those that are trained with adapters."""
     model, dtype = config.model, jnp.dtype(config.model.dtype)

@@ -42,8 +42,8 @@ def make_program(config: ConfigDict, devices: list[Any]) -> Program:
     """
     mesh = sharding.make_mesh(config, devices)
     pipeline = abstract_pipeline(config)
-    state, frozen, batch = abstract_state(config, pipeline), abstract_frozen(config, pipeline), abstract_batch(config)
-    run = Run(config, epath.Path("."), mesh, pipeline, frozen)
+    run = Run(config, epath.Path("."), mesh, pipeline, abstract_frozen(config, pipeline))
+    state, frozen, batch = abstract_state(config, pipeline), run.step_frozen, abstract_batch(config)
     places = sharding.shardings(mesh, state), sharding.shardings(mesh, frozen)
     over_devices = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.BATCH), batch)
     step = jit_train_step(run, places[0])

@@ -104,7 +104,7 @@ def read_arms(workdirs: Sequence[str]) -> list[Arm]:
     if not workdirs:
         raise UserError("report: no work directory; give at least one --workdir=DIR")
     workdirs = [run for workdir in workdirs for run in _runs_of(workdir)]
-    data: dict[tuple[str, str], Data | str] = {}
+    data: dict[tuple[str, str, bool], Data | str] = {}
     return [_read_arm(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
 
 
@@ -132,9 +132,9 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     raise UserError("report: the same --workdir is given twice; give each one once")
 
 
-def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str], Data | str]) -> Arm:
+def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool], Data | str]) -> Arm:
     config = _read_config(workdir / "config.json")
-    where = (str(config["data.path"]), str(config["data.split"]))
+    where = (str(config["data.path"]), str(config["data.split"]), bool(config.get("data.cached_latents")))
     if where not in data:
         data[where] = _measure(*where)
     samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
@@ -233,17 +233,18 @@ def read_picture(path: epath.Path) -> Image.Image:
         raise UserError(f"report: {path} is not a readable picture; delete it or draw it again") from error
 
 
-def _measure(path: str, split: str) -> Data | str:
+def _measure(path: str, split: str, cached_latents: bool) -> Data | str:
     """Measures a data set, or says why it cannot: a report is often made where the data no longer are."""
     try:
-        source = open_source(path, split)
+        source = open_source(path, split, cached_latents)
         size = len(source)
         indices = np.linspace(0, size - 1, min(size, MEASURED_AT_MOST)).astype(int)
         captions, brightness = [], []
         for index in indices:
             example = source[int(index)]
             captions.append(str(example["caption"]))
-            brightness.append(float(decode(example["image"]).mean() / 255))
+            mean = example["brightness"] if cached_latents else decode(example["image"]).mean() / 255
+            brightness.append(float(mean))
     except (UserError, UnreadableImage, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"the data set could not be measured ({reason})"

@@ -130,6 +130,7 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
         """One picture, bright on its left."""
 
         num_bytes: int = 0
+        cache: None = None
 
         def __len__(self) -> int:
             return 1000

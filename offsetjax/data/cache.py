@@ -1,0 +1,221 @@
+"""A cache of latents: what an autoencoder makes of each picture of a data set, encoded once.
+
+It is a TFDS data set in ArrayRecord. A record has `moments` float16 `[v, 2, c, h, w]`, the mean and the log-variance of
+the posterior, not scaled, of v views: the picture and, where training flips, its mirror image, whose latents are not
+those of the picture mirrored; `time_ids` and the `brightness` of the cropped picture, which its latents do not tell;
+`caption` and `name`. The splits are those of the pictures, whole and in their order, so that `train[:90%]` means the
+same records of both.
+
+`latents.json` says what a cache was made of, and is its first file; `dataset_info.json` is the last. Between them whole
+shards appear, under names that tell their records, so that what was interrupted goes on with those that are missing.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from ml_collections import ConfigDict
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from offsetjax.errors import UserError
+
+SHARD_SIZE = 1024  # pictures: 100 to 500 MB, and as much encoding as an interruption can cost a process
+_NAME, _VERSION = "latents", "1.0.0"
+_FILE = f"{_NAME}.json"
+_OPTIONS = "group_size:1,uncompressed"  # each record is found at once, and latents do not compress
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a cache was made of, as `latents.json` says it.
+
+    Attributes:
+        encoder: the checksum of the autoencoder's weights that latents depend on.
+        scaling_factor: of the autoencoder, by which training multiplies the latents.
+        latent_mean, latent_std: of each channel, where the autoencoder was standardised on the data; else empty.
+        latent_shape: channels, height and width.
+        resolution: of the cropped pictures.
+        random_flip: whether mirror images are there.
+        source: the data set of the pictures.
+        num_examples, num_bytes: of its splits, by their names.
+    """
+
+    encoder: str
+    scaling_factor: float
+    latent_mean: Sequence[float]
+    latent_std: Sequence[float]
+    latent_shape: Sequence[int]
+    resolution: int
+    random_flip: bool
+    source: str
+    num_examples: Mapping[str, int]
+    num_bytes: Mapping[str, int]
+
+    def to_json(self) -> str:
+        """The text of `latents.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def features(self) -> tfds.features.FeaturesDict:
+        """What a record holds."""
+        shape = (1 + self.random_flip, 2, *self.latent_shape)
+        return tfds.features.FeaturesDict(
+            {
+                "moments": tfds.features.Tensor(shape=shape, dtype=np.float16, encoding=tfds.features.Encoding.BYTES),
+                "time_ids": tfds.features.Tensor(shape=(6,), dtype=np.float32),
+                "brightness": np.float32,
+                "caption": tfds.features.Text(),
+                "name": tfds.features.Text(),
+            }
+        )
+
+    def check(self, path: str, data: ConfigDict, encoder: str) -> None:
+        """Compares it with a training.
+
+        Args:
+            path: of the cache, for the message.
+            data: the section of the training's config.
+            encoder: the checksum of its autoencoder's weights.
+
+        Raises:
+            UserError: the training's latents would be others.
+        """
+        again = "or encode the pictures again with `offsetjax data encode`"
+        if data.resolution != self.resolution:
+            raise UserError(
+                f"data: {path} has latents of pictures of {self.resolution} px, but data.resolution = "
+                f"{data.resolution}; set it to {self.resolution}, {again}"
+            )
+        if data.random_flip and not self.random_flip:
+            raise UserError(f"data: {path} has no mirror images; set data.random_flip=False, {again}")
+        if encoder != self.encoder:
+            raise UserError(
+                f"data: {path} has latents of another autoencoder, with the checksum {self.encoder}; that of the "
+                f"config has {encoder}: give the model that the pictures were encoded with, {again}"
+            )
+
+    def statistics(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+        """The mean and the deviation of each channel, by which its autoencoder was standardised.
+
+        Raises:
+            UserError: it was not.
+        """
+        if not self.latent_mean:
+            raise UserError(
+                f"data: {path} has latents that are not standardised, as model.vae.scaling_factor = 0 asks for; set it "
+                f"to {self.scaling_factor}, or encode the pictures again with `offsetjax data encode`"
+            )
+        return np.array(self.latent_mean, np.float32), np.array(self.latent_std, np.float32)
+
+
+def read_cache(folder: epath.Path) -> Cache | None:
+    """What the cache in a version folder was made of; None for other data sets.
+
+    Raises:
+        UserError: its `latents.json` is damaged.
+    """
+    file = folder / _FILE
+    if not file.exists():
+        return None
+    try:
+        return Cache(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data: {file} is damaged; restore it from a copy, or encode the pictures again") from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a cache, and the numbers of its first record and of the one after its last in their split."""
+
+    path: epath.Path
+    split: str
+    first: int
+    last: int
+
+    def write(self, records: Iterable[Mapping[str, Any]], cache: Cache) -> None:
+        """Writes its records under a temporary name, and renames the file once it is whole."""
+        features = cache.features()
+        serializer = ExampleSerializer(features.get_serialized_info())
+        with tempfile.TemporaryDirectory(prefix="offsetjax_latents_") as local:  # ArrayRecord writes to no bucket
+            file = Path(local) / self.path.name
+            with contextlib.closing(ArrayRecordWriter(str(file), _OPTIONS)) as writer:
+                for record in records:
+                    writer.write(serializer.serialize_example(features.encode_example(record)))
+            temporary = self.path.parent / f".{self.path.name}.unfinished"
+            temporary.write_bytes(file.read_bytes())
+        temporary.replace(self.path)
+
+
+def check_unfinished(out: epath.PathLike, cache: Cache) -> None:
+    """Raises a UserError unless a cache can be begun in a folder, or go on."""
+    out, folder = epath.Path(out), _folder(out)
+    if (folder / "dataset_info.json").exists():
+        raise UserError(f"data: {out} has a finished cache; remove it, or give another folder")
+    if (folder / _FILE).exists():
+        if (folder / _FILE).read_text() != cache.to_json():
+            raise UserError(
+                f"data: {out} has an unfinished cache of other pictures, settings or another autoencoder; remove it, "
+                "or give another folder"
+            )
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"data: {out} already exists; remove it, or give another folder for the cache")
+
+
+def begin(out: epath.PathLike, cache: Cache) -> None:
+    """Writes what a cache is made of, before any of its shards."""
+    folder = _folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FILE).write_text(cache.to_json())
+
+
+def missing_shards(out: epath.PathLike, cache: Cache, shard_size: int) -> list[Shard]:
+    """The shards that are not written yet."""
+    return [
+        shard
+        for split in cache.num_examples
+        for shard in _shards(out, cache, split, shard_size)
+        if not shard.path.exists()
+    ]
+
+
+def finish(out: epath.PathLike, cache: Cache, shard_size: int) -> None:
+    """Writes TFDS's metadata, with which the cache is one."""
+    folder = _folder(out)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=_NAME, version=tfds.core.Version(_VERSION), data_dir=str(folder), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, description="Latents of pictures, encoded by offsetjax.", features=cache.features()
+    )
+    info.set_file_format("array_record")
+    splits = []
+    for split in cache.num_examples:
+        shards = list(_shards(out, cache, split, shard_size))
+        num_bytes = sum(shard.path.stat().length for shard in shards)
+        lengths = [shard.last - shard.first for shard in shards]
+        splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=_template(folder, split)))
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.write_to_directory(folder)
+
+
+def _folder(out: epath.PathLike) -> epath.Path:
+    return epath.Path(out) / _NAME / _VERSION
+
+
+def _shards(out: epath.PathLike, cache: Cache, split: str, shard_size: int) -> Iterator[Shard]:
+    template, total = _template(_folder(out), split), cache.num_examples[split]
+    firsts = range(0, total, shard_size)
+    for place, first in enumerate(firsts):
+        path = epath.Path(template.sharded_filepath(shard_index=place, num_shards=len(firsts)))
+        yield Shard(path, split, first, min(first + shard_size, total))
+
+
+def _template(folder: epath.Path, split: str) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(folder, dataset_name=_NAME, split=split, filetype_suffix="array_record")
