@@ -101,7 +101,7 @@ class UNet:
                 "time_ids": jnp.asarray(added_conditions["time_ids"], jnp.float32),  # bfloat16 has no 1023 pixels
             }
         numerics = torch_numerics(self.config["norm_num_groups"], kernel=self.kernel)
-        loops = scanned() if self.is_scanned else nullcontext()
+        loops = scanned(self.remat) if self.is_scanned else nullcontext()
         with loops, rematerialised(self.remat), numerics:
             output = self._module().apply(
                 {"params": params},
