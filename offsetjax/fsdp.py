@@ -38,12 +38,14 @@ class Share(flax.struct.PyTreeNode, meta.AxisMetadata):
         axis: the one that is split over `fsdp`.
         dtype: that the layer computes in.
         rings: see `sharding.rings`.
+        is_trained: whether it has a gradient.
     """
 
     value: Any
     axis: int = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     rings: Rings = flax.struct.field(pytree_node=False)
+    is_trained: bool = flax.struct.field(pytree_node=False, default=True)
 
     def unbox(self) -> Array:
         """The whole weight."""
@@ -83,13 +85,39 @@ def _gather_backward(axis: int, dtype: Any, rings: Rings, like: Array, gradient:
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def shared(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings) -> PyTree:
+def shared(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings, is_trained: bool) -> PyTree:
     """The tree with a `Share` in place of each array that its spec splits over `fsdp`."""
 
     def box(array: Any, spec: P) -> Any:
-        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype), rings) if "fsdp" in tuple(spec) else array
+        if "fsdp" not in tuple(spec):
+            return array
+        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype), rings, is_trained)
 
     return jax.tree.map(box, tree, specs)
+
+
+def gathered(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """A block's parameters, of which those that are trained are whole, and its inputs.
+
+    In the backward pass the gradients of both are there before either goes on. The compiler would put off those of
+    weights, which nothing waits for, to the end of the step, and keep until then all that they are made of.
+    """
+    leaves, tree = jax.tree.flatten(params, is_leaf=_is_share)
+    places = [place for place, leaf in enumerate(leaves) if _is_share(leaf) and leaf.is_trained]
+    if not places:
+        return params, inputs
+    weights, inputs = _together([leaves[place].unbox() for place in places], inputs)
+    for place, weight in zip(places, weights, strict=True):
+        leaves[place] = weight
+    return tree.unflatten(leaves), inputs
+
+
+@jax.custom_vjp
+def _together(weights: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    return weights, inputs
+
+
+_together.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
 def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradient:
@@ -134,14 +162,14 @@ def _on_devices(
     manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
     rings = sharding.rings(mesh)
 
-    def boxed(params: PyTree, specs: PyTree) -> PyTree:
-        return {part: shared(params[part], specs[part], dtypes[part], rings) for part in params}
+    def boxed(params: PyTree, specs: PyTree, is_trained: bool) -> PyTree:
+        return {part: shared(params[part], specs[part], dtypes[part], rings, is_trained) for part in params}
 
     def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, *others: Any) -> Any:
         param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
 
         def on_device(params: PyTree, frozen: PyTree, *others: Any) -> Any:
-            return function(boxed(params, param_specs), boxed(frozen, frozen_specs), *others)
+            return function(boxed(params, param_specs, True), boxed(frozen, frozen_specs, False), *others)
 
         manual_specs = [jax.tree.map(lambda spec: _only(spec, manual), specs) for specs in (param_specs, frozen_specs)]
         return jax.shard_map(

@@ -14,8 +14,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
+import jax
 from diffusers.models.attention_flax import FlaxAttention, FlaxBasicTransformerBlock
-from diffusers.models.resnet_flax import FlaxResnetBlock2D
+from diffusers.models.resnet_flax import FlaxDownsample2D, FlaxResnetBlock2D, FlaxUpsample2D
 from diffusers.models.unets.unet_2d_blocks_flax import (
     FlaxCrossAttnDownBlock2D,
     FlaxCrossAttnUpBlock2D,
@@ -23,8 +24,11 @@ from diffusers.models.unets.unet_2d_blocks_flax import (
     FlaxUNetMidBlock2DCrossAttn,
     FlaxUpBlock2D,
 )
+from jaxtyping import PyTree
 
-_BLOCKS = (FlaxBasicTransformerBlock, FlaxResnetBlock2D)
+from offsetjax.fsdp import gathered
+
+_BLOCKS = (FlaxBasicTransformerBlock, FlaxResnetBlock2D, FlaxUpsample2D, FlaxDownsample2D)
 _STAGES = (
     FlaxCrossAttnDownBlock2D,
     FlaxCrossAttnUpBlock2D,
@@ -42,20 +46,20 @@ POLICIES: dict[str, tuple[type[nn.Module], ...]] = {
 
 def rematerialised(policy: str) -> AbstractContextManager[None]:
     """A context in which the modules of a policy are traced so that the backward pass computes them again."""
-    modules, inside = POLICIES[policy], set[tuple[str, ...]]()
+    modules = POLICIES[policy]
 
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        if not isinstance(module, modules) or context.method_name != "__call__" or module.path in inside:
+        is_bare = module.scope is None or module.scope.parent is None  # as the one below, whose call comes through here
+        if not isinstance(module, (*_BLOCKS, *modules)) or context.method_name != "__call__" or is_bare:
             return next_function(*args, **kwargs)
+        bare = module.clone(parent=None, name=None)
 
-        def body(module: nn.Module, *args: Any) -> Any:
-            inside.add(module.path)  # its own call comes through here again
-            try:
-                return module(*args, **kwargs)
-            finally:
-                inside.discard(module.path)
+        def body(params: PyTree, inputs: tuple) -> Any:
+            if isinstance(module, _BLOCKS):
+                params, inputs = gathered(params, inputs)
+            return bare.apply({"params": params}, *inputs, **kwargs)
 
-        return nn.remat(body)(module, *args)
+        return (jax.checkpoint(body) if isinstance(module, modules) else body)(module.variables["params"], args)
 
     return nn.intercept_methods(interceptor)
