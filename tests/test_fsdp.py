@@ -136,6 +136,28 @@ def test_weights_are_gathered_once_a_pass_in_the_compute_type_and_gradients_scat
         assert sum(gathered["bf16"]) <= (passes + 0.2) * sum(sizes) + frozen + _encoder_size(program)
 
 
+def test_the_gradients_of_a_block_wait_for_each_other() -> None:
+    """Those of its inputs, and of its weights as they are before they are scattered."""
+    mesh = sharding.mesh_of(data=1, fsdp=2)
+
+    def on_device(trained: jax.Array, frozen: jax.Array, x: jax.Array) -> jax.Array:
+        params = {
+            name: fsdp.Share(value, 0, jnp.dtype("float32"), sharding.rings(mesh), is_trained=name == "trained")
+            for name, value in (("trained", trained), ("frozen", frozen))
+        }
+        weights, x = fsdp.gathered(params, x)
+        assert isinstance(weights["frozen"], fsdp.Share)  # to be gathered where it is used
+        return jnp.sum(x @ weights["trained"] @ weights["frozen"].unbox())
+
+    split = P("fsdp")
+    loss = jax.shard_map(on_device, mesh=mesh, in_specs=(split, split, P()), out_specs=P(), check_vma=False)
+    shapes = (4, 6), (6, 8), (5, 4)
+    text = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(*(jnp.zeros(shape) for shape in shapes)).as_text()
+    (waiting,) = re.findall(r"stablehlo.optimization_barrier .*", text)
+    assert waiting.endswith(": tensor<4x6xf32>, tensor<5x4xf32>")
+    assert text.index("optimization_barrier") < text.index("stablehlo.reduce_scatter")
+
+
 def _encoder_size(program: Program) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(program.frozen["vae"]))
 

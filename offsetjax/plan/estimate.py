@@ -184,7 +184,8 @@ def _part(attributes: str) -> str:
     if name is None or found is None:
         return "other"
     network = {"UNet2DCondition": "unet", "AutoencoderKL": "vae"}.get(found[1], "text encoders")
-    if "rematted_computation" in name[1]:
+    # By jax.checkpoint, or within the backward pass of a loop.
+    if re.search(r"rematted_computation|transpose\(.*/jvp\(", name[1]):
         return f"{network} again"
     return f"{network} {'backward' if 'transpose(' in name[1] else 'forward'}"
 

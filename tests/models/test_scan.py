@@ -1,8 +1,7 @@
 """A loop over the blocks of a transformer changes no number and no name, and is compiled once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from offsetjax.models.lora import Adapted, init_adapters
 from offsetjax.models.pipeline import build
 from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
+from tests.models.gradients import assert_alike, gradients_of, kept, loss_of
 from tests.tiny import quick_compilation, tiny_config
 
 DEPTH = 3
@@ -44,25 +44,16 @@ def params(unet: UNet) -> PyTree:
     return jax.jit(unet.init)(jax.random.key(0))
 
 
-def _loss(model: UNet | Adapted) -> Callable[[PyTree], jax.Array]:
-    latents = jax.random.normal(jax.random.key(1), (2, 4, 8, 8))
-    hidden = jax.random.normal(jax.random.key(2), (2, 8, model.config["cross_attention_dim"]))
-    return lambda params: jnp.square(model.apply(params, latents, jnp.array([3, 700]), hidden)).mean()
-
-
-def _assert_alike(plain: Any, looped: Any, params: PyTree) -> None:
-    """Loss and gradients of two models."""
-    loss, gradients = jax.jit(jax.value_and_grad(_loss(plain)))(params)
-    loss_of_loop, gradients_of_loop = jax.jit(jax.value_and_grad(_loss(looped)))(params)
-    assert float(loss_of_loop) == pytest.approx(float(loss), rel=1e-6)
-    assert jax.tree.structure(gradients_of_loop) == jax.tree.structure(gradients)
-    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
-    apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), gradients, gradients_of_loop)
-    assert max(jax.tree.leaves(apart)) < 1e-5 * largest
-
-
 def test_loss_and_gradients_are_the_same(unet: UNet, params: PyTree) -> None:
-    _assert_alike(unet, replace(unet, remat="blocks", is_scanned=True), params)
+    plain = gradients_of(unet, params)
+    for remat in ("none", "blocks"):
+        assert_alike(gradients_of(replace(unet, remat=remat, is_scanned=True), params), plain)
+
+
+def test_a_loop_that_is_computed_again_keeps_no_weights(unet: UNet, params: PyTree) -> None:
+    """Beside the model's own, that is; each of them stacks the weights of its layers."""
+    again, plain = replace(unet, remat="blocks", is_scanned=True), replace(unet, remat="blocks")
+    assert kept(again, params) <= 1.01 * kept(plain, params)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +67,8 @@ def test_so_they_are_with_adapters(unet: UNet, params: PyTree, targets: tuple[st
     adapters = init_adapters(jax.random.key(3), params, targets, rank=2)
     adapters = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
     both = {"base": params, "adapters": adapters}
-    looped = Adapted(replace(unet, is_scanned=True), 0.5)
-    _assert_alike(Adapted(unet, 0.5), looped, both)
+    looped = Adapted(replace(unet, remat="blocks", is_scanned=True), 0.5)
+    assert_alike(gradients_of(looped, both), gradients_of(Adapted(unet, 0.5), both))
     assert (_dots(looped, both) < _dots(Adapted(unet, 0.5), both)) == loops
 
 
@@ -102,4 +93,4 @@ def test_the_program_does_not_grow_with_the_number_of_blocks(unet: UNet, params:
 
 
 def _dots(model: UNet | Adapted, params: PyTree) -> int:
-    return jax.jit(jax.grad(_loss(model))).lower(params).as_text().count("stablehlo.dot_general")
+    return jax.jit(jax.grad(loss_of(model))).lower(params).as_text().count("stablehlo.dot_general")
