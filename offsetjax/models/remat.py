@@ -45,7 +45,10 @@ POLICIES: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 def rematerialised(policy: str) -> AbstractContextManager[None]:
-    """A context in which the modules of a policy are traced so that the backward pass computes them again."""
+    """A context in which the modules of a policy are traced so that the backward pass computes them again.
+
+    Whatever the policy, a block has its trained weights gathered before it begins (`fsdp.gathered`).
+    """
     modules = POLICIES[policy]
 
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:

@@ -46,7 +46,7 @@ def params(unet: UNet) -> PyTree:
 
 def test_loss_and_gradients_are_the_same(unet: UNet, params: PyTree) -> None:
     plain = gradients_of(unet, params)
-    for remat in ("none", "blocks"):
+    for remat in ("none", "blocks", "full"):
         assert_alike(gradients_of(replace(unet, remat=remat, is_scanned=True), params), plain)
 
 
