@@ -109,7 +109,7 @@ def gathered(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
     weights, inputs = _together([leaves[place].unbox() for place in places], inputs)
     for place, weight in zip(places, weights, strict=True):
         leaves[place] = weight
-    return tree.unflatten(leaves), inputs
+    return jax.tree.unflatten(tree, leaves), inputs
 
 
 @jax.custom_vjp
