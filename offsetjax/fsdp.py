@@ -97,16 +97,19 @@ def shared(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings, is_trained: bo
 
 
 def gathered(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
-    """A block's parameters, of which those that are trained are whole, and its inputs.
+    """A block's parameters, with those that are trained put together, and its inputs.
 
     In the backward pass the gradients of both are there before either goes on. The compiler would put off those of
     weights, which nothing waits for, to the end of the step, and keep until then all that they are made of.
     """
     leaves, tree = jax.tree.flatten(params, is_leaf=_is_share)
-    places = [place for place, leaf in enumerate(leaves) if _is_share(leaf) and leaf.is_trained]
-    if not places:
+    shares = [leaf for leaf in leaves if _is_share(leaf)]
+    if not shares:
         return params, inputs
-    weights, inputs = _together([leaves[place].unbox() for place in places], inputs)
+    # What is not split does not say whether it is trained; in a block with adapters it is not.
+    are_all = all(share.is_trained for share in shares)
+    places = [place for place, leaf in enumerate(leaves) if (leaf.is_trained if _is_share(leaf) else are_all)]
+    weights, inputs = _together(meta.unbox([leaves[place] for place in places]), inputs)
     for place, weight in zip(places, weights, strict=True):
         leaves[place] = weight
     return jax.tree.unflatten(tree, leaves), inputs

@@ -124,7 +124,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
         config.model.vae.scaling_factor = 1.0
         pipeline = build(config, tokenizers)
         _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
-    if source.cache:
+    if config.data.cached_latents:
         check_cache(config, source, _vae_params(tensors["vae"], pipeline))
     if left_out := left_out_tensors(config):
         _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
@@ -142,7 +142,7 @@ def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
 
 def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
     """Raises a UserError where the data are latents that this autoencoder would not make of their pictures."""
-    if source.cache:
+    if config.data.cached_latents:
         source.cache.check(source.path, config.data, encoder_checksum(vae_params))
 
 
