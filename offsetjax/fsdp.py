@@ -12,7 +12,7 @@ Left to itself, the compiler gathers in float32, several times, and reduces whol
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import flax.struct
@@ -38,14 +38,12 @@ class Share(flax.struct.PyTreeNode, meta.AxisMetadata):
         axis: the one that is split over `fsdp`.
         dtype: that the layer computes in.
         rings: see `sharding.rings`.
-        is_trained: whether it has a gradient.
     """
 
     value: Any
     axis: int = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     rings: Rings = flax.struct.field(pytree_node=False)
-    is_trained: bool = flax.struct.field(pytree_node=False, default=True)
 
     def unbox(self) -> Array:
         """The whole weight."""
@@ -85,34 +83,33 @@ def _gather_backward(axis: int, dtype: Any, rings: Rings, like: Array, gradient:
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def shared(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings, is_trained: bool) -> PyTree:
+def shared(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings) -> PyTree:
     """The tree with a `Share` in place of each array that its spec splits over `fsdp`."""
 
     def box(array: Any, spec: P) -> Any:
-        if "fsdp" not in tuple(spec):
-            return array
-        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype), rings, is_trained)
+        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype), rings) if "fsdp" in tuple(spec) else array
 
     return jax.tree.map(box, tree, specs)
 
 
-def gathered(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+def gathered(params: PyTree, inputs: PyTree, names: Container[str] | None = None) -> tuple[PyTree, PyTree]:
     """A block's parameters, with those that are trained put together, and its inputs.
 
     In the backward pass the gradients of both are there before either goes on. The compiler would put off those of
     weights, which nothing waits for, to the end of the step, and keep until then all that they are made of.
+
+    Args:
+        names: of the arrays that are trained; None: all are.
     """
-    leaves, tree = jax.tree.flatten(params, is_leaf=_is_share)
-    shares = [leaf for leaf in leaves if _is_share(leaf)]
-    if not shares:
+    leaves, tree = jax.tree.flatten_with_path(params, is_leaf=_is_share)
+    arrays = [leaf for _, leaf in leaves]
+    places = [place for place, (path, _) in enumerate(leaves) if names is None or path[-1].key in names]
+    if not places:
         return params, inputs
-    # What is not split does not say whether it is trained; in a block with adapters it is not.
-    are_all = all(share.is_trained for share in shares)
-    places = [place for place, leaf in enumerate(leaves) if (leaf.is_trained if _is_share(leaf) else are_all)]
-    weights, inputs = _together(meta.unbox([leaves[place] for place in places]), inputs)
-    for place, weight in zip(places, weights, strict=True):
-        leaves[place] = weight
-    return jax.tree.unflatten(tree, leaves), inputs
+    whole, inputs = _together(meta.unbox([arrays[place] for place in places]), inputs)
+    for place, array in zip(places, whole, strict=True):
+        arrays[place] = array
+    return jax.tree.unflatten(tree, arrays), inputs
 
 
 @jax.custom_vjp
@@ -165,14 +162,14 @@ def _on_devices(
     manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
     rings = sharding.rings(mesh)
 
-    def boxed(params: PyTree, specs: PyTree, is_trained: bool) -> PyTree:
-        return {part: shared(params[part], specs[part], dtypes[part], rings, is_trained) for part in params}
+    def boxed(params: PyTree, specs: PyTree) -> PyTree:
+        return {part: shared(params[part], specs[part], dtypes[part], rings) for part in params}
 
     def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, *others: Any) -> Any:
         param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
 
         def on_device(params: PyTree, frozen: PyTree, *others: Any) -> Any:
-            return function(boxed(params, param_specs, True), boxed(frozen, frozen_specs, False), *others)
+            return function(boxed(params, param_specs), boxed(frozen, frozen_specs), *others)
 
         manual_specs = [jax.tree.map(lambda spec: _only(spec, manual), specs) for specs in (param_specs, frozen_specs)]
         return jax.shard_map(

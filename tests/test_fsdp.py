@@ -137,17 +137,15 @@ def test_weights_are_gathered_once_a_pass_in_the_compute_type_and_gradients_scat
 
 
 def test_the_gradients_of_a_block_wait_for_each_other() -> None:
-    """Those of its inputs, and of its weights as they are before they are scattered."""
+    """Those of its inputs, and of its weights as they are before they are scattered; frozen ones have none."""
     mesh = sharding.mesh_of(data=1, fsdp=2)
 
     def on_device(trained: jax.Array, frozen: jax.Array, x: jax.Array) -> jax.Array:
-        params = {
-            name: fsdp.Share(value, 0, jnp.dtype("float32"), sharding.rings(mesh), is_trained=name == "trained")
-            for name, value in (("trained", trained), ("frozen", frozen))
-        }
-        weights, x = fsdp.gathered(params, x)
-        assert isinstance(weights["frozen"], fsdp.Share)  # to be gathered where it is used
-        return jnp.sum(x @ weights["trained"] @ weights["frozen"].unbox())
+        box = partial(fsdp.Share, axis=0, dtype=jnp.dtype("float32"), rings=sharding.rings(mesh))
+        params = {"kernel": box(frozen), "down": box(trained)}
+        params, x = fsdp.gathered(params, x, ("down", "up"))
+        assert isinstance(params["kernel"], fsdp.Share)  # to be gathered where it is used
+        return jnp.sum(x @ params["down"] @ params["kernel"].unbox())
 
     split = P("fsdp")
     loss = jax.shard_map(on_device, mesh=mesh, in_specs=(split, split, P()), out_specs=P(), check_vma=False)

@@ -26,6 +26,8 @@ from offsetjax.errors import UserError
 from offsetjax.formats.lora_names import layers
 from offsetjax.formats.tensors import Tensor
 
+ARRAYS = ("down", "up")
+
 
 @dataclass(frozen=True)
 class Adapted:

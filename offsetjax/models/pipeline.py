@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
 from offsetjax.errors import UserError
-from offsetjax.models import attention
+from offsetjax.models import attention, lora
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.lora import Adapted
 from offsetjax.models.text import TextEncoder
@@ -153,7 +153,8 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, shares: 
 
     is_half_enough = config.task == "diffusion" and family(config) != "sdxl"
     vae = replace(pipeline.vae, dtype=pipeline.unet.dtype) if is_half_enough else pipeline.vae
-    unet = settle(pipeline.unet, kernel=kernel, remat=config.model.remat)
+    trained = lora.ARRAYS if isinstance(pipeline.unet, Adapted) else None
+    unet = settle(pipeline.unet, kernel=kernel, remat=config.model.remat, trained=trained)
     texts = {part: settle(model) for part, model in pipeline.text_encoders.items()}
     return replace(pipeline, unet=unet, vae=vae, **texts)
 

@@ -2,14 +2,14 @@
 
 - `none`: all are kept;
 - `attention`: attention is computed again, with its projections;
-- `blocks`: each transformer block and each residual block, of which the inputs alone are kept;
+- `blocks`: each transformer block, residual block and change of resolution, of which the inputs alone are kept;
 - `full`: each stage of the UNet as well, with all of its blocks; the least memory, about 40 % more work.
 
 A weight that FSDP gathers for a block is let go, and gathered again with it. No parameter changes its name, and no
 number its value. A policy over the whole UNet instead would save nothing on a TPU, where the compiler undoes it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -44,10 +44,13 @@ POLICIES: dict[str, tuple[type[nn.Module], ...]] = {
 }
 
 
-def rematerialised(policy: str) -> AbstractContextManager[None]:
+def rematerialised(policy: str, trained: Container[str] | None = None) -> AbstractContextManager[None]:
     """A context in which the modules of a policy are traced so that the backward pass computes them again.
 
-    Whatever the policy, a block has its trained weights gathered before it begins (`fsdp.gathered`).
+    Whatever the policy, a block that is no loop's has its trained weights gathered before it begins (`fsdp.gathered`).
+
+    Args:
+        trained: the names of the arrays that are; None: all are.
     """
     modules = POLICIES[policy]
 
@@ -60,7 +63,7 @@ def rematerialised(policy: str) -> AbstractContextManager[None]:
 
         def body(params: PyTree, inputs: tuple) -> Any:
             if isinstance(module, _BLOCKS):
-                params, inputs = gathered(params, inputs)
+                params, inputs = gathered(params, inputs, trained)
             return bare.apply({"params": params}, *inputs, **kwargs)
 
         return (jax.checkpoint(body) if isinstance(module, modules) else body)(module.variables["params"], args)

@@ -35,6 +35,7 @@ class UNet:
         kernel: of attention (`attention.py`); one other than "xla" needs each device to trace `apply` for itself.
         remat: what the backward pass computes again (`remat.py`).
         is_scanned: whether blocks that repeat are one loop (`scan.py`).
+        trained: the names of the arrays that are, where not all are (`lora.py`).
     """
 
     config: Mapping[str, Any]
@@ -42,6 +43,7 @@ class UNet:
     kernel: str = "xla"
     remat: str = "none"
     is_scanned: bool = False
+    trained: tuple[str, ...] | None = None
     class_name: str = "UNet2DConditionModel"
 
     @property
@@ -102,7 +104,7 @@ class UNet:
             }
         numerics = torch_numerics(self.config["norm_num_groups"], kernel=self.kernel)
         loops = scanned(self.remat) if self.is_scanned else nullcontext()
-        with loops, rematerialised(self.remat), numerics:
+        with loops, rematerialised(self.remat, self.trained), numerics:
             output = self._module().apply(
                 {"params": params},
                 jnp.asarray(latents, self.dtype),

@@ -88,13 +88,14 @@ def _memory(compiled: Compiled, chip: Chip | None) -> dict[str, Any]:
         "params": facts["params_bytes"],
         "opt_state": facts["opt_state_bytes"],
         "ema_params": facts["ema_params_bytes"],
-        "frozen": facts["frozen_bytes"],
+        "frozen": facts["frozen_bytes"] + facts["idle_bytes"],
         "batch": facts["batch_bytes"],
     }
+    total = compiled.hbm_bytes + facts["idle_bytes"]
     limit = compiled.hbm_limit_bytes or (int(chip.hbm_bytes) if chip else None)
-    fits = None if limit is None else compiled.hbm_limit_bytes is None and compiled.hbm_bytes <= limit
-    temporary = max(0, compiled.hbm_bytes - sum(kept.values()))
-    return {**kept, "temporary": temporary, "total": compiled.hbm_bytes, "hbm": limit, "fits": fits}
+    fits = None if limit is None else compiled.hbm_limit_bytes is None and total <= limit
+    temporary = max(0, total - sum(kept.values()))
+    return {**kept, "temporary": temporary, "total": total, "hbm": limit, "fits": fits}
 
 
 def _by_kind(exchanged: Iterable[Collective]) -> list[dict[str, Any]]:
@@ -184,8 +185,8 @@ def _part(attributes: str) -> str:
     if name is None or found is None:
         return "other"
     network = {"UNet2DCondition": "unet", "AutoencoderKL": "vae"}.get(found[1], "text encoders")
-    # By jax.checkpoint, or within the backward pass of a loop.
-    if re.search(r"rematted_computation|transpose\(.*/jvp\(", name[1]):
+    # By jax.checkpoint, or in the backward pass of a loop.
+    if re.search(r"rematted_computation|transpose\(.*/while/body/(closed_call/)?jvp\(", name[1]):
         return f"{network} again"
     return f"{network} {'backward' if 'transpose(' in name[1] else 'forward'}"
 

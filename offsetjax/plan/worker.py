@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import PyTree
 
-from offsetjax.abstract import model_flops
+from offsetjax import sharding
+from offsetjax.abstract import abstract_frozen, model_flops
 from offsetjax.chips import Chip, chip_named
 from offsetjax.config import from_json
 from offsetjax.errors import UserError
@@ -125,6 +126,8 @@ def _facts(program: Program) -> dict[str, Any]:
     """What is known before anything is compiled; bytes are one device's unless the name says otherwise."""
     config, (state, frozen, batch) = program.config, program.arguments
     state_at, frozen_at, batch_at = program.shardings
+    # Beside what the step takes: an autoencoder that only draws, where latents are cached.
+    idle = {part: tree for part, tree in abstract_frozen(config, program.pipeline).items() if part not in frozen}
     devices = program.mesh.devices.flat
     return {
         "mesh": dict(program.mesh.shape),
@@ -137,6 +140,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "opt_state_bytes": _local_bytes(state.opt_state, state_at.opt_state),
         "ema_params_bytes": _local_bytes(state.ema_params, state_at.ema_params),
         "frozen_bytes": _local_bytes(frozen, frozen_at),
+        "idle_bytes": _local_bytes(idle, sharding.shardings(program.mesh, idle)),
         "batch_bytes": _local_bytes(batch, batch_at),
         "checkpoint_bytes_in_all": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         "global_batch_size": config.train.global_batch_size,

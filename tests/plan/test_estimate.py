@@ -15,7 +15,7 @@ from rich.console import Console
 from offsetjax.chips import Chip, chip_named, chip_of
 from offsetjax.config import default_config
 from offsetjax.plan.compile import Compiled, Request
-from offsetjax.plan.estimate import Plan, _bandwidth, estimate
+from offsetjax.plan.estimate import Plan, _bandwidth, _part, estimate
 from offsetjax.plan.show import show
 from tests.plan import topology
 
@@ -43,6 +43,7 @@ def planned(name: str, shape: tuple[int, int], function: Any, spec: P, out: P, *
         "kernels": [],
         "trained_parameters": 0,
         "frozen_parameters": 0,
+        "idle_bytes": 0,
         **{f"{part}_bytes": 0 for part in ("params", "opt_state", "ema_params", "frozen", "batch")},
         "checkpoint_bytes_in_all": 0,
         "global_batch_size": 64,
@@ -169,3 +170,19 @@ def test_what_follows_from_a_step() -> None:
 def test_a_chip_of_two_devices_counts_once() -> None:
     plan = planned("tpu7x:2x2x1", (2, 4), jnp.sin, P("x"), P("x"))
     assert (plan["devices"], plan["chips"]) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("jvp(UNET)/up_blocks_0/resnets_1/conv1", "unet forward"),
+        ("transpose(jvp(UNET))/jvp(UNET)/FlaxResnetBlock2D/conv1", "unet backward"),
+        ("transpose(jvp(UNET))/rematted_computation/FlaxResnetBlock2D/conv1", "unet again"),
+        ("transpose(jvp(UNET))/while/body/closed_call/jvp(FlaxBasicTransformerBlock)/to_q", "unet again"),
+        ("transpose(jvp(UNET))/while/body/closed_call/transpose(jvp(FlaxBasicTransformerBlock))/to_q", "unet backward"),
+    ],
+)
+def test_operations_belong_to_a_network_and_a_pass(name: str, part: str) -> None:
+    """By such names as jax gives them, with and without jax.checkpoint and loops that are computed again."""
+    name = name.replace("UNET", "FlaxUNet2DConditionModel")
+    assert _part(f'metadata={{op_name="jit(train_step)/shard_map/{name}/dot_general"}}') == part
