@@ -6,6 +6,7 @@ Each process encodes whole shards of its own, on all of its devices; `data/cache
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from offsetjax.checks import validate
 from offsetjax.data import cache as caches
 from offsetjax.data.cache import Cache, Shard
 from offsetjax.data.images import resize_and_crop, time_ids
-from offsetjax.data.source import Source, open_source
+from offsetjax.data.source import Source, open_source, split_names
 from offsetjax.encode import encode_moments
 from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import Autoencoder, encoder_checksum, standardised
@@ -37,6 +38,7 @@ from offsetjax.run import Statistics, check_cache, latent_statistics
 
 _log = logging.getLogger("offsetjax")
 _PICTURES_A_DEVICE = 8  # at a time
+_SHOWN_SECONDS = 60  # within which a network disk shows all processes what one has written
 
 # Pictures → the moments of their v views, as a cache has them.
 Encode = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b v 2 c h w"]]
@@ -45,7 +47,8 @@ Encode = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b v 2 c h w
 def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = caches.SHARD_SIZE) -> Cache:
     """Writes a cache of the pictures of a config to `out`, for `data.path`, or goes on with it where it is unfinished.
 
-    The splits that `data.split` and `validation.split` are of are encoded whole.
+    Where it is finished, nothing is written. The splits that `data.split` and `validation.split` are of are encoded
+    whole.
 
     Raises:
         UserError: a mistake in the config or the data, a picture that cannot be decoded, or what is in `out`.
@@ -59,13 +62,18 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
     config, pipeline, params, statistics = open_vae(config, open_source(config.data.path, config.data.split))
     sources = _whole_splits(config)
     cache = _describe(config, pipeline.vae, params, statistics, sources)
-    caches.check_unfinished(out, cache)
+    finished = caches.is_finished(out, cache)
     shards = caches.missing_shards(out, cache, shard_size)
     meet("the cache is looked at")  # the first process must not write before the others have looked
     is_first = jax.process_index() == 0
     if is_first:
         caches.begin(out, cache)
     meet("the cache is begun")
+    _check_shared(out)
+    if finished:
+        if is_first:
+            _log.info("%s: encoded already; give it as data.path, with data.cached_latents=True", out)
+        return cache
     encode = _jit_encode(pipeline.vae, params, cache.random_flip)
     own = shards[jax.process_index() :: jax.process_count()]
     for number, shard in enumerate(own, start=1):
@@ -100,10 +108,21 @@ def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, 
     return config, pipeline, params, statistics
 
 
+def _check_shared(out: epath.PathLike) -> None:
+    """Raises a UserError where this process does not see the cache that the first one has begun."""
+    end = time.monotonic() + _SHOWN_SECONDS
+    while not caches.is_begun(out):
+        if time.monotonic() >= end:
+            raise UserError(
+                f"data: process {jax.process_index()} does not see the cache that process 0 has begun in {out}; "
+                "give as --out a place that all processes share: gs://… or a shared disk"
+            )
+        time.sleep(1)
+
+
 def _whole_splits(config: ConfigDict) -> dict[str, Source]:
     """The splits, by their names, that the config takes pictures from: `train` for `train[:95%]`."""
-    specs = [spec for spec in (config.data.split, config.validation.split) if spec]
-    names = {part.partition("[")[0].strip() for spec in specs for part in spec.split("+")}
+    names = split_names("+".join(spec for spec in (config.data.split, config.validation.split) if spec))
     if "all" in names:  # TFDS's name for the sum of them, which no data set can have for one of its own
         raise UserError("data: `data encode` has to be told the splits that 'all' stands for, such as 'train+test'")
     return {name: open_source(config.data.path, name) for name in sorted(names)}

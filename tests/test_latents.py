@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from offsetjax import latents
 from offsetjax.abstract import abstract_batch, abstract_frozen, abstract_pipeline, model_flops
 from offsetjax.brightness import data_brightness
 from offsetjax.calibrate import measure
@@ -244,12 +245,33 @@ def test_an_interrupted_encoding_goes_on(
         patch.setattr(Shard, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             encode_data(tiny_config(data_path(base)), tmp_path / "cache", shard_size=6)
-    with pytest.raises(UserError, match="has an unfinished cache of other"):
+    with pytest.raises(UserError, match=r"has an unfinished cache with random_flip = True, but .* give False"):
         encode_data(tiny_config(data_path(base), data__random_flip=False), tmp_path / "cache", shard_size=6)
     encode_data(tiny_config(data_path(base), data__split="train[:5]"), tmp_path / "cache", shard_size=6)
     assert files(tmp_path / "cache") == files(cache)
-    with pytest.raises(UserError, match="has a finished cache"):
-        encode_data(tiny_config(data_path(base)), tmp_path / "cache", shard_size=6)
+
+
+def test_a_finished_cache_is_left_as_it_is(
+    base: pathlib.Path, cache: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in cache.rglob("*")}
+    with caplog.at_level("INFO", logger="offsetjax"):
+        found = encode_data(tiny_config(data_path(base)), cache, shard_size=6)
+    assert "encoded already; give it as data.path" in caplog.text
+    assert found.to_json() == (cache / "latents" / "1.0.0" / "latents.json").read_text()
+    with pytest.raises(UserError, match=r"has a finished cache with random_flip = True, but .* give False"):
+        encode_data(tiny_config(data_path(base), data__random_flip=False), cache, shard_size=6)
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*")} == before
+
+
+def test_a_place_that_processes_do_not_share_is_refused(
+    base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents.caches, "begin", lambda out, cache: None)  # as if another process did, elsewhere
+    monkeypatch.setattr(latents, "_SHOWN_SECONDS", 0)
+    with pytest.raises(UserError, match=r"does not see the cache .* give as --out a place that all") as refused:
+        encode_data(tiny_config(data_path(base)), tmp_path / "cache")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from offsetjax.errors import UserError
 
 SHARD_SIZE = 1024  # pictures: 100 to 500 MB, and as much encoding as an interruption can cost a process
 _NAME, _VERSION = "latents", "1.0.0"
-_FILE = f"{_NAME}.json"
+DESCRIPTION = f"{_NAME}.json"
 _OPTIONS = "group_size:1,uncompressed"  # each record is found at once, and latents do not compress
 
 
@@ -62,6 +62,11 @@ class Cache:
     def to_json(self) -> str:
         """The text of `latents.json`."""
         return json.dumps(asdict(self), indent=2) + "\n"
+
+    def difference(self, other: "Cache") -> str | None:
+        """The first field in which two caches differ; it does not matter where their pictures lie."""
+        one, another = (json.loads(each.to_json()) for each in (self, other))
+        return next((name for name in one if name != "source" and one[name] != another[name]), None)
 
     def features(self) -> tfds.features.FeaturesDict:
         """What a record holds."""
@@ -121,7 +126,7 @@ def read_cache(folder: epath.Path) -> Cache | None:
     Raises:
         UserError: its `latents.json` is damaged.
     """
-    file = folder / _FILE
+    file = folder / DESCRIPTION
     if not file.exists():
         return None
     try:
@@ -148,31 +153,39 @@ class Shard:
             with contextlib.closing(ArrayRecordWriter(str(file), _OPTIONS)) as writer:
                 for record in records:
                     writer.write(serializer.serialize_example(features.encode_example(record)))
-            temporary = self.path.parent / f".{self.path.name}.unfinished"
-            temporary.write_bytes(file.read_bytes())
-        temporary.replace(self.path)
+            _write(self.path, file.read_bytes())
 
 
-def check_unfinished(out: epath.PathLike, cache: Cache) -> None:
-    """Raises a UserError unless a cache can be begun in a folder, or go on."""
+def is_finished(out: epath.PathLike, cache: Cache) -> bool:
+    """Whether a folder has the whole of a cache; if not, it can be begun there, or go on.
+
+    Raises:
+        UserError: something else is there.
+    """
     out, folder = epath.Path(out), _folder(out)
-    if (folder / "dataset_info.json").exists():
-        raise UserError(f"data: {out} has a finished cache; remove it, or give another folder")
-    if (folder / _FILE).exists():
-        if (folder / _FILE).read_text() != cache.to_json():
-            raise UserError(
-                f"data: {out} has an unfinished cache of other pictures, settings or another autoencoder; remove it, "
-                "or give another folder"
-            )
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"data: {out} already exists; remove it, or give another folder for the cache")
+    finished, there = (folder / "dataset_info.json").exists(), read_cache(folder)
+    if there is None:
+        if not _is_free(out):
+            raise UserError(f"data: {out} already exists; remove it, or give another folder for the cache")
+    elif field := cache.difference(there):
+        raise UserError(
+            f"data: {out} has {'a finished' if finished else 'an unfinished'} cache with {field} = "
+            f"{getattr(there, field)}, but the config and its data now give {getattr(cache, field)}; remove it, or "
+            "give another folder"
+        )
+    return finished
 
 
 def begin(out: epath.PathLike, cache: Cache) -> None:
-    """Writes what a cache is made of, before any of its shards."""
-    folder = _folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(cache.to_json())
+    """Writes what a cache is made of, before any of its shards, where it is not there yet."""
+    if not is_begun(out):
+        _folder(out).mkdir(parents=True, exist_ok=True)
+        _write(_folder(out) / DESCRIPTION, cache.to_json().encode())
+
+
+def is_begun(out: epath.PathLike) -> bool:
+    """Whether `begin` has been there."""
+    return (_folder(out) / DESCRIPTION).exists()
 
 
 def missing_shards(out: epath.PathLike, cache: Cache, shard_size: int) -> list[Shard]:
@@ -207,6 +220,34 @@ def finish(out: epath.PathLike, cache: Cache, shard_size: int) -> None:
 
 def _folder(out: epath.PathLike) -> epath.Path:
     return epath.Path(out) / _NAME / _VERSION
+
+
+def _is_free(out: epath.Path) -> bool:
+    """Whether nothing is there, or only what `begin` leaves when it is interrupted."""
+    place = out
+    for name in (_NAME, _VERSION, _temporary(_folder(out) / DESCRIPTION).name):
+        if not place.exists():
+            return True
+        if not place.is_dir() or any(entry.name != name for entry in place.iterdir()):
+            return False
+        place = place / name
+    return True
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """Writes a file under a temporary name, and renames it once it is whole."""
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(path: epath.Path) -> epath.Path:
+    return path.parent / f".{path.name}.unfinished"
 
 
 def _shards(out: epath.PathLike, cache: Cache, split: str, shard_size: int) -> Iterator[Shard]:

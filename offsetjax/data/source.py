@@ -1,12 +1,13 @@
 """A data set that is opened for random access: TFDS, in ArrayRecord, with no tensorflow."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from offsetjax.data.cache import Cache, read_cache
+from offsetjax.data.cache import DESCRIPTION, Cache, read_cache
 from offsetjax.data.images import UnreadableImage, decode
 from offsetjax.errors import UserError
 
@@ -79,8 +80,8 @@ def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool
         cached_latents: it is what `offsetjax data encode` wrote instead.
 
     Raises:
-        UserError: no data set, another format, other features, an unknown or empty split; latents for pictures, or
-            pictures for latents.
+        UserError: no data set, another format, other features, an unknown or empty split, or one of latents that is
+            cut by shards; latents for pictures, or pictures for latents.
     """
     folder = version_folder(path)
     cache = read_cache(folder)
@@ -93,6 +94,11 @@ def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool
         raise UserError(
             f"data: {folder} has pictures, not their latents; encode them with `offsetjax data encode`, or set "
             "data.cached_latents=False"
+        )
+    if cache and re.search(r"\[[^]]*shard", split):
+        raise UserError(
+            f"data: the split {split!r} is cut by shards, which have other records in {folder} than in its pictures' "
+            "data set; cut it by percents or numbers, such as 'train[:90%]'"
         )
     builder = tfds.builder_from_directory(folder)
     missing = {"moments" if cache else "image", "caption"} - set(builder.info.features or {})
@@ -119,10 +125,13 @@ def version_folder(path: epath.PathLike) -> epath.Path:
     Raises:
         UserError: none, or several.
     """
-    root = epath.Path(path)
-    patterns = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
-    found = next((files for pattern in patterns if (files := sorted(root.glob(pattern)))), []) if str(path) else []
+    found = _find(path, "dataset_info.json")
     if not found:
+        if unfinished := _find(path, DESCRIPTION):
+            raise UserError(
+                f"data: {unfinished[0].parent} has an unfinished cache of latents; go on with it by the same "
+                "`offsetjax data encode`"
+            )
         raise UserError(f"data: {str(path)!r} holds no data set; make one with `offsetjax data build`")
     if len(found) > 1:
         names = ", ".join(str(file.parent) for file in found)
@@ -130,9 +139,20 @@ def version_folder(path: epath.PathLike) -> epath.Path:
     return found[0].parent
 
 
+def split_names(split: str) -> set[str]:
+    """The whole splits that a split is of: `train` and `test` for `train[:95%]+test`."""
+    return {part.partition("[")[0].strip() for part in split.split("+")}
+
+
 def captions(source: Source) -> list[str]:
     """The caption of every record, in the order of the source."""
     return [source[index]["caption"] for index in range(len(source))]
+
+
+def _find(path: epath.PathLike, name: str) -> list[epath.Path]:
+    """The files of a name in the first of a folder and the two levels below that has any."""
+    patterns = (name, f"*/{name}", f"*/*/{name}") if str(path) else ()
+    return next((files for pattern in patterns if (files := sorted(epath.Path(path).glob(pattern)))), [])
 
 
 def _text(value: bytes | str) -> str:

@@ -18,8 +18,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
+from offsetjax.data.cache import Cache
 from offsetjax.data.images import resize_and_crop, time_ids
-from offsetjax.data.source import Source
+from offsetjax.data.source import Source, split_names
 from offsetjax.errors import UserError
 
 # How each field of a fingerprint is called in a config, for the remedy.
@@ -79,8 +80,7 @@ class Stream:
             "global_batch_size": self.global_batch_size,
             "resolution": self.resolution,
             "random_flip": self.random_flip,
-            # The files of caches are as large whatever they show.
-            **({"encoder": cache.encoder, "bytes_of_pictures": dict(cache.num_bytes)} if cache else {}),
+            **(_about_pictures(cache, self.source.split) if cache else {}),
         }
 
 
@@ -164,6 +164,13 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     # The tokenizer stays out of the workers, which would import all of its and the models' libraries with it.
     tokenized = batches.map(partial(_tokenized, stream))
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
+
+
+def _about_pictures(cache: Cache, split: str) -> dict[str, Any]:
+    """What tells the latents of a split from others, as the files of caches are as large whatever they show."""
+    names = split_names(split)  # a cache may have more splits, which are not read
+    num_bytes = {name: count for name, count in cache.num_bytes.items() if names & {name, "all"}}
+    return {"encoder": cache.encoder, "bytes_of_pictures": num_bytes}
 
 
 def _example(source: Source, resolution: int, index: int) -> dict[str, Any]:

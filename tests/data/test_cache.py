@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import json
 import pathlib
 from typing import Any
 
@@ -11,9 +13,9 @@ from etils import epath
 from PIL import Image
 
 from offsetjax.data.build import build, inspect
-from offsetjax.data.cache import Cache, Shard, begin, check_unfinished, finish, missing_shards, read_cache
+from offsetjax.data.cache import Cache, Shard, begin, finish, is_finished, missing_shards, read_cache
 from offsetjax.data.source import Source, captions, open_source
-from offsetjax.data.stream import make_stream
+from offsetjax.data.stream import check_fingerprint, make_stream
 from offsetjax.defaults import default_config
 from offsetjax.errors import UserError
 
@@ -114,7 +116,7 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
     cached: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     out = tmp_path / "cache"
-    check_unfinished(out, CACHE)
+    assert not is_finished(out, CACHE)
     begin(out, CACHE)
     first, second, third = missing_shards(out, CACHE, shard_size=10)
     write(second)
@@ -125,22 +127,88 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
 
     with pytest.raises(KeyboardInterrupt):
         first.write(broken(), CACHE)
-    check_unfinished(out, CACHE)
+    moved = dataclasses.replace(CACHE, source="other/place")
+    assert not is_finished(out, moved)
+    begin(out, moved)
     assert missing_shards(out, CACHE, shard_size=10) == [first, third]
-    with pytest.raises(UserError, match="holds no data set"):
+    with pytest.raises(
+        UserError, match="has an unfinished cache of latents; go on with it by the same `offsetjax data"
+    ):
         open_source(out, cached_latents=True)
-    with pytest.raises(UserError, match="has an unfinished cache of other pictures, settings or another autoencoder"):
-        check_unfinished(out, dataclasses.replace(CACHE, resolution=32))
+    with pytest.raises(UserError, match=r"has an unfinished cache with resolution = 16, but .* give 32; remove it, or"):
+        is_finished(out, dataclasses.replace(CACHE, resolution=32, random_flip=False))
     write(first)
     write(third)
     finish(out, CACHE, shard_size=10)
     assert {file.name: file.read_bytes() for file in out.rglob("*.*") if file.is_file()} == {
         file.name: file.read_bytes() for file in cached.rglob("*.*") if file.is_file()
     }
-    with pytest.raises(UserError, match="has a finished cache; remove it, or give another folder"):
-        check_unfinished(out, CACHE)
+    assert is_finished(out, moved) and not missing_shards(out, moved, shard_size=10)
+    with pytest.raises(UserError, match=r"has a finished cache with encoder = 0123456789abcdef, but .* give 0; remove"):
+        is_finished(out, dataclasses.replace(CACHE, encoder="0"))
     with pytest.raises(UserError, match="already exists; remove it, or give another folder for the cache"):
-        check_unfinished(tmp_path, CACHE)
+        is_finished(tmp_path, CACHE)
+
+
+def test_what_was_interrupted_before_it_said_what_it_is_goes_on(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "cache" / "latents" / "1.0.0"
+    for made in (tmp_path / "cache", folder.parent, folder):
+        made.mkdir()
+        assert not is_finished(tmp_path / "cache", CACHE)
+    (folder / ".latents.json.unfinished").write_text("{")
+    assert not is_finished(tmp_path / "cache", CACHE)
+    for other in (folder / "picture.png", tmp_path / "cache" / "notes.txt"):
+        other.write_text("")
+        with pytest.raises(UserError, match="already exists"):
+            is_finished(tmp_path / "cache", CACHE)
+        other.unlink()
+    begin(tmp_path / "cache", CACHE)
+    assert [file.name for file in folder.iterdir()] == ["latents.json"]
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path / "cache", CACHE)
+    before = sorted(tmp_path.rglob("*"))
+
+    def fill_disk(path: epath.Path, content: bytes) -> None:
+        pathlib.Path(path).write_bytes(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shard = missing_shards(tmp_path / "cache", CACHE, shard_size=10)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(shard.path), "write_bytes", fill_disk)
+        with pytest.raises(OSError, match="No space left on device"):
+            write(shard)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_split_is_read_alike_from_a_cache_with_more_splits(cached: pathlib.Path) -> None:
+    source = open_source(cached, "train[:50%]", cached_latents=True)
+    options: dict[str, Any] = {"seed": 3, "global_batch_size": 8, "resolution": SIDE, "random_flip": True}
+
+    def fingerprint(split: str, **num_bytes: int) -> dict[str, Any]:
+        of_pictures = dataclasses.replace(CACHE, num_bytes=num_bytes)
+        changed = dataclasses.replace(source, split=split, cache=of_pictures)
+        stream = make_stream(changed, tokenize=lambda caption: (np.zeros((1, 1), np.int32), 1), **options)
+        return json.loads(json.dumps(stream.fingerprint()))
+
+    alone = fingerprint("train[:50%]", train=1000)
+    assert alone["bytes_of_pictures"] == {"train": 1000}
+    check_fingerprint(alone, fingerprint("train[:50%]", test=7, train=1000))
+    for split in ("train[:50%]+test", "all"):
+        assert fingerprint(split, test=7, train=1000)["bytes_of_pictures"] == {"train": 1000, "test": 7}
+    with pytest.raises(UserError, match="bytes_of_pictures is"):
+        check_fingerprint(alone, fingerprint("train[:50%]", test=7, train=1001))
+
+
+@pytest.mark.parametrize("split", ["train[:1shard]", "train[5:]+train[1shard]"])
+def test_latents_are_not_cut_by_shards(pictures: pathlib.Path, cached: pathlib.Path, split: str) -> None:
+    with pytest.raises(
+        UserError, match=r"is cut by shards, which have other records .*; cut it by percents"
+    ) as refused:
+        open_source(cached, split, cached_latents=True)
+    assert "\n" not in str(refused.value)
+    open_source(pictures, "train[:1shard]")
 
 
 def test_latents_and_pictures_are_not_taken_for_each_other(pictures: pathlib.Path, cached: pathlib.Path) -> None:
