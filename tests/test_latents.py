@@ -175,8 +175,8 @@ def test_standardised_latents_bring_their_statistics(base: pathlib.Path, tmp_pat
     assert [run.config.model.vae.scaling_factor for run in runs] == [1.0, 1.0]
     jax.tree.map(np.testing.assert_array_equal, runs[0].frozen, runs[1].frozen)
     open_run(cached, epath.Path(tmp_path / "latents"), source)  # again
+    other = tiny_config(tmp_path / "cache", data__cached_latents=True, data__random_flip=False)
     with pytest.raises(UserError, match="has latents of another autoencoder"):
-        other = tiny_config(tmp_path / "cache", data__cached_latents=True, data__random_flip=False)
         open_run(other, epath.Path(tmp_path / "other"), source)
 
 
