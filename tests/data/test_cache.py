@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from etils import epath
-from PIL import Image
 
-from offsetjax.data.build import build, inspect
+from offsetjax.data.build import inspect
 from offsetjax.data.cache import Cache, Shard, begin, finish, is_finished, missing_shards, read_cache
 from offsetjax.data.source import Source, captions, open_source
 from offsetjax.data.stream import check_fingerprint, make_stream
 from offsetjax.defaults import default_config
 from offsetjax.errors import UserError
+from tests.data.grey import grey_pictures
 
 COUNT, SIDE = 23, 16
 CACHE = Cache(
@@ -36,16 +36,7 @@ CACHE = Cache(
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Picture i has the grey value 10 i + 10 on its left half and is black on the right; its caption says i."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "pictures").mkdir()
-    for number in range(COUNT):
-        pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-        pixels[:, : SIDE // 2] = 10 * number + 10
-        Image.fromarray(pixels).save(root / "pictures" / f"{number:02}.png")
-        (root / "pictures" / f"{number:02}.txt").write_text(str(number))
-    build(root / "pictures", root / "set")
-    return root / "set"
+    return grey_pictures(tmp_path_factory.mktemp("data"), COUNT, SIDE)
 
 
 def record(index: int) -> dict[str, Any]:

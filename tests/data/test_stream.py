@@ -17,10 +17,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from offsetjax.data.build import build
 from offsetjax.data.source import Source, open_source
 from offsetjax.data.stream import check_fingerprint, make_stream
 from offsetjax.errors import UserError
+from tests.data.grey import grey_pictures
 
 COUNT, SIDE = 23, 16
 Batch = dict[str, np.ndarray]
@@ -28,16 +28,7 @@ Batch = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Picture i has the grey value 10 i on its left half and is black on the right; its caption says i."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "pictures").mkdir()
-    for number in range(COUNT):
-        pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-        pixels[:, : SIDE // 2] = 10 * number + 10
-        Image.fromarray(pixels).save(root / "pictures" / f"{number:02}.png")
-        (root / "pictures" / f"{number:02}.txt").write_text(str(number))
-    build(root / "pictures", root / "set")
-    return root / "set"
+    return grey_pictures(tmp_path_factory.mktemp("data"), COUNT, SIDE)
 
 
 @pytest.fixture
