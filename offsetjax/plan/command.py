@@ -92,7 +92,8 @@ def _search(request: Request, found: Plan) -> dict[str, Any]:
     are accumulated. Devices that differ in `tensor` alone have the same share.
     """
     shares = found["mesh"]["data"] * found["mesh"]["fsdp"] * request.config.train.accumulate_steps
-    hbm = found["bytes_per_device"]["hbm"]
+    memory = found["bytes_per_device"]
+    fixed = sum(memory[each] for each in ("params", "opt_state", "ema_params", "frozen"))
 
     def total(batch: int) -> int:
         config = request.config.copy_and_resolve_references()
@@ -101,7 +102,7 @@ def _search(request: Request, found: Plan) -> dict[str, Any]:
         return estimate(other, _compile(other))["bytes_per_device"]["total"]
 
     first = found["global_batch_size"] // shares  # a multiple, or there were no plan
-    batch, needs = largest_batch(total, hbm, first, found["bytes_per_device"]["total"])
+    batch, needs = largest_batch(total, memory["hbm"], first, memory["total"], fixed)
     return {
         "global_batch_size": batch * shares,
         "batch_per_device": batch * shares / found["devices"],

@@ -4,7 +4,12 @@ from collections.abc import Callable
 
 
 def largest_batch(
-    total_bytes: Callable[[int], int], limit: int, first: int, first_bytes: int, most_tries: int = 6
+    total_bytes: Callable[[int], int],
+    limit: int,
+    first: int,
+    first_bytes: int,
+    fixed_bytes: int = 0,
+    most_tries: int = 6,
 ) -> tuple[int, int]:
     """The largest batch whose bytes are within the limit, and those bytes; 0 and the bytes of 1 where none fits.
 
@@ -14,13 +19,14 @@ def largest_batch(
     Args:
         total_bytes: measures one batch; it may take minutes.
         first: a batch that was measured, as `first_bytes`.
+        fixed_bytes: of these, what no batch changes, such as weights; a good guess saves measurements.
         most_tries: further measurements.
     """
     measured = {first: first_bytes}
     for left in reversed(range(most_tries)):
         fitting = max((batch for batch, needs in measured.items() if needs <= limit), default=0)
         too_large = min((batch for batch, needs in measured.items() if needs > limit), default=None)
-        guess = _next(measured, limit)
+        guess = _next(measured, limit, fixed_bytes)
         if guess <= fitting or (too_large is not None and fitting + 1 == too_large):
             break
         if too_large is not None:
@@ -30,12 +36,13 @@ def largest_batch(
     return fitting, measured[fitting or min(measured)]
 
 
-def _next(measured: dict[int, int], limit: int) -> int:
+def _next(measured: dict[int, int], limit: int, fixed: int) -> int:
     """The largest batch within the limit on the line through the two measurements nearest to it."""
     nearest = sorted(measured, key=lambda batch: abs(measured[batch] - limit))[:2]
-    if len(nearest) == 1:  # a second point, on the side where the answer is
-        only = nearest[0]
-        return 2 * only if measured[only] <= limit else max(1, only // 2)
+    if len(nearest) == 1:  # a second point, on the side where the answer is, as if all else grew with the batch
+        (only,) = nearest
+        guess = int((limit - fixed) * only / max(1, measured[only] - fixed))
+        return min(max(guess, only + 1), 64 * only) if measured[only] <= limit else max(1, min(guess, only - 1))
     low, high = sorted(nearest)
     slope = max(1.0, (measured[high] - measured[low]) / (high - low))
     return max(1, int(low + (limit - measured[low]) // slope))

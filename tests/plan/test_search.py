@@ -30,6 +30,19 @@ def test_where_memory_is_affine_the_answer_is_exact_and_quick(fixed: int, each: 
     assert len(tried) <= 4
 
 
+@pytest.mark.parametrize("apart", [0, 50])  # what the batch takes at once, however large
+@pytest.mark.parametrize("first", [2, 8, 200])
+def test_what_no_batch_changes_is_known_so_that_few_measurements_do(first: int, apart: int) -> None:
+    tried = []
+
+    def total(batch: int) -> int:
+        tried.append(batch)
+        return 300 + apart + 7 * batch
+
+    assert largest_batch(total, 1000, first, 300 + apart + 7 * first, fixed_bytes=300)[0] == (700 - apart) // 7
+    assert len(tried) <= (2 if apart else 1)
+
+
 def test_a_compiler_that_saves_memory_when_it_must_is_followed() -> None:
     def total(batch: int) -> int:  # ever less for a further example
         return 200 + 100 * batch if batch <= 4 else 600 + 40 * (batch - 4)
@@ -79,7 +92,8 @@ def test_what_is_reported_was_measured(
     def fake(request: Request, compiled: Any = None) -> dict[str, Any]:
         batch = request.config.train.global_batch_size
         measured[batch] = 210 + 10 * batch  # 79 fit into 1000
-        memory = {"total": measured[batch], "hbm": 1000}
+        kept = {"params": 50, "opt_state": 100, "ema_params": 50, "frozen": 10}
+        memory = {**kept, "total": measured[batch], "hbm": 1000}
         return {"mesh": mesh, "devices": 8, "global_batch_size": batch, "bytes_per_device": memory}
 
     monkeypatch.setattr(command, "_compile", lambda request: None)
