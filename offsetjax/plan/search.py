@@ -24,25 +24,31 @@ def largest_batch(
     """
     measured = {first: first_bytes}
     for left in reversed(range(most_tries)):
-        fitting = max((batch for batch, needs in measured.items() if needs <= limit), default=0)
-        too_large = min((batch for batch, needs in measured.items() if needs > limit), default=None)
         guess = _next(measured, limit, fixed_bytes)
-        if guess <= fitting or (too_large is not None and fitting + 1 == too_large):
+        if not left and min(measured.values()) > limit:
+            guess = 1
+        if guess in measured:
             break
-        if too_large is not None:
-            guess = min(guess, too_large - 1) if fitting or left else 1
         measured[guess] = total_bytes(guess)
     fitting = max((batch for batch, needs in measured.items() if needs <= limit), default=0)
     return fitting, measured[fitting or min(measured)]
 
 
 def _next(measured: dict[int, int], limit: int, fixed: int) -> int:
-    """The largest batch within the limit on the line through the two measurements nearest to it."""
-    nearest = sorted(measured, key=lambda batch: abs(measured[batch] - limit))[:2]
-    if len(nearest) == 1:  # a second point, on the side where the answer is, as if all else grew with the batch
-        (only,) = nearest
+    """What to measure next; a batch that was measured already where that is the answer.
+
+    The largest batch within the limit on the line through the two measurements on both sides of it: near it a compiler
+    saves memory, so that a line through two on one side leads far astray. Where there is one side, on its line.
+    """
+    fitting = [batch for batch, needs in sorted(measured.items()) if needs <= limit]
+    too_large = [
+        batch for batch, needs in sorted(measured.items()) if needs > limit and batch > max(fitting, default=0)
+    ]
+    if len(measured) == 1:  # a second point, on the side where the answer is, as if all else grew with the batch
+        (only,) = measured
         guess = int((limit - fixed) * only / max(1, measured[only] - fixed))
-        return min(max(guess, only + 1), 64 * only) if measured[only] <= limit else max(1, min(guess, only - 1))
-    low, high = sorted(nearest)
+        return min(max(guess, only + 1), 64 * only) if fitting else max(1, min(guess, only - 1))
+    low, high = [*fitting[-1:], *too_large[:1]] if fitting and too_large else [*fitting[-2:], *too_large[:2]]
     slope = max(1.0, (measured[high] - measured[low]) / (high - low))
-    return max(1, int(low + (limit - measured[low]) // slope))
+    guess = int(low + (limit - measured[low]) // slope)
+    return max(1, min(guess, too_large[0] - 1) if too_large else guess)

@@ -52,6 +52,17 @@ def test_a_compiler_that_saves_memory_when_it_must_is_followed() -> None:
     assert needs == 1000
 
 
+def test_a_compiler_that_saves_memory_near_the_limit_only_leads_nowhere_far() -> None:
+    measured = {8: 550}
+
+    def total(batch: int) -> int:  # affine, but for what is saved between 14 and 18
+        measured[batch] = 900 if 14 <= batch <= 18 else 150 + 50 * batch
+        return measured[batch]
+
+    assert largest_batch(total, 1000, 8, 550, fixed_bytes=100)[0] == 18
+    assert len(measured) <= 1 + 5
+
+
 def test_a_model_that_does_not_fit_at_all() -> None:
     assert largest_batch(lambda batch: 5000 + batch, 1000, 8, 5008) == (0, 5001)
 
