@@ -4,6 +4,8 @@
 #   launch/gke.sh manifest --env=FILE -- ARGUMENTS… | kubectl apply -f -    jobset.yaml for `offsetjax train ARGUMENTS…`
 #   launch/gke.sh xpk      --env=FILE -- ARGUMENTS…                         the same through `xpk workload create`
 #
+# The arguments may also be those of another command that works on several workers: -- data encode ARGUMENTS…
+#
 # The settings below are flags, --node_count=2, or lines of FILE, NODE_COUNT=2. --dry_run prints xpk's command, runs none.
 # shellcheck disable=SC2034 # some settings are read by their names
 set -euo pipefail
@@ -66,7 +68,7 @@ manifest() {
     fill "$(tr '[:lower:]' '[:upper:]' <<<"$setting")" "${!setting}"
   done
   fill HOSTS "$hosts"
-  fill ARGUMENTS "$(json train "${arguments[@]}")"
+  fill ARGUMENTS "$(json "${arguments[@]}")"
   printf '%s\n' "$text"
 }
 
@@ -85,7 +87,7 @@ workload() {
   run xpk workload create --cluster="$cluster" --zone="$zone" ${project:+--project="$project"} --workload="$name" \
     --tpu-type="$tpu_type" --num-slices="$node_count" --docker-image="$image" --max-restarts="$max_restarts" \
     --restart-on-exit-codes=1,3-126 --termination-grace-period-seconds="$grace_seconds" \
-    --command="exec offsetjax train $(quoted "${arguments[@]}")"
+    --command="exec offsetjax $(quoted "${arguments[@]}")"
 }
 
 command=${1-}

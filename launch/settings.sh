@@ -93,15 +93,27 @@ must_match() { # setting pattern example
   [[ ${!1} =~ ^($2)$ ]] || mistake "--$1=$(quoted "${!1}"): expected something like $3"
 }
 
-# The training's arguments as they are, after checks that need no TPU.
+# What is run on every worker: `train`, where the arguments begin with no other command. After checks that need no TPU,
+# `arguments` begins with it; all else is as it was given.
 check_arguments() {
-  local argument workdir=""
-  for argument in ${arguments[@]+"${arguments[@]}"}; do
+  local argument flag=workdir folder=""
+  case ${arguments[0]-} in
+    train | calibrate | data) ;;
+    *) arguments=(train ${arguments[@]+"${arguments[@]}"}) ;;
+  esac
+  case ${arguments[0]} in
+    calibrate) flag=out ;;
+    data)
+      [[ ${arguments[1]-} == encode ]] || mistake "of the commands \`data\`, \`data encode\` alone runs on several workers"
+      flag=out
+      ;;
+  esac
+  for argument in "${arguments[@]}"; do
     [[ $argument != *[[:cntrl:]]* ]] || mistake "a control character in the argument ${argument//[[:cntrl:]]/?}"
-    [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
+    [[ $argument != --$flag=* ]] || folder=${argument#*=}
   done
-  [[ -n $workdir ]] ||
-    mistake "the training's arguments follow --, such as: -- --config=configs/sd15_offset.py --workdir=gs://…"
+  [[ -n $folder ]] ||
+    mistake "the arguments follow --, such as: -- --config=configs/sd15_offset.py --$flag=gs://…"
   # The workers share no disk, and theirs go with the slice.
-  [[ $workdir == gs://* ]] || mistake "--workdir=$(quoted "$workdir"): a work directory on gs://… is needed"
+  [[ $folder == gs://* ]] || mistake "--$flag=$(quoted "$folder"): a place on gs://… is needed"
 }

@@ -10,6 +10,7 @@
 #   launch/tpu_vm.sh delete    --env=FILE --yes              gives the slices back, with their disks
 #   launch/tpu_vm.sh supervise --env=FILE -- ARGUMENTS…      all of it, again and again, until the training is done
 #
+# `train` and `supervise` also run what else works on several workers: -- data encode ARGUMENTS…, -- calibrate ARGUMENTS…
 # The settings below are flags, --node_count=2, or lines of FILE, NODE_COUNT=2. --dry_run prints commands and runs none.
 # Exit status: 0; 1 where trying again may help; 2 for what only the user can mend; 143 for a run that `stop` ended.
 set -euo pipefail

@@ -2,8 +2,8 @@
 # One worker's part of tpu_vm.sh, which copies this checkout to ~/offsetjax/source on every worker and calls it there.
 #
 #   tpu_worker.sh setup [COMMAND]           sets up ~/offsetjax/venv, runs COMMAND, and answers with the versions
-#   tpu_worker.sh start RUN ARGUMENTS…      starts `offsetjax train ARGUMENTS…`, which outlives the connection
-#   tpu_worker.sh status                    what trains here, or how the last run ended
+#   tpu_worker.sh start RUN ARGUMENTS…      starts `offsetjax ARGUMENTS…`, which outlives the connection
+#   tpu_worker.sh status                    what runs here, or how the last run ended
 #   tpu_worker.sh stop RUN [now]            SIGTERM, for the checkpoint to be saved; or SIGKILL to all of the run
 #   tpu_worker.sh log [follow]              the last run's output
 #
@@ -88,7 +88,7 @@ start() { # run arguments...
   rm -f "$lockfile" 2>/dev/null || sudo -n rm -f "$lockfile" # left by a crash; with it there, libtpu does not start
   mkdir "$runs/$run"
   printf '%s\n' "$run" >"$runs/last"
-  setsid "${BASH_SOURCE[0]}" _train "$@" </dev/null >"$runs/$run/log" 2>&1 &
+  setsid "${BASH_SOURCE[0]}" _run "$@" </dev/null >"$runs/$run/log" 2>&1 &
   for _ in {1..100}; do
     if [[ -s $runs/$run/pid ]]; then break; fi
     sleep 0.05
@@ -98,7 +98,7 @@ start() { # run arguments...
 }
 
 # The detached part: the leader of a session. It has descriptor 9, the lock, from `start`, and so has all that it starts.
-train() { # run arguments...
+run() { # run arguments...
   local run=$1 status=0
   shift
   cd "$base/source"
@@ -108,7 +108,7 @@ train() { # run arguments...
   (
     printf '%s\n' "$BASHPID" >"$runs/$run/pid"
     export OFFSETJAX_VENV=$base/venv OFFSETJAX_EXTRAS=tpu
-    exec launch/local.sh train "$@"
+    exec launch/local.sh "$@"
   ) || status=$?
   record "$run" "$status"
 }
@@ -162,7 +162,7 @@ log() { # [follow]
 mkdir -p "$base"
 case ${1-} in
   setup | start | status | stop | log) "$@" ;;
-  _train) train "${@:2}" ;;
+  _run) run "${@:2}" ;;
   *)
     printf 'tpu_worker.sh: error: it is called by tpu_vm.sh\n' >&2
     exit 2

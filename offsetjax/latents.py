@@ -41,7 +41,7 @@ _PICTURES_A_DEVICE = 8  # at a time
 _SHOWN_SECONDS = 60  # within which a network disk shows all processes what one has written
 
 # Pictures → the moments of their v views, as a cache has them.
-Encode = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b v 2 c h w"]]
+Encode = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[Array, "b v 2 c h w"]]
 
 
 def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = caches.SHARD_SIZE) -> Cache:
@@ -160,7 +160,7 @@ def _jit_encode(vae: Autoencoder, params: PyTree, random_flip: bool) -> Encode:
         jax.shard_map(encode, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
     )
     params = jax.device_put(params, NamedSharding(mesh, P()))
-    return lambda pixels: np.asarray(on_devices(params, pixels))
+    return partial(on_devices, params)
 
 
 def _records(source: Source, shard: Shard, resolution: int, encode: Encode) -> Iterator[dict[str, Any]]:
@@ -171,8 +171,14 @@ def _records(source: Source, shard: Shard, resolution: int, encode: Encode) -> I
     pictures = grain.MapDataset.source(indices).map(partial(_picture, source, resolution))
     options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * size)
     batches = pictures.to_iter_dataset(options).batch(size)
-    records = (record for batch in batches for record in _encoded(batch, encode, source))
+    begun = ((batch, encode(batch["pixels"])) for batch in batches)
+    records = (record for batch, moments in _one_ahead(begun) for record in _to_records(batch, moments, source))
     return itertools.islice(records, shard.last - shard.first)
+
+
+def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each once the next is there: the devices encode a batch while the one before is written."""
+    return (item for item, _ in itertools.pairwise(itertools.chain(items, (None,))))
 
 
 def _picture(source: Source, resolution: int, index: int) -> dict[str, Any]:
@@ -183,8 +189,10 @@ def _picture(source: Source, resolution: int, index: int) -> dict[str, Any]:
     return {"index": index, "pixels": pixels, **about, "caption": record["caption"], "name": record["name"]}
 
 
-def _encoded(batch: dict[str, Any], encode: Encode, source: Source) -> Iterator[dict[str, Any]]:
-    moments = encode(batch["pixels"])
+def _to_records(
+    batch: dict[str, Any], encoded: Float[Array, "b v 2 c h w"], source: Source
+) -> Iterator[dict[str, Any]]:
+    moments = np.asarray(encoded)
     for place, index in enumerate(batch["index"]):
         if not np.isfinite(moments[place]).all():
             raise UserError(

@@ -138,7 +138,7 @@ set -eu
 if [[ $1 == sweep ]]; then exec cat "$FAKE_CLOUD/listing"; fi
 me=${MACHINE//\//.}
 [[ $OFFSETJAX_EXTRAS == tpu ]]
-if [[ $1 == train ]]; then exec "$FAKE_CLOUD/machine_bin/offsetjax" "$@"; fi
+if [[ $1 != -* ]]; then exec "$FAKE_CLOUD/machine_bin/offsetjax" "$@"; fi
 if [[ -e $FAKE_CLOUD/broken.$me ]]; then echo "local.sh: no space left on device" >&2; exit 1; fi
 mkdir -p "$OFFSETJAX_VENV/bin"
 version=$(cat "$FAKE_CLOUD/version.$me" 2>/dev/null || echo 0.10.2)
@@ -154,7 +154,7 @@ cloud, me = pathlib.Path(os.environ["FAKE_CLOUD"]), os.environ["MACHINE"].replac
 written = cloud / f"new_arguments.{me}"
 written.write_bytes(b"".join(os.fsencode(argument) + b"\0" for argument in sys.argv[1:]))
 written.replace(cloud / f"arguments.{me}")
-(workdir,) = [a.removeprefix("--workdir=gs://") for a in sys.argv if a.startswith("--workdir=gs://")]
+(workdir,) = [a.partition("=gs://")[2] for a in sys.argv if a.startswith(("--workdir=gs://", "--out=gs://"))]
 folder = cloud / "gs" / workdir
 folder.mkdir(parents=True, exist_ok=True)
 saved, exits = folder / f"saved.{me}", folder / f"exits.{me}"

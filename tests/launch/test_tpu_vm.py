@@ -61,7 +61,7 @@ def test_a_dry_run_prints_what_would_be_run(cloud: Cloud) -> None:
         DESCRIBE,
         LIST,
         f"gcloud compute tpus tpu-vm ssh my-tpu {SSH} {ASK}",
-        f"gcloud compute tpus tpu-vm ssh my-tpu {SSH} '--command={WORKER_SH} start RUN --config=configs/a.py"
+        f"gcloud compute tpus tpu-vm ssh my-tpu {SSH} '--command={WORKER_SH} start RUN train --config=configs/a.py"
         " --workdir=gs://bucket/run'",
     ]
     assert dry_run(cloud, "delete") == [
@@ -334,6 +334,15 @@ def test_arguments_reach_the_training_exactly(cloud: Cloud) -> None:
     assert not list(cloud.root.rglob("x"))
 
 
+@pytest.mark.parametrize("command", [["data", "encode"], ["calibrate"]])
+def test_other_commands_run_on_every_worker(cloud: Cloud, command: list[str]) -> None:
+    cloud.plan["workers"] = 2
+    arguments = [*command, "--config=configs/a.py", "--out=gs://bucket/out"]
+    assert "is done" in cloud.run("supervise", "--", *arguments)[2]
+    for worker in range(2):
+        assert cloud.file(f"arguments.my-tpu.{worker}").read_bytes().decode().split("\0")[:-1] == arguments
+
+
 def test_the_env_file_is_read_and_not_run(cloud: Cloud) -> None:
     env = cloud.root / "my env"
     env.write_text(
@@ -370,6 +379,9 @@ def test_the_env_file_is_read_and_not_run(cloud: Cloud) -> None:
         (["train", "--", "--config=a"], "--workdir=gs://"),
         (["train", "--", "--config=a", "--workdir=run"], "gs://"),
         (["train", "--", "--config=a\nb", "--workdir=gs://a"], "control character"),
+        (["train", "--", "data", "build", "--out=gs://a"], "`data encode` alone"),
+        (["train", "--", "data", "encode", "--config=a"], "--out=gs://"),
+        (["supervise", "--", "calibrate", "--config=a", "--out=run.json"], "--out=run.json: a place on gs://"),
         (["logs", "--worker=all"], "--worker=all"),
     ],
 )
