@@ -101,8 +101,14 @@ def when(key: str, action: Callable[[str], None]) -> None:
     """Calls `action`, in a thread of its own, with what any process tells under `key`."""
 
     def listen() -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # all leave, or the service is gone: JAX sees to that
-            action(_client().blocking_key_value_get(key, _DAY_MS))
+        while True:
+            try:
+                told = _client().blocking_key_value_get(key, _DAY_MS)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):  # all leave, or the service is gone: JAX sees to that
+                    return
+        action(told)
 
     threading.Thread(target=listen, daemon=True, name=_LISTENER).start()
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import queue
 import time
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from offsetjax import processes
 from offsetjax.train import train
 from tests import tiny
 from tests.processes import call, call_together
@@ -25,6 +27,21 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert len({line["step"] for line in lines}) == len(lines)
     return {line["step"]: line["loss"] for line in lines}
+
+
+def told_late(tells: bool) -> str:
+    """What is told when the wait for it has timed out before, in real life after a day."""
+    processes._DAY_MS = 100
+    told: queue.Queue[str] = queue.Queue()
+    processes.when("news", told.put)
+    time.sleep(1)
+    if tells:
+        processes.tell("news", "SIGTERM")
+    return told.get(timeout=60)
+
+
+def test_a_process_that_has_waited_for_days_still_hears_the_others() -> None:
+    assert call_together([(told_late, True), (told_late, False)], num_devices=1) == ["SIGTERM", "SIGTERM"]
 
 
 @pytest.mark.slow
