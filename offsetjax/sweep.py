@@ -174,13 +174,10 @@ def state(point: Point, workdir: str) -> str:
         UserError: the folder has a training that the point cannot resume, or cannot be looked at.
     """
     folder = epath.Path(workdir) / point.name
-    try:
-        if not (folder / "config.json").exists():
-            return "new"
-        reopened(point.config, folder)  # a point that was changed is not done
-        step = newest_step(folder)
-    except ImportError as error:  # of gcsfs, by gs://
-        raise UserError(f"sweep: {workdir} cannot be read ({error}); with OFFSETJAX_EXTRAS=tpu it can") from error
+    if not (folder / "config.json").exists():
+        return "new"
+    reopened(point.config, folder)  # a point that was changed is not done
+    step = newest_step(folder)
     steps = point.config.train.steps
     return "done" if step >= steps else f"step {step} of {steps}"
 
