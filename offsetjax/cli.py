@@ -33,12 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_paths(options)
         options.run(options, rest)
     except (Exception, KeyboardInterrupt) as error:
-        return _explain(error, goes_on=options.run is _train)
+        return _explain(error, goes_on=_GOES_ON.get(options.run, ""))
     return 0
 
 
-def _explain(error: BaseException, goes_on: bool = False) -> int:
-    """Tells the user of an error, and returns the exit status; what is a fault of the program is raised again."""
+def _explain(error: BaseException, goes_on: str = "") -> int:
+    """Tells the user of an error, and returns the exit status; what is a fault of the program is raised again.
+
+    Args:
+        goes_on: from where the same command does, if it does.
+    """
     match error:
         case UserError():
             status, text = 2, f"error: {error}"
@@ -49,10 +53,7 @@ def _explain(error: BaseException, goes_on: bool = False) -> int:
         case PreemptedError():
             status, text = 143, f"ended by SIGTERM {error}; the same command goes on from there"
         case KeyboardInterrupt():
-            status, text = (
-                130,
-                "interrupted" + ("; the same command goes on from the last checkpoint" if goes_on else ""),
-            )
+            status, text = 130, "interrupted" + (f"; the same command goes on {goes_on}" if goes_on else "")
         case _:
             raise error
     print(f"offsetjax: {text}", file=sys.stderr)
@@ -233,7 +234,7 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax import processes
 
-    with processes.together(partial(_explain, goes_on=True)):
+    with processes.together(partial(_explain, goes_on=_GOES_ON[_train])):
         from offsetjax.config import digest, load_config
 
         config = load_config(options.config, _overrides(rest))
@@ -336,7 +337,7 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax import processes
 
-    with processes.together(_explain):
+    with processes.together(partial(_explain, goes_on=_GOES_ON[_data_encode])):
         from offsetjax.config import load_config
 
         config = load_config(options.config, _overrides(rest))
@@ -365,3 +366,6 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.article.demo import demo
 
     demo(epath.Path(options.out))
+
+
+_GOES_ON: dict[Command, str] = {_train: "from the last checkpoint", _data_encode: "with the parts that are missing"}

@@ -1,6 +1,7 @@
 """`offsetjax data encode`: the latents of a data set's pictures, encoded once, for `data.cached_latents`.
 
-Each process encodes whole shards of its own, on all of its devices; `data/cache.py` says what is written.
+Each process encodes whole shards of its own, on all of its devices, in float32 (of which TPUs and GPUs multiply less by
+default); `data/cache.py` says what is written.
 """
 
 import itertools
@@ -69,7 +70,11 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
     if is_first:
         caches.begin(out, cache)
     meet("the cache is begun")
-    _check_shared(out)
+    _wait_for(
+        lambda: caches.is_begun(out),
+        f"data: process {jax.process_index()} does not see the cache that process 0 has begun in {out}; give as --out "
+        "a place that all processes share: gs://… or a shared disk",
+    )
     if finished:
         if is_first:
             _log.info("%s: encoded already; give it as data.path, with data.cached_latents=True", out)
@@ -82,6 +87,10 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         shard.write(tracked(records, description, shard.last - shard.first, is_first), cache)
     meet("the latents are written")
     if is_first:
+        _wait_for(
+            lambda: not caches.missing_shards(out, cache, shard_size),
+            f"data: process 0 does not see all that the others have written in {out}; the same command goes on",
+        )
         caches.finish(out, cache, shard_size)
         counts = ", ".join(f"{count} of {split}" for split, count in cache.num_examples.items())
         _log.info("%s: %s encoded; give it as data.path, with data.cached_latents=True", out, counts)
@@ -108,15 +117,12 @@ def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, 
     return config, pipeline, params, statistics
 
 
-def _check_shared(out: epath.PathLike) -> None:
-    """Raises a UserError where this process does not see the cache that the first one has begun."""
+def _wait_for(is_shown: Callable[[], bool], mistake: str) -> None:
+    """Waits for what another process has written to be shown to this one, and raises a UserError where it is not."""
     end = time.monotonic() + _SHOWN_SECONDS
-    while not caches.is_begun(out):
+    while not is_shown():
         if time.monotonic() >= end:
-            raise UserError(
-                f"data: process {jax.process_index()} does not see the cache that process 0 has begun in {out}; "
-                "give as --out a place that all processes share: gs://… or a shared disk"
-            )
+            raise UserError(mistake)
         time.sleep(1)
 
 

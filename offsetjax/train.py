@@ -45,9 +45,11 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         source = open_source(config.data.path, config.data.split, config.data.cached_latents)
         run = open_run(config, epath.Path(workdir), source)
         config = run.config
+        guard.goes_on()
         stream = open_stream(config, run.pipeline, source, run.mesh)
         with compilation_cache(workdir), checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
             state, state_shardings = first_state(run, manager, stream)
+            guard.goes_on()
             if int(state.step) >= config.train.steps:
                 _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
                 return

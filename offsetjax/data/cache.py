@@ -14,6 +14,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from offsetjax.errors import UserError
 SHARD_SIZE = 1024  # pictures: 100 to 500 MB, and as much encoding as an interruption can cost a process
 _NAME, _VERSION = "latents", "1.0.0"
 DESCRIPTION = f"{_NAME}.json"
+_ASKED_AT_ONCE = 32  # files of a bucket, for their sizes
 _OPTIONS = "group_size:1,uncompressed"  # each record is found at once, and latents do not compress
 
 
@@ -39,7 +41,7 @@ class Cache:
 
     Attributes:
         encoder: the checksum of the autoencoder's weights that latents depend on.
-        scaling_factor: of the autoencoder, by which training multiplies the latents.
+        scaling_factor: that the autoencoder had; latents are kept without it.
         latent_mean, latent_std: of each channel, where the autoencoder was standardised on the data; else empty.
         latent_shape: channels, height and width.
         resolution: of the cropped pictures.
@@ -190,12 +192,10 @@ def is_begun(out: epath.PathLike) -> bool:
 
 def missing_shards(out: epath.PathLike, cache: Cache, shard_size: int) -> list[Shard]:
     """The shards that are not written yet."""
-    return [
-        shard
-        for split in cache.num_examples
-        for shard in _shards(out, cache, split, shard_size)
-        if not shard.path.exists()
-    ]
+    folder = _folder(out)
+    written = {path.name for path in folder.iterdir()} if folder.exists() else set()  # a bucket is slow to ask for each
+    shards = (shard for split in cache.num_examples for shard in _shards(out, cache, split, shard_size))
+    return [shard for shard in shards if shard.path.name not in written]
 
 
 def finish(out: epath.PathLike, cache: Cache, shard_size: int) -> None:
@@ -209,11 +209,12 @@ def finish(out: epath.PathLike, cache: Cache, shard_size: int) -> None:
     )
     info.set_file_format("array_record")
     splits = []
-    for split in cache.num_examples:
-        shards = list(_shards(out, cache, split, shard_size))
-        num_bytes = sum(shard.path.stat().length for shard in shards)
-        lengths = [shard.last - shard.first for shard in shards]
-        splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=_template(folder, split)))
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        for split in cache.num_examples:
+            shards = list(_shards(out, cache, split, shard_size))
+            num_bytes = sum(pool.map(lambda shard: shard.path.stat().length, shards))
+            lengths = [shard.last - shard.first for shard in shards]
+            splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=_template(folder, split)))
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(folder)
 
