@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import wasserstein_distance
 
-from offsetjax.data.images import resize_and_crop
 from offsetjax.data.source import Source
 
 # A brightness below or above these is near black or near white: a grey model draws no such picture.
@@ -27,11 +26,15 @@ def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_
     def measure(index: int) -> float:
         if source.cache:
             return float(source[index]["brightness"])
-        return float(resize_and_crop(source.decoded(index)["pixels"], resolution).mean() / 255.0)
+        return float(source.cropped(index, resolution)["pixels"].mean() / 255.0)
 
-    indices = np.linspace(0, len(source) - 1, min(len(source), at_most)).astype(int)
     with ThreadPoolExecutor() as pool:  # decoding a picture lets other threads run
-        return np.array(list(pool.map(measure, indices.tolist())))
+        return np.array(list(pool.map(measure, evenly_spaced(source, at_most))))
+
+
+def evenly_spaced(source: Source, at_most: int = MEASURED_AT_MOST) -> list[int]:
+    """The records that are measured."""
+    return np.linspace(0, len(source) - 1, min(len(source), at_most)).astype(int).tolist()
 
 
 def compare(drawn: Sequence[float], data: Float[np.ndarray, " n"]) -> dict[str, float]:

@@ -25,7 +25,6 @@ from ml_collections import ConfigDict
 from offsetjax.checks import validate
 from offsetjax.data import cache as caches
 from offsetjax.data.cache import Cache, Shard
-from offsetjax.data.images import resize_and_crop, time_ids
 from offsetjax.data.source import Source, open_source, split_names
 from offsetjax.encode import encode_moments
 from offsetjax.errors import UserError
@@ -188,11 +187,8 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _picture(source: Source, resolution: int, index: int) -> dict[str, Any]:
-    record = source.decoded(index)
-    height, width, _ = record["pixels"].shape
-    pixels = resize_and_crop(record["pixels"], resolution)
-    about = {"time_ids": time_ids(height, width, resolution), "brightness": np.float32(pixels.mean() / 255)}
-    return {"index": index, "pixels": pixels, **about, "caption": record["caption"], "name": record["name"]}
+    record = source.cropped(index, resolution)
+    return {**record, "index": index, "brightness": np.float32(record["pixels"].mean() / 255)}
 
 
 def _to_records(

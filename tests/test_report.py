@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from offsetjax.config import default_config, to_json
+from offsetjax.data.source import Source
 from offsetjax.errors import UserError
 from offsetjax.pictures import Picture, write_samples
 from offsetjax.report import read, report
@@ -46,6 +47,7 @@ def _workdir(
     config.noise.offset_strength = strength
     config.train.steps = 100
     config.data.path = "pictures"
+    config.data.resolution = 64
     config.update_from_flattened_dict(changes or {})
     (workdir / "config.json").write_text(to_json(config))
     lines = [
@@ -76,14 +78,16 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Callable[[Brightness], None]:
     return use
 
 
-def _source(brightness: Brightness) -> list[dict[str, Any]]:
+def _source(brightness: Brightness) -> Source:
+    """Pictures twice as wide as high, of which training sees the middle; the rest is black."""
     examples = []
     for caption, values in brightness.items():
         for value in values:
-            file = io.BytesIO()
-            Image.new("RGB", (8, 8), (round(value * 255),) * 3).save(file, "PNG")
+            picture, file = Image.new("RGB", (128, 64)), io.BytesIO()
+            picture.paste((round(value * 255),) * 3, (32, 0, 96, 64))
+            picture.save(file, "PNG")
             examples.append({"image": file.getvalue(), "caption": caption})
-    return examples
+    return Source("pictures", "train", 0, examples)
 
 
 def _run(out: pathlib.Path, *workdirs: str) -> tuple[dict[str, Any], str]:

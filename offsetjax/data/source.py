@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from offsetjax.data.cache import DESCRIPTION, Cache, read_cache
-from offsetjax.data.images import UnreadableImage, decode
+from offsetjax.data.images import UnreadableImage, decode, resize_and_crop, time_ids
 from offsetjax.errors import UserError
 
 
@@ -63,6 +63,17 @@ class Source:
                 "build the data set again with `offsetjax data build`"
             ) from error
         return {"pixels": pixels, "caption": record["caption"], "name": record["name"]}
+
+    def cropped(self, index: int, resolution: int) -> dict[str, Any]:
+        """A record as training sees it: `pixels` uint8 `[r, r, 3]`, `time_ids` float32 `[6]`, `caption` and `name`.
+
+        Raises:
+            UserError: it cannot be read or decoded.
+        """
+        record = self.decoded(index)
+        height, width, _ = record["pixels"].shape
+        pixels = resize_and_crop(record["pixels"], resolution)
+        return {**record, "pixels": pixels, "time_ids": time_ids(height, width, resolution)}
 
     def describe(self, index: int) -> str:
         """Which record of which data set it is, for a message."""

@@ -19,7 +19,6 @@ from absl import flags
 from jaxtyping import Int
 
 from offsetjax.data.cache import Cache
-from offsetjax.data.images import resize_and_crop, time_ids
 from offsetjax.data.source import Source, split_names
 from offsetjax.errors import UserError
 
@@ -176,15 +175,11 @@ def _about_pictures(cache: Cache, split: str) -> dict[str, Any]:
 def _example(source: Source, resolution: int, index: int) -> dict[str, Any]:
     if source.cache:
         record = source[index]
-        seen = {"views": record["moments"], "time_ids": record["time_ids"]}
+        seen = {"views": record["moments"]}
     else:
-        record = source.decoded(index)
-        height, width, _ = record["pixels"].shape
-        seen = {
-            "pixels": resize_and_crop(record["pixels"], resolution),
-            "time_ids": time_ids(height, width, resolution),
-        }
-    return {**seen, "caption": record["caption"], "index": np.int64(index)}
+        record = source.cropped(index, resolution)
+        seen = {"pixels": record["pixels"]}
+    return {**seen, "time_ids": record["time_ids"], "caption": record["caption"], "index": np.int64(index)}
 
 
 def _flip(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

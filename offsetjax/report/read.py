@@ -8,16 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from offsetjax.data.images import UnreadableImage, decode
+from offsetjax.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
-
-# Pictures of a data set: enough for a standard deviation to two digits, and seconds to read.
-MEASURED_AT_MOST = 2048
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def read_arms(workdirs: Sequence[str]) -> list[Arm]:
     if not workdirs:
         raise UserError("report: no work directory; give at least one --workdir=DIR")
     workdirs = [run for workdir in workdirs for run in _runs_of(workdir)]
-    data: dict[tuple[str, str, bool], Data | str] = {}
+    data: dict[tuple[str, str, bool, int], Data | str] = {}
     return [_read_arm(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
 
 
@@ -132,9 +128,10 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     raise UserError("report: the same --workdir is given twice; give each one once")
 
 
-def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool], Data | str]) -> Arm:
+def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, int], Data | str]) -> Arm:
     config = _read_config(workdir / "config.json")
-    where = (str(config["data.path"]), str(config["data.split"]), bool(config.get("data.cached_latents")))
+    about = (bool(config.get("data.cached_latents")), int(config["data.resolution"]))
+    where = (str(config["data.path"]), str(config["data.split"]), *about)
     if where not in data:
         data[where] = _measure(*where)
     samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
@@ -233,19 +230,12 @@ def read_picture(path: epath.Path) -> Image.Image:
         raise UserError(f"report: {path} is not a readable picture; delete it or draw it again") from error
 
 
-def _measure(path: str, split: str, cached_latents: bool) -> Data | str:
+def _measure(path: str, split: str, cached_latents: bool, resolution: int) -> Data | str:
     """Measures a data set, or says why it cannot: a report is often made where the data no longer are."""
     try:
         source = open_source(path, split, cached_latents)
-        size = len(source)
-        indices = np.linspace(0, size - 1, min(size, MEASURED_AT_MOST)).astype(int)
-        captions, brightness = [], []
-        for index in indices:
-            example = source[int(index)]
-            captions.append(str(example["caption"]))
-            mean = example["brightness"] if cached_latents else decode(example["image"]).mean() / 255
-            brightness.append(float(mean))
-    except (UserError, UnreadableImage, OSError, KeyError, ValueError) as error:
+        captions = tuple(source[index]["caption"] for index in evenly_spaced(source))
+        return Data(len(source), captions, tuple(data_brightness(source, resolution).tolist()))
+    except (UserError, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"the data set could not be measured ({reason})"
-    return Data(size, tuple(captions), tuple(brightness)) if brightness else "the data set is empty"
