@@ -38,7 +38,8 @@ def _next(measured: dict[int, int], limit: int, fixed: int) -> int:
     """What to measure next; a batch that was measured already where that is the answer.
 
     The largest batch within the limit on the line through the two measurements on both sides of it: near it a compiler
-    saves memory, so that a line through two on one side leads far astray. Where there is one side, on its line.
+    saves memory, so that a line through two on one side leads far astray. Where there is one side, on its line, but to
+    no more than eight times what fits.
     """
     fitting = [batch for batch, needs in sorted(measured.items()) if needs <= limit]
     too_large = [
@@ -51,4 +52,4 @@ def _next(measured: dict[int, int], limit: int, fixed: int) -> int:
     low, high = [*fitting[-1:], *too_large[:1]] if fitting and too_large else [*fitting[-2:], *too_large[:2]]
     slope = max(1.0, (measured[high] - measured[low]) / (high - low))
     guess = int(low + (limit - measured[low]) // slope)
-    return max(1, min(guess, too_large[0] - 1) if too_large else guess)
+    return max(1, min(guess, too_large[0] - 1 if too_large else 8 * high))

@@ -63,6 +63,17 @@ def test_a_compiler_that_saves_memory_near_the_limit_only_leads_nowhere_far() ->
     assert len(measured) <= 1 + 5
 
 
+def test_a_larger_batch_that_takes_less_says_nothing_of_the_rest() -> None:
+    measured = {4: 60}
+
+    def total(batch: int) -> int:
+        measured[batch] = 6 * batch if batch <= 130 else 770 if batch <= 140 else 6 * batch
+        return measured[batch]
+
+    assert largest_batch(total, 800, 4, 60, fixed_bytes=20)[0] == 140
+    assert max(measured) <= 8 * 140
+
+
 def test_a_model_that_does_not_fit_at_all() -> None:
     assert largest_batch(lambda batch: 5000 + batch, 1000, 8, 5008) == (0, 5001)
 
