@@ -12,6 +12,8 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from offsetjax.files import write_whole
+
 _log = logging.getLogger("offsetjax")
 
 
@@ -29,9 +31,7 @@ class MetricsWriter:
         self._is_local = "://" not in str(workdir)
         self._writes = jax.process_index() == 0
         if self._writes:
-            unfinished = self._file.with_name(f".{self._file.name}.unfinished")  # a kill must not leave half of them
-            unfinished.write_text("".join(self._kept))
-            unfinished.replace(self._file)
+            write_whole(self._file, "".join(self._kept))
             self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
         self._num_steps, self._began = num_steps, time.monotonic()
         self._first_written: tuple[int, float] | None = None

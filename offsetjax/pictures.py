@@ -1,5 +1,6 @@
 """Pictures as they are kept: a grid, a PNG each, and a record of how they were drawn and how bright they are."""
 
+import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
+
+from offsetjax.files import write_whole
 
 _LEAST_WIDTH = 160  # of a picture in a comparison, and of a grid, in pixels
 
@@ -40,7 +43,7 @@ def write_samples(directory: epath.PathLike, name: str, pictures: Sequence[Pictu
         {**_record(picture), "box": [left, top, left + picture.image.shape[1], top + picture.image.shape[0]]}
         for picture, (left, top) in zip(pictures, layout.corners, strict=True)
     ]
-    (directory / f"{name}.json").write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
+    write_whole(directory / f"{name}.json", json.dumps({**about, "records": records}, indent=1) + "\n")
 
 
 def _record(picture: Picture) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def write_comparison(
     ]
     for pair in pairs:
         pair.pop("brightness")
-    (directory / "compare.json").write_text(json.dumps({**about, "records": pairs}, indent=1) + "\n")
+    write_whole(directory / "compare.json", json.dumps({**about, "records": pairs}, indent=1) + "\n")
 
 
 def side_by_side(before: Sequence[Picture], after: Sequence[Picture]) -> Image.Image:
@@ -154,5 +157,6 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 
 def write_png(path: epath.Path, image: Image.Image) -> None:
     """Writes a PNG, to remote paths too."""
-    with path.open("wb") as file:
-        image.save(file, "PNG")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())

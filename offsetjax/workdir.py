@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from offsetjax import checkpoint, sharding
 from offsetjax.config import from_json, to_json
 from offsetjax.errors import UserError
+from offsetjax.files import write_whole
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
 from offsetjax.models.initial import abstract_trained
@@ -75,10 +76,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes config.json under a temporary name and renames it: a work directory is never left with half of one."""
-    temporary = epath.Path(workdir) / ".config.json.unfinished"
-    temporary.write_text(to_json(config))
-    temporary.replace(epath.Path(workdir) / "config.json")
+    """Writes config.json."""
+    write_whole(epath.Path(workdir) / "config.json", to_json(config))
 
 
 def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Trained:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from offsetjax.errors import UserError
+from offsetjax.files import unfinished, write_whole
 
 SHARD_SIZE = 1024  # pictures: 100 to 500 MB, and as much encoding as an interruption can cost a process
 _NAME, _VERSION = "latents", "1.0.0"
@@ -147,7 +148,7 @@ class Shard:
     last: int
 
     def write(self, records: Iterable[Mapping[str, Any]], cache: Cache) -> None:
-        """Writes its records under a temporary name, and renames the file once it is whole."""
+        """Writes its records; the file is there once it is whole."""
         features = cache.features()
         serializer = ExampleSerializer(features.get_serialized_info())
         with tempfile.TemporaryDirectory(prefix="offsetjax_latents_") as local:  # ArrayRecord writes to no bucket
@@ -155,7 +156,7 @@ class Shard:
             with contextlib.closing(ArrayRecordWriter(str(file), _OPTIONS)) as writer:
                 for record in records:
                     writer.write(serializer.serialize_example(features.encode_example(record)))
-            _write(self.path, file.read_bytes())
+            write_whole(self.path, file.read_bytes())
 
 
 def is_finished(out: epath.PathLike, cache: Cache) -> bool:
@@ -181,8 +182,7 @@ def is_finished(out: epath.PathLike, cache: Cache) -> bool:
 def begin(out: epath.PathLike, cache: Cache) -> None:
     """Writes what a cache is made of, before any of its shards, where it is not there yet."""
     if not is_begun(out):
-        _folder(out).mkdir(parents=True, exist_ok=True)
-        _write(_folder(out) / DESCRIPTION, cache.to_json().encode())
+        write_whole(_folder(out) / DESCRIPTION, cache.to_json())
 
 
 def is_begun(out: epath.PathLike) -> bool:
@@ -226,29 +226,13 @@ def _folder(out: epath.PathLike) -> epath.Path:
 def _is_free(out: epath.Path) -> bool:
     """Whether nothing is there, or only what `begin` leaves when it is interrupted."""
     place = out
-    for name in (_NAME, _VERSION, _temporary(_folder(out) / DESCRIPTION).name):
+    for name in (_NAME, _VERSION, unfinished(_folder(out) / DESCRIPTION).name):
         if not place.exists():
             return True
         if not place.is_dir() or any(entry.name != name for entry in place.iterdir()):
             return False
         place = place / name
     return True
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Writes a file under a temporary name, and renames it once it is whole."""
-    temporary = _temporary(path)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: epath.Path) -> epath.Path:
-    return path.parent / f".{path.name}.unfinished"
 
 
 def _shards(out: epath.PathLike, cache: Cache, split: str, shard_size: int) -> Iterator[Shard]:

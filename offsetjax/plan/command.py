@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from offsetjax.errors import UserError
+from offsetjax.files import write_whole
 from offsetjax.plan.compile import Compiled, Request, check_topology, compile_step
 from offsetjax.plan.estimate import Plan, estimate
 from offsetjax.plan.search import largest_batch
@@ -61,7 +62,7 @@ def plan(
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(show(plans))
     if out:
-        epath.Path(out).write_text(json.dumps(plans, indent=2) + "\n")
+        write_whole(out, json.dumps(plans, indent=2) + "\n")
     return plans
 
 
