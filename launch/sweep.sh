@@ -7,7 +7,7 @@
 #   --list         prints the state and the name of each training, and runs none
 #   --dry_run      prints the commands that would be run, quoted so that they can be pasted
 #   --at_once=N    of --slices: no more than N at the same time; without it, all
-#   --delete       of --slices: gives a slice back when its training is done, with its disks
+#   --delete       of --slices: gives a slice back when its training is done, now or before, with its disks
 #
 # A training that is done is skipped, one that was interrupted goes on. If one fails, it is told, and the others are run.
 # SIGTERM, Ctrl-C and a lost terminal go to the training as SIGTERM, for it to save and to end; on slices it goes on.
@@ -46,21 +46,31 @@ read_flags() {
   fi
 }
 
-# Sets states, names, trainings (arguments, with tabs between) and slice_names; of those not done, unless they are listed.
+# Sets states, names, trainings (arguments, with tabs between) and slice_names, and how many are left; those done are
+# kept to be listed or, as an earlier sweep may have ended before it came to that, for their slices to be deleted.
 read_points() {
   local listing point state rest twice skipped=0
   listing=$("$root/launch/local.sh" sweep ${points[@]+"${points[@]}"})
-  states=() names=() trainings=() slice_names=()
+  if [[ $list == no ]]; then listing=$(done_first "$listing"); fi
+  states=() names=() trainings=() slice_names=() left=0
   while IFS=$'\t' read -r state point rest; do
     if [[ $list == no && $state == "done" ]]; then
       skipped=$((skipped + 1))
-      continue
+      [[ $delete == yes ]] || continue
+    else
+      left=$((left + 1))
     fi
     states+=("$state") names+=("$point") trainings+=("${rest#train$'\t'}") slice_names+=("$(slice_name "$point")")
   done <<<"$listing"
-  if [[ $list == no ]]; then say "$skipped trainings are done, ${#names[@]} are left"; fi
+  if [[ $list == no ]]; then say "$skipped trainings are done, $left are left"; fi
   twice=$(printf '%s\n' ${slice_names[@]+"${slice_names[@]}"} | sort | uniq -d)
   [[ $slices == no || -z $twice ]] || mistake "two slices would be called ${twice%%$'\n'*}: run these points apart"
+}
+
+# A slice that is done with is billed: it must not wait until others have trained.
+done_first() { # listing
+  awk -F '\t' '$1 == "done"' <<<"$1"
+  awk -F '\t' '$1 != "done"' <<<"$1"
 }
 
 # A point as a name of Google Cloud: small letters, digits and dashes, no more than 50.
@@ -119,34 +129,43 @@ run_child() { # command arguments...
 }
 
 train() { # index
-  local arguments slice=(${flags[@]+"${flags[@]}"} "--name=${slice_names[$1]}")
+  local arguments
   IFS=$'\t' read -ra arguments <<<"${trainings[$1]}"
   if [[ $slices == no ]]; then
     run_child "$root/launch/local.sh" train "${arguments[@]}"
-    return
+  else
+    tpu_vm "$1" supervise -- "${arguments[@]}"
   fi
-  run_child "$root/launch/tpu_vm.sh" supervise "${slice[@]}" -- "${arguments[@]}" || return
-  if [[ $delete == yes ]]; then run_child "$root/launch/tpu_vm.sh" delete "${slice[@]}" --yes; fi
+}
+
+tpu_vm() { # index command arguments...
+  local command=("$root/launch/tpu_vm.sh" "$2" ${flags[@]+"${flags[@]}"} "--name=${slice_names[$1]}" "${@:3}")
+  if [[ $dry_run == yes ]]; then
+    run_child "${command[@]}"
+  else
+    run_child "${command[@]}" 2> >(prefixed "${slice_names[$1]}" >&2)
+  fi
 }
 
 # Runs every `stride`-th training from the `first` on.
 lane() { # first stride
-  local i status worst=0
+  local i status kept worst=0
   for ((i = $1; i < ${#names[@]}; i += $2)); do
     if [[ -e $scratch/mistake ]]; then return 2; fi
     if [[ -n $ended ]]; then return "$ended"; fi
-    say "${names[i]}: training $((i + 1)) of ${#names[@]}"
-    status=0
-    if [[ $slices == yes && $dry_run == no ]]; then
-      train "$i" 2> >(prefixed "${slice_names[i]}" >&2) || status=$?
-    else
+    status=0 kept=""
+    if [[ ${states[i]} != "done" ]]; then
+      say "${names[i]}: training $((left - ${#names[@]} + i + 1)) of $left"
       train "$i" || status=$?
+    fi
+    if [[ $delete == yes && -z $ended ]] && ((status == 0)); then
+      tpu_vm "$i" delete --yes || status=$? kept="done, but its slice ${slice_names[i]} is not deleted, and billed: "
     fi
     status=${ended:-$status}
     case $status in
       0) say "${names[i]}: done" ;;
       2)
-        error "${names[i]}: a mistake, see above; no more trainings are begun"
+        error "${names[i]}: ${kept}a mistake, see above; no more trainings are begun"
         touch "$scratch/mistake"
         return 2
         ;;
@@ -155,7 +174,7 @@ lane() { # first stride
         return "$status"
         ;;
       *)
-        error "${names[i]}: failed with exit status $status; the others go on, the same command tries it again"
+        error "${names[i]}: ${kept}failed with exit status $status; the others go on, the same command tries it again"
         worst=1
         ;;
     esac

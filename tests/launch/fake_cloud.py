@@ -73,6 +73,8 @@ def describe():
 
 
 def delete():
+    if plan["refuse_delete"]:
+        fail(plan["refuse_delete"])
     if "SUSPENDED" in resource()["states"][0] and "force" not in flags:
         fail("INVALID_ARGUMENT: the queued resource is SUSPENDED")
     for node in resource()["nodes"]:
@@ -201,6 +203,7 @@ class Cloud:
             "workers": 1,
             "node_states": {},
             "refuse_create": "",
+            "refuse_delete": "",
             "refuse_describe": "",
             "drop": None,
         }

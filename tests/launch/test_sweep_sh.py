@@ -241,7 +241,38 @@ def test_each_training_has_a_slice_of_its_own(cloud: Cloud) -> None:
         assert arguments == [*training(seed, "gs://bucket/runs"), ""]
         assert f"sw-seed-{seed}: tpu_vm.sh: sw-seed-{seed} is deleted" in err
     assert not list(cloud.file("machines").iterdir())
-    assert not cloud.calls("sw-seed-1")
+    assert "sw-seed-1: tpu_vm.sh: there is no sw-seed-1" in err
+    assert len(cloud.calls("sw-seed-1")) == 1
+
+
+def test_the_slice_of_a_training_that_was_done_before_is_given_back_first(cloud: Cloud) -> None:
+    cloud.do("create", "--name=sw-seed-1")
+    assert sweep(cloud)[0] == 0
+    assert not cloud.calls("delete")
+    before = len(cloud.calls())
+    status, _, err = sweep(cloud, "--delete", "--at_once=1")
+    assert (status, "1 trainings are done, 3 are left" in err, "seed=0: training 1 of 3" in err) == (0, True, True), err
+    assert cloud.calls()[before][3:5] == ["describe", "sw-seed-1"]
+    assert not list(cloud.file("machines").iterdir())
+
+
+@pytest.mark.parametrize(("reason", "expected", "says"), [
+    ("UNAVAILABLE: try again later", 1, "failed with exit status 1; the others go on, the same command tries it again"),
+    ("PERMISSION_DENIED: no", 2, "a mistake, see above; no more trainings are begun"),
+])  # fmt: skip
+def test_a_slice_that_is_not_given_back_is_told_and_tried_again(
+    cloud: Cloud, reason: str, expected: int, says: str
+) -> None:
+    cloud.file("listing").write_text(listing(["new"], "gs://bucket/runs"))
+    cloud.plan["refuse_delete"] = reason
+    status, _, err = sweep(cloud, "--delete")
+    assert status == expected, err
+    assert f"error: seed=0: done, but its slice sw-seed-0 is not deleted, and billed: {says}" in err
+    cloud.plan["refuse_delete"] = ""
+    cloud.file("listing").write_text(listing(["done"], "gs://bucket/runs"))
+    assert sweep(cloud, "--delete")[0] == 0
+    assert not list(cloud.file("machines").iterdir())
+    assert steps(cloud, 0) == list(range(1, LAST_STEP + 1))
 
 
 def test_no_more_slices_than_asked_for_at_the_same_time(cloud: Cloud) -> None:
@@ -291,6 +322,8 @@ def test_a_dry_run_prints_a_command_a_slice(cloud: Cloud) -> None:
     status, out, err = sweep(cloud, "--dry_run", "--delete", "--env=my.env")
     assert (status, err, cloud.calls()) == (0, "", [])
     lines = [shlex.split(line) for line in out.splitlines()]
+    assert (lines[0][1], lines[0][5]) == ("delete", "--name=sw-seed-1")  # done before
+    del lines[0]
     assert [line[1] for line in lines] == ["supervise", "delete"] * 3
     flags = ["--zone=us-west4-a", "--accelerator_type=v5litepod-8", "--env=my.env", "--name=sw-seed-0"]
     assert lines[0][2:6] == lines[1][2:6] == flags
