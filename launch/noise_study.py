@@ -106,7 +106,9 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
             records = read_records(drawn(out, name, seed, start, False))
             prompts = read_records(drawn(out, name, seed, start, True))
             lines = (out / f"{name} {seed}" / "metrics.jsonl").read_text().splitlines()
-            last = json.loads(lines[-1])
+            metrics = [json.loads(line) for line in lines]
+            # A validation has a line of its own, before that of its step.
+            validations = [line["validation_plain"] for line in metrics if "validation_plain" in line]
             each.append(
                 {
                     "seed": seed,
@@ -115,8 +117,8 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
                         prompt: float(np.mean([r["brightness"] for r in prompts if r["prompt"] == prompt]))
                         for prompt in PROMPTS
                     },
-                    "validation_plain": last["validation_plain"],
-                    "train_minutes": last["time_seconds"] / 60,
+                    "validation_plain": validations[-1],
+                    "train_minutes": metrics[-1]["time_seconds"] / 60,
                 }
             )
         arms[arm] = each
