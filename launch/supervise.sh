@@ -4,9 +4,10 @@
 # A preempted slice cannot be restarted, only created again; the run goes on from its work directory on gs://. What only
 # the user can mend (exit status 2 of any step, or of the training) ends it at once.
 
-id=""  # of the run that is watched
-how="" # it went: done, stopped, mistake, again or unreachable
-why="" # in words
+id=""    # of the run that is watched
+how=""   # it went: done, stopped, mistake, again or unreachable
+why=""   # in words
+began="" # when the watching did; the wait for slices, which may take hours, is no sign of a good run
 
 step() { # command flags...
   local words=("$BASH" "$root/launch/tpu_vm.sh" "$1" "${flags[@]}" "${@:2}")
@@ -14,7 +15,7 @@ step() { # command flags...
 }
 
 supervise() {
-  local failures=0 began wait_seconds
+  local failures=0 wait_seconds
   trap 'say "the training goes on; the same command watches it again, \`stop\` ends it"; exit 130' INT
   split_flags "${given[@]}"
   # One copy for all attempts: what is changed here meanwhile must not get into a run that goes on.
@@ -22,7 +23,6 @@ supervise() {
   export OFFSETJAX_ARCHIVE=$archive
   adopt
   while :; do
-    began=$SECONDS
     attempt
     case $how in
       done)
@@ -37,7 +37,7 @@ supervise() {
       unreachable) give_up "$why" ;;
     esac
     id=""
-    if ((SECONDS - began >= steady)); then failures=0; fi
+    if [[ -n $began ]] && ((SECONDS - began >= steady)); then failures=0; fi
     ((++failures <= max_restarts)) || give_up "$why; that was failure $failures in a row (--max_restarts=$max_restarts)"
     wait_seconds=$((pause * (1 << (failures < 6 ? failures - 1 : 5))))
     say "$why; trying again in $wait_seconds s (failure $failures of at most $max_restarts in a row)"
@@ -66,10 +66,10 @@ adopt() {
   say "watching run $id, which goes on already"
 }
 
-# One attempt, from whatever is there to the end of the run; sets how and why.
+# One attempt, from whatever is there to the end of the run; sets how, why and began.
 attempt() {
   local status=0
-  how="" why=""
+  how="" why="" began=""
   if [[ -z $id ]]; then
     start_over || status=$?
     case $status in
@@ -78,7 +78,10 @@ attempt() {
       *) how=again why="the training did not start" ;;
     esac
   fi
-  if [[ -z $how ]]; then watch; fi
+  if [[ -z $how ]]; then
+    began=$SECONDS
+    watch
+  fi
 }
 
 # In a condition `set -e` is off: each step has to say what follows from its failure.

@@ -124,6 +124,13 @@ def test_a_long_run_starts_the_count_anew(cloud: Cloud) -> None:
     assert (status, err.count("trying again in 30 s (failure 1 of at most 1 in a row)")) == (0, 2), err
 
 
+def test_what_comes_before_a_run_is_no_part_of_it(cloud: Cloud) -> None:
+    run_file(cloud, "exits.my-tpu.0").write_text("1\n1\n")
+    slow = ("--max_restarts=1", "--prepare=/bin/sleep 4")
+    status, err = end_of(cloud.start("supervise", *slow, *TRAINING, OFFSETJAX_STEADY_SECONDS="4"))
+    assert (status, "that was failure 2 in a row" in err) == (1, True), err
+
+
 def test_a_run_that_the_user_stops_is_not_started_again(cloud: Cloud) -> None:
     run_file(cloud, "hold").touch()
     process = cloud.start("supervise", *TRAINING)
