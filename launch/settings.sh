@@ -93,19 +93,19 @@ must_match() { # setting pattern example
   [[ ${!1} =~ ^($2)$ ]] || mistake "--$1=$(quoted "${!1}"): expected something like $3"
 }
 
-# What is run on every worker: `train`, where the arguments begin with no other command. After checks that need no TPU,
+# What is run on every worker: `train`, where the arguments begin with no command. After checks that need no TPU,
 # `arguments` begins with it; all else is as it was given.
 check_arguments() {
   local argument flag=workdir folder=""
-  case ${arguments[0]-} in
-    train | calibrate | data) ;;
-    *) arguments=(train ${arguments[@]+"${arguments[@]}"}) ;;
-  esac
-  case ${arguments[0]} in
-    calibrate) flag=out ;;
-    data)
-      [[ ${arguments[1]-} == encode ]] || mistake "of the commands \`data\`, \`data encode\` alone runs on several workers"
-      flag=out
+  if ((${#arguments[@]} == 0)) || [[ ${arguments[0]} == --* ]]; then
+    arguments=(train ${arguments[@]+"${arguments[@]}"})
+  fi
+  case "$(quoted "${arguments[@]:0:2}") " in
+    "train "*) ;;
+    "calibrate "* | "data encode ") flag=out ;;
+    *)
+      mistake "$(quoted "${arguments[0]//[[:cntrl:]]/?}"): of the commands \`train\`, \`calibrate\` and \`data encode\`" \
+        "alone run on several workers"
       ;;
   esac
   for argument in "${arguments[@]}"; do
