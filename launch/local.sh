@@ -2,7 +2,8 @@
 # Runs the command `offsetjax` in .venv, which it makes at the first use and again whenever its requirements change.
 #
 #   launch/local.sh train --config=my.py       any arguments of offsetjax; paths are relative to the current directory
-#   launch/local.sh --processes=4 train …      as on a pod: 4 processes that train as one, on this machine's CPU
+#   launch/local.sh --processes=4 train …      as on a pod: 4 processes that train as one, on this machine's CPU;
+#                                              calibrate and data encode too
 #   launch/local.sh test                       lint, format, types, shell scripts, then the quick tests
 #   launch/local.sh test tests/launch -x       only pytest, with these arguments, at the root of the repository
 #
@@ -33,8 +34,8 @@ processes=1
 if [[ ${1-} == --processes=* ]]; then
   processes=${1#*=}
   shift
-  if [[ ! $processes =~ ^[1-9][0-9]{0,2}$ || ${1-} != train ]]; then
-    say "--processes=N, from 1 to 999, goes before train: launch/local.sh --processes=4 train …"
+  if [[ ! $processes =~ ^[1-9][0-9]{0,2}$ || ! (${1-} =~ ^(train|calibrate)$ || "${1-} ${2-}" == "data encode") ]]; then
+    say "--processes=N, from 1 to 999, goes before train, calibrate or data encode: launch/local.sh --processes=4 train …"
     exit 2
   fi
 fi

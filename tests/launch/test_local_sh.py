@@ -209,7 +209,7 @@ def main():
     print(os.environ["JAX_COORDINATOR_ADDRESS"], file=sys.stderr, flush=True)
     if sys.argv[-1] == "wait":
         time.sleep(60)
-    statuses = dict(word.split("=") for word in sys.argv[2:])
+    statuses = dict(word.split("=") for word in sys.argv if "=" in word)
     return int(statuses.get(who, 0))
 """
 
@@ -217,8 +217,6 @@ def main():
 @pytest.fixture
 def several(project: Project) -> Project:
     (project.root / "offsetjax.py").write_text(SEVERAL)
-    assert project.run("--processes=1", "test", "-x")[0] == 2  # only `train` is for several; and nothing is set up
-    assert not (project.root / ".venv").exists()
     return project
 
 
@@ -231,6 +229,11 @@ def test_several_processes_know_each_other_and_are_told_apart(several: Project) 
         assert f"[{index}] process {index} of 3 cpu train 0=0\n" in err
     addresses = re.findall(r"^(?:\[[12]\] )?(localhost:\d+)$", err, re.MULTILINE)
     assert len(addresses) == 3 and len(set(addresses)) == 1, err
+
+    for command in (("calibrate",), ("data", "encode")):
+        process = several.start("--processes=2", *command, "0=0")
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, f"process 0 of 2 cpu {' '.join(command)} 0=0\n"), err
 
     # A mistake has the first word, then what was saved; otherwise it is the first failure.
     for arguments, status in {("0=143", "1=2"): 2, ("0=134", "1=143"): 143, ("1=137", "2=134"): 137}.items():
@@ -253,3 +256,12 @@ def test_several_processes_know_each_other_and_are_told_apart(several: Project) 
 def test_a_number_of_processes_that_is_none_is_refused(flag: str, project: Project) -> None:
     status, _, err = project.run(flag, "train")
     assert (status, err.count("\n"), "from 1 to 999" in err) == (2, 1, True)
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("test", "-x"), ("export",), ("training",), ("data",), ("data", "build"), ("data encode",), ("",)]
+)
+def test_what_one_process_does_is_refused_to_several(command: tuple[str, ...], project: Project) -> None:
+    status, _, err = project.run("--processes=1", *command)
+    assert (status, err.count("\n"), "before train, calibrate or data encode" in err) == (2, 1, True)
+    assert not (project.root / ".venv").exists()  # nothing is set up for it
