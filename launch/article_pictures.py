@@ -1,7 +1,7 @@
 """Makes the folders of captioned pictures of the article's re-enactment.
 
-python launch/article_pictures.py --out=DIR [--count=2048] [--seed=0]     that its base model is pretrained on
-python launch/article_pictures.py --out=DIR --fine_tuning [--seed=1]      the 40 that it is fine-tuned on
+.venv/bin/python launch/article_pictures.py --out=DIR [--count=2048] [--seed=0]     that its base model is pretrained on
+.venv/bin/python launch/article_pictures.py --out=DIR --fine_tuning [--seed=1]      the 40 that it is fine-tuned on
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Draws `configs/noise/kinds.png`: one draw of each kind of noise, and its power by wavelength.
 
-python launch/noise_figures.py [--out=configs/noise/kinds.png]
+.venv/bin/python launch/noise_figures.py [--out=configs/noise/kinds.png]
 """
 
 import argparse

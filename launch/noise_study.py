@@ -1,6 +1,6 @@
 """The study of noise in small: every kind of noise from scratch, three seeds each, compared by the brightness it draws.
 
-    python launch/noise_study.py --out=runs/noise [--jobs=2] [--seeds=3]
+    .venv/bin/python launch/noise_study.py --out=runs/noise [--jobs=2] [--seeds=3]
 
 makes the pictures, trains `configs/noise/study.py` for each arm and seed (finished runs are kept), draws from each, and
 writes `study.json`, `study.md` and `study.png` into the folder. One to one and a half hours on two CPU cores.

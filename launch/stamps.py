@@ -1,8 +1,8 @@
 """A folder of captioned pictures from Tux Paint's stamps, to try offsetjax with real pictures and no download of data.
 
     apt-get install tuxpaint-stamps-default
-    python launch/stamps.py --out=runs/stamps_pictures
-    offsetjax data build --images=runs/stamps_pictures --out=runs/stamps_data
+    .venv/bin/python launch/stamps.py --out=runs/stamps_pictures
+    launch/local.sh data build --images=runs/stamps_pictures --out=runs/stamps_data
 
 Debian's `tuxpaint-stamps-default` (GPL-2) holds cut-out photographs and drawings with English captions. Each is put on
 four grounds, so that the brightness of the pictures covers the whole range: "A windmill, on a black background."
