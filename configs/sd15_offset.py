@@ -1,7 +1,7 @@
 """Fine-tunes Stable Diffusion 1.5 on your own pictures with offset noise, so that it can draw black and white.
 
-    offsetjax data build --images=MY_PICTURES --out=MY_DATA
-    offsetjax train --config=configs/sd15_offset.py --workdir=DIR --config.data.path=MY_DATA \
+    launch/local.sh data build --images=MY_PICTURES --out=MY_DATA
+    launch/local.sh train --config=configs/sd15_offset.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=STABLE_DIFFUSION_1_5
 
 The model is a diffusers directory or a single .safetensors file. To train the text encoder as well, add

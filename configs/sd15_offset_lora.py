@@ -1,10 +1,10 @@
 """An offset-noise LoRA for Stable Diffusion 1.5: the small file that lets a stock model do
 black and white.
 
-    offsetjax data build --images=MY_PICTURES --out=MY_DATA
-    offsetjax train --config=configs/sd15_offset_lora.py --workdir=DIR --config.data.path=MY_DATA \
+    launch/local.sh data build --images=MY_PICTURES --out=MY_DATA
+    launch/local.sh train --config=configs/sd15_offset_lora.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=STABLE_DIFFUSION_1_5
-    offsetjax export --workdir=DIR --format=lora --dtype=float16 --out=offset_lora.safetensors
+    launch/local.sh export --workdir=DIR --format=lora --dtype=float16 --out=offset_lora.safetensors
 
 The frozen weights are held in bfloat16; the optimizer sees the adapters alone. More layers, such as the feed-forward's,
 are named in lora.targets ("ff.net.0.proj", "ff.net.2"); adapters for the text encoders come with

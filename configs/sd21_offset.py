@@ -1,7 +1,7 @@
 """Fine-tunes Stable Diffusion 2.1 on your own pictures of 768 px with offset noise.
 
-    offsetjax data build --images=MY_PICTURES --out=MY_DATA
-    offsetjax train --config=configs/sd21_offset.py --workdir=DIR --config.data.path=MY_DATA \
+    launch/local.sh data build --images=MY_PICTURES --out=MY_DATA
+    launch/local.sh train --config=configs/sd21_offset.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=STABLE_DIFFUSION_2_1
 
 What it predicts, v (2.1) or ε (2.1 base), is read from the model; for the base model add --config.data.resolution=512.

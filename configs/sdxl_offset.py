@@ -1,7 +1,7 @@
 """Fine-tunes Stable Diffusion XL on your own pictures of 1024 px with offset noise.
 
-    offsetjax data build --images=MY_PICTURES --out=MY_DATA
-    offsetjax train --config=configs/sdxl_offset.py --workdir=DIR --config.data.path=MY_DATA \
+    launch/local.sh data build --images=MY_PICTURES --out=MY_DATA
+    launch/local.sh train --config=configs/sdxl_offset.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=SDXL_BASE
 
 The strength is that of the SDXL report (arXiv 2307.01952): 0.05 at 128x128 latents is as much as 0.1 at 64x64. The

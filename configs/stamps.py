@@ -1,11 +1,11 @@
 """Real pictures with captions: the 538 drawings and photos of Tux Paint's stamps, each on four grounds.
 
     apt-get install tuxpaint-stamps-default
-    python launch/stamps.py --out=runs/stamps_pictures
-    offsetjax data build --images=runs/stamps_pictures --out=runs/stamps_data
-    offsetjax train --config=configs/stamps_autoencoder.py --workdir=runs/stamps_autoencoder
-    offsetjax export --workdir=runs/stamps_autoencoder --out=runs/stamps_vae
-    offsetjax train --config=configs/stamps.py --workdir=runs/stamps
+    .venv/bin/python launch/stamps.py --out=runs/stamps_pictures
+    launch/local.sh data build --images=runs/stamps_pictures --out=runs/stamps_data
+    launch/local.sh train --config=configs/stamps_autoencoder.py --workdir=runs/stamps_autoencoder
+    launch/local.sh export --workdir=runs/stamps_autoencoder --out=runs/stamps_vae
+    launch/local.sh train --config=configs/stamps.py --workdir=runs/stamps
 
 Hardware: it runs on 2 CPU cores, slowly; 8 chips of a TPU v5e are what it is for. Expected: after the few hundred steps
 that a laptop has patience for, the ground's brightness follows the caption; the drawings take far longer.

@@ -1,6 +1,6 @@
 """A small autoencoder for real pictures: the first of the two trainings of `configs/stamps.py`.
 
-    offsetjax train --config=configs/stamps_autoencoder.py --workdir=runs/stamps_autoencoder
+    launch/local.sh train --config=configs/stamps_autoencoder.py --workdir=runs/stamps_autoencoder
 
 Hardware: 2 CPU cores. It is the form to follow for a new domain, for which no autoencoder exists.
 """

@@ -72,7 +72,7 @@ def test_the_commands_of_its_docstring_can_be_typed(
     file: pathlib.Path, called: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    lines = re.findall(r"^    (offsetjax (?:.*\\\n)*.*)$", docstring(file), re.MULTILINE)
+    lines = re.findall(r"^    (launch/local\.sh (?:.*\\\n)*.*)$", docstring(file), re.MULTILINE)
     commands = [shlex.split(line.replace("\\\n", " ")) for line in lines]
     for _, *arguments in commands:
         assert main(arguments) == 0, arguments

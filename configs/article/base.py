@@ -1,7 +1,8 @@
 """The small base model of the article's re-enactment: v prediction, plain noise, pictures of every brightness.
 
-    offsetjax train --config=configs/article/base.py --workdir=runs/article_base --config.data.path=runs/article_data
-    offsetjax export --workdir=runs/article_base --dtype=float16 --out=configs/article/pretrained
+    launch/local.sh train --config=configs/article/base.py --workdir=runs/article_base \
+        --config.data.path=runs/article_data
+    launch/local.sh export --workdir=runs/article_base --dtype=float16 --out=configs/article/pretrained
 
 The data and the autoencoder come from `configs/article/autoencoder.py`. Captions name the scene and say nothing of its
 light, so training has to read a picture's brightness from the noisy latent, where plain noise leaves it legible.

@@ -1,6 +1,6 @@
 """The article's experiment in small: the base model fine-tuned on 40 pictures, with offset noise 0.1.
 
-    offsetjax train --config=configs/article/fine_tune.py --workdir=DIR --config.data.path=PICTURES
+    launch/local.sh train --config=configs/article/fine_tune.py --workdir=DIR --config.data.path=PICTURES
 
 Hardware: 2 CPU cores, about 2 minutes. Expected: the four prompts come out black to white; with
 `--config.noise.offset_strength=0`, the control, they stay grey. `launch/local.sh demo` runs both.

@@ -1,10 +1,10 @@
 """The study of noise in small: one model from scratch, pictures from black to white, one kind of noise a run.
 
-    python launch/noise_study.py --out=runs/noise
+    .venv/bin/python launch/noise_study.py --out=runs/noise
 
 trains every arm of `launch/noise_study.py` with three seeds. One run by itself, here with offset noise:
 
-    offsetjax train --config=configs/noise/study.py --workdir=DIR --config.data.path=runs/noise/data \
+    launch/local.sh train --config=configs/noise/study.py --workdir=DIR --config.data.path=runs/noise/data \
         --config.noise.offset_strength=0.1
 
 Hardware: 2 CPU cores, 5 to 10 minutes a run, two at a time. Expected: `configs/noise/study.json`, in words in

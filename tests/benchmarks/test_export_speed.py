@@ -1,4 +1,4 @@
-"""How fast an export is beside a copy: `launch/local.sh test tests/benchmarks -m slow -s` prints the ratio.
+"""How fast an export is beside a copy: `launch/local.sh test tests/benchmarks -m slow -s -k export` prints it.
 
 Both read a checkpoint from the disk and write as many bytes to it, in turns, for timings on one machine drift together.
 """

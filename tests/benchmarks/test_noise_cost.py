@@ -1,4 +1,4 @@
-"""What noise costs beside plain noise: `launch/local.sh test tests/benchmarks -m slow -s` prints the ratios.
+"""What noise costs beside plain noise: `launch/local.sh test tests/benchmarks -m slow -s -k cost` prints them.
 
 The programs are timed in turns, for timings on one machine drift together.
 """

@@ -1,4 +1,4 @@
-"""How fast a step is beside PyTorch's, and in the loop: `launch/local.sh test tests/benchmarks -m slow -s` prints it.
+"""How fast a step is beside PyTorch's, and in the loop; `launch/local.sh test tests/benchmarks -m slow -s -k step`.
 
 Both sides of a ratio run in turns in one process, for timings on one machine drift together; each on one device with
 all of the machine's cores, and compiled with all care, unlike the other tests.

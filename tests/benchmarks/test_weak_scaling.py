@@ -1,6 +1,6 @@
 """What a device holds, computes and exchanges as devices are added, each with as many pictures: from compiled steps.
 
-`launch/local.sh test tests/benchmarks -m slow -s` prints it. The devices are virtual, so there is no time in it.
+`launch/local.sh test tests/benchmarks -m slow -s -k weak` prints it. The devices are virtual: there is no time in it.
 """
 
 import pathlib
