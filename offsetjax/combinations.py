@@ -15,7 +15,7 @@ Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
 
 def combinations(values: Values) -> Wrongs:
     """Every rule, for the values of a config by their paths, each of which is in its range."""
-    for rules in (_training, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _autoencoder):
+    for rules in (_training, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _task):
         yield from rules(values)
 
 
@@ -233,25 +233,42 @@ def _spectrum(values: Values) -> Wrongs:
             yield True, f"noise.spectrum: {' '.join(str(error).split())}"
 
 
-def _autoencoder(values: Values) -> Wrongs:
-    """What cannot apply to the training of an autoencoder."""
+def _task(values: Values) -> Wrongs:
+    """What the task does not read.
+
+    An autoencoder's training may name the other networks, as presets do, and how a picture is drawn: no picture is
+    asked for.
+    """
+    defaults = dict(flatten(default_config()))
     if values["task"] != "autoencoder":
+        yield (
+            values["loss.kl_weight"] != defaults["loss.kl_weight"],
+            f"loss.kl_weight cannot apply to task = {values['task']!r}, which trains no autoencoder; set it back",
+        )
         return
-    defaults = {"noise.kind": "offset", "noise.probability": 1.0}
-    sections = ("probe.every_steps", "validation.every_steps")
+    sections = ("encode.", "lora.", "noise.", "schedule.")
     others = (
         "data.cached_latents",
-        "lora.rank",
-        "lora.pretrained",
-        "optimizer.text_encoder_learning_rate",
-        "schedule.zero_terminal_snr",
+        "model.from_scratch",
+        "model.attention",
+        "model.remat",
+        "model.scan_layers",
         "loss.min_snr_gamma",
+        "loss.min_timestep",
+        "optimizer.text_encoder_learning_rate",
+        "sample.every_steps",
+        "sample.prompts",
         "sample.brightness",
-        *sections,
+        "validation.every_steps",
+        "probe.every_steps",
     )
-    for path, value in values.items():
-        if (path.startswith("noise.") or path in others) and value not in (defaults.get(path, 0), "", ()):
-            yield True, f"{path} cannot apply to task = 'autoencoder'; set it back"
+    wrong = [
+        path
+        for path, value in values.items()
+        if (path.startswith(sections) or path in others) and value not in (defaults[path], 0, "", ())
+    ]
+    back = "it" if len(wrong) == 1 else "them"
+    yield wrong, f"{', '.join(wrong)} cannot apply to task = 'autoencoder'; set {back} back"
 
 
 def _sampling(values: Values) -> Wrongs:

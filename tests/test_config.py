@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from offsetjax.config import (
     validate,
 )
 from offsetjax.errors import UserError
+from offsetjax.presets import small_autoencoder, stable_diffusion_1, stable_diffusion_xl
+from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.py") if "def get_config(" in file.read_text())
@@ -236,6 +239,23 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ),
         ({"task": "autoencoder", "probe.every_steps": 1}, ("probe.every_steps cannot apply",)),
         ({"task": "autoencoder", "noise.kind": "adjusted"}, ("noise.kind cannot apply",)),
+        ({"task": "autoencoder", "encode.caption_dropout": 0.2}, ("encode.caption_dropout cannot apply",)),
+        ({"task": "autoencoder", "encode.long_captions": "refuse"}, ("encode.long_captions cannot apply",)),
+        ({"task": "autoencoder", "loss.min_timestep": 700}, ("loss.min_timestep cannot apply",)),
+        ({"task": "autoencoder", "sample.every_steps": 100}, ("sample.every_steps cannot apply",)),
+        ({"task": "autoencoder", "sample.prompts": ("a cat",)}, ("sample.prompts cannot apply",)),
+        ({"task": "autoencoder", "model.remat": "blocks"}, ("model.remat cannot apply",)),
+        ({"task": "autoencoder", "model.attention": "xla"}, ("model.attention cannot apply",)),
+        ({"task": "autoencoder", "model.scan_layers": "always"}, ("model.scan_layers cannot apply",)),
+        (
+            {"task": "autoencoder", "model.pretrained": "a", "model.from_scratch": ("unet",)},
+            ("model.from_scratch cannot apply",),
+        ),
+        (
+            {"task": "autoencoder", "schedule.prediction_type": "v_prediction", "schedule.beta_end": 0.02},
+            ("schedule.beta_end, schedule.prediction_type cannot apply to task = 'autoencoder'; set them back",),
+        ),
+        ({"loss.kl_weight": 1e-5}, ("loss.kl_weight cannot apply to task = 'diffusion'", "set it back")),
     ],
 )
 def test_combinations_that_contradict_each_other_are_refused(changes: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -244,6 +264,18 @@ def test_combinations_that_contradict_each_other_are_refused(changes: dict[str, 
     with pytest.raises(UserError) as caught:
         validate(config)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("preset", [small_autoencoder, stable_diffusion_1, stable_diffusion_xl])
+def test_an_autoencoder_is_trained_by_the_presets_of_whole_models(preset: Callable[[ConfigDict], None]) -> None:
+    config = default_config()
+    preset(config)
+    config.task, config.loss.kl_weight, config.encode.caption_dropout = "autoencoder", 1e-5, 0.0
+    validate(config)
+
+
+def test_an_autoencoder_of_the_smallest_model_is_accepted() -> None:
+    validate(tiny_config(task="autoencoder", noise__offset_strength=0.0, loss__kl_weight=1e-5))
 
 
 @pytest.mark.parametrize(
