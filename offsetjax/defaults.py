@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
             "variant": "",  # of a directory's weights, such as fp16; empty: the plain files, or the only variant
             "family": "",  # sd1, sd2 or sdxl; empty: as the checkpoint or the architecture below says
             "from_scratch": (),  # parts to draw at random: unet, vae, text_encoder, text_encoder_2, tokenizer
-            "dtype": "bfloat16",  # compute; parameters are float32
+            "dtype": "bfloat16",  # compute, but for an autoencoder that is trained; parameters are float32
             "attention": "auto",  # the kernel in training: splash on TPUs, cudnn on GPUs, xla elsewhere
             "remat": "none",  # what the backward pass computes again: none, attention, blocks or full
             "scan_layers": "auto",  # layers that repeat become a loop: always, never, or auto: where FSDP splits them
@@ -189,7 +189,7 @@ def default_config() -> ConfigDict:
         {
             "learning_rate": 1e-5,
             "text_encoder_learning_rate": 0.0,  # 0: the text encoders are frozen
-            "warmup_steps": 100,
+            "warmup_steps": 100,  # cut to train.steps, so that short trials reach the learning rate too
             "decay": "cosine",
             "b1": 0.9,
             "b2": 0.999,
