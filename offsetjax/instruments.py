@@ -48,8 +48,8 @@ class Instruments:
     memory after the first step, and traces `train.profile_steps`.
     """
 
-    def __init__(self, workdir: epath.PathLike, profile_steps: Sequence[int], devices: Sequence[Any]):
-        self._profile, self._devices, self._ran = Profile(workdir, profile_steps), devices, False
+    def __init__(self, workdir: epath.PathLike, profile_steps: Sequence[int], devices: Sequence[Any], begin: int = 1):
+        self._profile, self._devices, self._ran = Profile(workdir, profile_steps, begin), devices, False
         self._compilations, self._hits = 0, 0
         jax.monitoring.register_event_listener(self._on_event)
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
@@ -113,19 +113,26 @@ def _log_memory(devices: Sequence[Any]) -> None:
 class Profile:
     """A trace of the steps from `first` to `last`, both included, in `workdir/profile`; it is shown by xprof.
 
-    Without `steps` there is none.
+    Without `steps` there is none. A run that goes on at step `begin` traces those that are still to come.
     """
 
-    def __init__(self, workdir: epath.PathLike, steps: Sequence[int]):
+    def __init__(self, workdir: epath.PathLike, steps: Sequence[int], begin: int = 1):
         self._folder = epath.Path(workdir) / "profile"
-        self._first, self._last = steps or (0, -1)
+        first, self._last = steps or (0, -1)
+        self._first = max(first, begin)
+        self._reached = 0
         self._local: tempfile.TemporaryDirectory[str] | None = None
+        if steps and begin > self._last:
+            _log.warning("train.profile_steps = %s: nothing is traced, for the run goes on at step %d", steps, begin)
 
     def before(self, step: int) -> None:
         """Starts the trace, where this step is in it."""
-        if self._local is None and self._first <= step <= self._last:
+        if not self._first <= step <= self._last:
+            return
+        if self._local is None:
             self._local = tempfile.TemporaryDirectory(prefix="offsetjax_profile_")
             jax.profiler.start_trace(self._local.name)
+        self._reached = step
 
     def after(self, step: int, state: PyTree) -> None:
         """Ends and writes the trace, where this step is the last of it."""
@@ -144,4 +151,4 @@ class Profile:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
         self._local = None
-        _log.info("steps %d to %d are traced in %s; see it with xprof", self._first, self._last, self._folder)
+        _log.info("steps %d to %d are traced in %s; see it with xprof", self._first, self._reached, self._folder)

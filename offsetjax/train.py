@@ -93,7 +93,7 @@ def _loop(
     clock = StepClock(start, train.global_batch_size, ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel()))
     host_batches = stream.iterator(start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
-    instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices)
+    instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1)
     metrics = MetricsWriter(run.workdir, start, train.steps)
     unwritten: tuple[int, Any] | None = None
     last: Any = None

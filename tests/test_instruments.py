@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def resumed(base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
-    """A run that was stopped after two steps and resumed, with a trace of a step, and what it logged."""
+    """A run that was stopped after two steps and resumed, with a trace of the rest, and what it logged."""
     workdir = tmp_path_factory.mktemp("resumed") / "run"
     lines: list[str] = []
     handler = logging.Handler()
@@ -42,7 +42,7 @@ def resumed(base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         train(tiny_config(data_path(base)), workdir)
         shutil.rmtree(workdir / "checkpoints" / "4")
         jax.clear_caches()  # as in another process
-        train(tiny_config(data_path(base), train__profile_steps=(4, 4)), workdir)
+        train(tiny_config(data_path(base), train__profile_steps=(2, 4)), workdir)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
         log.removeHandler(handler)
@@ -65,7 +65,30 @@ def test_a_trace_can_be_opened_and_holds_the_step(resumed: tuple[pathlib.Path, s
     data = jax.profiler.ProfileData.from_file(str(file))
     names = {event.name for plane in data.planes for line in plane.lines for event in line.events}
     assert any("train_step" in name for name in names)
-    assert f"steps 4 to 4 are traced in {workdir}/profile" in log
+    assert f"steps 3 to 4 are traced in {workdir}/profile" in log  # it goes on after the second
+    assert "nothing is traced" not in log
+
+
+def test_a_trace_of_steps_that_are_over_is_told_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = []
+    for steps, begin in (((20, 24), 25), ((20, 24), 24), ((), 25)):
+        Instruments(epath.Path(tmp_path), steps, jax.devices(), begin).close()
+        told += [record.getMessage() for record in caplog.records]
+        caplog.clear()
+    assert told == ["train.profile_steps = (20, 24): nothing is traced, for the run goes on at step 25"]
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_trace_that_is_cut_short_says_how_far_it_reached(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "offsetjax")
+    watched = Instruments(epath.Path(tmp_path), (2, 9), jax.devices())
+    for step in (1, 2, 3):
+        watched.before(step)
+        watched.after(step, {})
+    watched.close()  # as when SIGTERM came
+    assert f"steps 2 to 3 are traced in {tmp_path}/profile" in caplog.text
 
 
 def test_a_cpu_has_no_peak_and_no_mfu(resumed: tuple[pathlib.Path, str]) -> None:
