@@ -91,8 +91,8 @@ def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool
         cached_latents: it is what `offsetjax data encode` wrote instead.
 
     Raises:
-        UserError: no data set, another format, other features, an unknown or empty split, or one of latents that is
-            cut by shards; latents for pictures, or pictures for latents.
+        UserError: no data set, a damaged one, another format, other features, an unknown or empty split, or one of
+            latents that is cut by shards; latents for pictures, or pictures for latents.
     """
     folder = version_folder(path)
     cache = read_cache(folder)
@@ -111,7 +111,7 @@ def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool
             f"data: the split {split!r} is cut by shards, which have other records in {folder} than in its pictures' "
             "data set; cut it by percents or numbers, such as 'train[:90%]'"
         )
-    builder = tfds.builder_from_directory(folder)
+    builder = _builder(folder)
     missing = {"moments" if cache else "image", "caption"} - set(builder.info.features or {})
     if missing:
         raise UserError(f"data: {folder} has no feature {sorted(missing)[0]!r}; it must have image and caption")
@@ -128,6 +128,18 @@ def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool
         raise UserError(f"data: the split {split!r} of {folder} is empty")
     files = [(str(each.filename), each.skip, each.skip + each.take) for each in info.file_instructions]
     return Source(str(folder), split, num_bytes, records, tuple(files), cache)
+
+
+def _builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(folder)
+    except OSError:  # the disk or the network, not what is written there
+        raise
+    except Exception as error:  # TFDS and its parsers raise several kinds
+        raise UserError(
+            f"data: {folder} cannot be opened: {_one_line(error)}; its dataset_info.json or its features.json is "
+            "damaged: copy them again, or build the data set again"
+        ) from error
 
 
 def version_folder(path: epath.PathLike) -> epath.Path:

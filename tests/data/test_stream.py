@@ -239,6 +239,19 @@ def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: path
         open_source(tmp_path / "b")
 
 
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("text", [None, "{}", "[1]", ""])
+def test_a_damaged_description_is_told(
+    tmp_path: pathlib.Path, data_set: pathlib.Path, file: str, text: str | None
+) -> None:
+    copied = shutil.copytree(data_set, tmp_path / "copy")
+    [damaged] = copied.rglob(file)
+    damaged.write_text(damaged.read_text()[:50] if text is None else text)
+    with pytest.raises(UserError, match=r"cannot be opened: .*json is damaged: copy them again, or build") as refused:
+        open_source(copied)
+    assert "\n" not in str(refused.value)
+
+
 def position_picture(height: int, width: int, orientation: int) -> bytes:
     """Red is twice the column of a pixel and green twice its row, once the picture is turned as its EXIF says."""
     rows, columns = np.mgrid[:height, :width]
