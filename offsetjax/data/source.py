@@ -1,9 +1,11 @@
 """A data set that is opened for random access: TFDS, in ArrayRecord, with no tensorflow."""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
@@ -112,9 +114,7 @@ def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool
             "data set; cut it by percents or numbers, such as 'train[:90%]'"
         )
     builder = _builder(folder)
-    missing = {"moments" if cache else "image", "caption"} - set(builder.info.features or {})
-    if missing:
-        raise UserError(f"data: {folder} has no feature {sorted(missing)[0]!r}; it must have image and caption")
+    _check_features(folder, builder.info.features or {}, ("moments" if cache else "image", "caption"))
     try:
         info = builder.info.splits[split]
         num_bytes = int(info.num_bytes)
@@ -140,6 +140,31 @@ def _builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
             f"data: {folder} cannot be opened: {_one_line(error)}; its dataset_info.json or its features.json is "
             "damaged: copy them again, or build the data set again"
         ) from error
+
+
+def _check_features(folder: epath.Path, features: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises a UserError unless the features of these names are there, and are what they are called."""
+    for name in names:
+        if name not in features:
+            raise UserError(f"data: {folder} has no feature {name!r}; it must have {' and '.join(names)}")
+        kind, is_kind = _FEATURES[name]
+        if not is_kind(features[name]):
+            found = " ".join(repr(features[name]).split())
+            raise UserError(
+                f"data: {folder} has the feature {name!r} as {found}, but it must be {kind}; prepare the data with one"
+            )
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Tensor) and (feature.shape, feature.np_dtype) == ((), np.object_)
+
+
+# What a feature has to be, in TFDS's words, and whether it is: a class label or a list of texts is no caption.
+_FEATURES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "image": ("an Image", lambda feature: isinstance(feature, tfds.features.Image)),
+    "moments": ("a Tensor", lambda feature: isinstance(feature, tfds.features.Tensor)),
+    "caption": ("a Text", _is_text),
+}
 
 
 def version_folder(path: epath.PathLike) -> epath.Path:

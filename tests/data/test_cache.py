@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,14 @@ def test_latents_and_pictures_are_not_taken_for_each_other(pictures: pathlib.Pat
         inspect(cached)
     with pytest.raises(UserError, match=r"has pictures, not their latents; .*`offsetjax data encode`"):
         open_source(pictures, cached_latents=True)
+
+
+def test_a_cache_without_latents_is_told_what_it_lacks(cached: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copied = shutil.copytree(cached, tmp_path / "copy")
+    [features] = copied.rglob("features.json")
+    features.write_text(features.read_text().replace('"moments"', '"means"'))
+    with pytest.raises(UserError, match="has no feature 'moments'; it must have moments and caption"):
+        open_source(copied, cached_latents=True)
 
 
 @pytest.mark.parametrize(

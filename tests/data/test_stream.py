@@ -239,6 +239,36 @@ def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: path
         open_source(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("name", "feature", "value", "words"),
+    [
+        (
+            "caption",
+            tfds.features.Sequence(tfds.features.Text()),
+            ["a", "b"],
+            r"Sequence\(Text\(.*, but it must be a Text",
+        ),
+        ("caption", tfds.features.ClassLabel(names=["x"]), 0, r"ClassLabel\(.*, but it must be a Text"),
+        ("image", tfds.features.Text(), "a path", r"Text\(.*, but it must be an Image"),
+    ],
+)
+def test_features_of_another_kind_are_not_trained_on(
+    tmp_path: pathlib.Path, data_set: pathlib.Path, name: str, feature: Any, value: Any, words: str
+) -> None:
+    features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+    record = {"image": open_source(data_set)[4]["image"], "caption": "4"}
+    write_split(tmp_path / "set", {**features, name: feature}, [{**record, name: value}])
+    with pytest.raises(UserError, match=f"has the feature '{name}' as {words}; prepare the data with one") as refused:
+        open_source(tmp_path / "set")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_string_that_is_not_called_text_is_one(tmp_path: pathlib.Path, data_set: pathlib.Path) -> None:
+    features = {"image": tfds.features.Image(), "caption": tfds.features.Tensor(shape=(), dtype=np.str_)}
+    write_split(tmp_path / "set", features, [{"image": open_source(data_set)[4]["image"], "caption": "4"}])
+    assert open_source(tmp_path / "set")[0]["caption"] == "4"
+
+
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("text", [None, "{}", "[1]", ""])
 def test_a_damaged_description_is_told(
