@@ -50,6 +50,19 @@ FOREIGN_NAMES = {
 }
 
 
+# What no loss depends on, but for rounding: it may change when a run resumes, and in a report it sets no runs apart.
+INDIFFERENT_FIELDS = (
+    "train.log_every_steps",
+    "train.profile_steps",
+    "train.stall_seconds",
+    "data.num_workers",
+    "model.attention",
+    "model.remat",
+    "model.scan_layers",
+)
+INDIFFERENT_SECTIONS = ("mesh", "checkpoint")
+
+
 def default_config() -> ConfigDict:
     """The defaults of every field: Stable Diffusion 1.x's architecture and schedule, plain noise.
 

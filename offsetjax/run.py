@@ -24,6 +24,7 @@ from offsetjax.calibration import FILLED, fill
 from offsetjax.config import default_config, flatten, validate
 from offsetjax.data.source import captions
 from offsetjax.data.stream import Stream, check_fingerprint, make_stream
+from offsetjax.defaults import INDIFFERENT_FIELDS, INDIFFERENT_SECTIONS
 from offsetjax.diffusion.noise import describe
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
@@ -55,21 +56,15 @@ Statistics = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]  # the mean
 
 # What may change when a run resumes: nothing that the losses depend on, but for the number of steps and of devices.
 RESUMABLE_CHANGES = (
+    *INDIFFERENT_FIELDS,
     "train.steps",
-    "train.log_every_steps",
-    "train.profile_steps",
-    "train.stall_seconds",
     "data.path",
-    "data.num_workers",
     "model.pretrained",
     "model.variant",
-    "model.attention",
-    "model.remat",
-    "model.scan_layers",
     "lora.pretrained",  # read before the first step alone
     "noise.calibration",  # what it filled in is compared
 )
-RESUMABLE_SECTIONS = ("mesh", "checkpoint", "sample", "validation", "probe")
+RESUMABLE_SECTIONS = (*INDIFFERENT_SECTIONS, "sample", "validation", "probe")
 
 
 @dataclass(frozen=True)

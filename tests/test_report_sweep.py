@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offsetjax.config import default_config
+from offsetjax.config import default_config, flatten
+from offsetjax.defaults import INDIFFERENT_FIELDS
 from offsetjax.errors import UserError
 from offsetjax.presets import stable_diffusion_xl
 from offsetjax.report.pool import pool
@@ -57,6 +58,14 @@ def test_runs_that_differ_in_their_seed_alone_are_one(tmp_path: pathlib.Path, da
     assert not (tmp_path / "page_files" / "after_2.png").exists()
 
 
+@pytest.mark.parametrize("field", [*INDIFFERENT_FIELDS, "mesh.fsdp", "checkpoint.every_steps", "sample.every_steps"])
+def test_seeds_are_averaged_whatever_machine_they_ran_on(tmp_path: pathlib.Path, data: Any, field: str) -> None:
+    default = dict(flatten(default_config()))[field]
+    other = {int: 7, str: "another", tuple: (20, 24)}[type(default)]
+    _sweep(tmp_path / "runs", {"seed=0": {"seed": 0}, "seed=1": {"seed": 1, field: other}})
+    assert len(pool(read_arms([str(tmp_path / "runs")]))) == 1
+
+
 def test_the_same_training_twice_is_no_seed_of_another(tmp_path: pathlib.Path, data: Any) -> None:
     arms = [_workdir(tmp_path / name, 0.1, {}) for name in ("a", "b")]
     assert [each["name"] for each in _run(tmp_path, *arms)[0]["pools"]] == ["a", "b"]
@@ -99,6 +108,7 @@ def test_two_fields_that_are_varied_make_a_series_each_value_of_the_other(tmp_pa
         {"noise.kind": "adjusted"},  # no number
         {"lora.rank": 4, "optimizer.learning_rate": 1e-3},  # two at once
         {"mesh.fsdp": 2},  # of no matter
+        {"train.stall_seconds": 60},
         {"seed": 3},
     ],
 )

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from offsetjax.defaults import INDIFFERENT_FIELDS, INDIFFERENT_SECTIONS
 from offsetjax.report import article
 from offsetjax.report.read import Arm, Data, Samples
 
 Numbers = dict[str, Any]
 
-# Fields that do not bear on what is learned: arms that differ in them are still a controlled comparison.
+# How fields begin that do not bear on what is learned: arms that differ in them are still a controlled comparison.
 INDIFFERENT = (
-    *("train.log_every_steps", "checkpoint.", "mesh.", "data.num_workers"),
+    *INDIFFERENT_FIELDS,
+    *(f"{section}." for section in INDIFFERENT_SECTIONS),
     *("sample.every_steps", "validation.every_steps", "probe.every_steps"),
 )
 
