@@ -69,6 +69,11 @@ def architecture(config: ConfigDict) -> ConfigDict:
 
 def _of_preset(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
+    if config.lora.pretrained and not config.lora.rank:
+        raise UserError(
+            f"config: the rank of lora.pretrained = {config.lora.pretrained!r} is not read without model.pretrained, "
+            f"and {config.model.pretrained} is not there; give it as lora.rank"
+        )
     parts = [part for part in ("unet", "vae", *text_parts(config)) if not is_from_scratch(config, part)]
     if config.model.family:
         preset, defaults = default_config(), dict(flatten(default_config()))

@@ -15,6 +15,7 @@ import pytest
 from offsetjax.abstract import abstract_frozen, abstract_pipeline, abstract_state, model_flops
 from offsetjax.cli import main
 from offsetjax.config import load_config
+from offsetjax.errors import UserError
 from offsetjax.plan.program import architecture
 from tests.tiny import tiny_config
 
@@ -218,6 +219,14 @@ def test_an_architecture_that_is_not_there_is_its_familys(tmp_path: pathlib.Path
     assert planned.model.unet.cross_attention_dim == 1024
     assert planned.model.text_encoder.num_hidden_layers == 23
     assert planned.model.pretrained == ""
+
+
+def test_adapters_to_start_from_are_planned_by_the_rank_that_is_given() -> None:
+    """Neither they nor their model are there: without a rank the whole model would be planned."""
+    lora = [("lora.pretrained", "gone.safetensors")]
+    with pytest.raises(UserError, match=r"lora.pretrained = 'gone.safetensors' .*; give it as lora.rank"):
+        architecture(load_config(SD2, lora))
+    assert architecture(load_config(SD2, [*lora, ("lora.rank", "16")])).lora.rank == 16
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=str)
