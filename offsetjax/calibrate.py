@@ -41,6 +41,7 @@ from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
+from offsetjax.files import check_file
 from offsetjax.latents import open_vae
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.pipeline import Pipeline
@@ -60,7 +61,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         target: the terminal SNR that the mean of a channel may have.
 
     Raises:
-        UserError: an argument out of range, or a mistake in the config or the data.
+        UserError: an argument out of range, an `out` that cannot be written, or a mistake in the config or the data.
     """
     out = epath.Path(out)
     if out.suffix != ".json":
@@ -71,6 +72,8 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         raise UserError(
             f"calibrate: task = {config.task!r} noises no latents; give the config of the diffusion training"
         )
+    if jax.process_index() == 0:  # who writes it
+        check_file("calibrate", out)
     mesh = sharding.make_mesh(config)
     source = open_source(config.data.path, config.data.split, config.data.cached_latents)
     if len(source) < 2:

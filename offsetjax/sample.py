@@ -22,6 +22,7 @@ from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.encode import encode_captions
 from offsetjax.errors import UserError
+from offsetjax.files import check_folder
 from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.models.resolve import check_resolution
 from offsetjax.objective import training_noise
@@ -260,21 +261,12 @@ def sample(
     **settings: Any,
 ) -> list[Picture]:
     """Draws into `out`: `NAME.png`, `NAME.json` and each picture's own PNG; otherwise as `draw_model`."""
-    out = _folder(out)
+    out = check_folder("sample", out)
     pictures, about = draw_model(model, prompts, seeds, **settings)
     write_samples(out, name, pictures, about)
     for index, picture in enumerate(pictures):
         write_png(out / f"{name}_{index:03}_seed_{picture.seed}.png", Image.fromarray(picture.image))
     return pictures
-
-
-def _folder(out: epath.PathLike) -> epath.Path:
-    """The folder for the pictures; one that cannot be is told before the pictures are drawn."""
-    out = epath.Path(out)
-    there = next((path for path in (out, *out.parents) if path.exists()), None)
-    if there and not there.is_dir():
-        raise UserError(f"sample: {there} is a file; give an --out that is a folder, or can be one")
-    return out
 
 
 def sample_workdir(
@@ -310,7 +302,7 @@ def compare(
     Both draw from the same seeds, at the size and by the settings of the second, each from the noise of its own
     training. One is in memory at a time.
     """
-    out = _folder(out)
+    out = check_folder("sample", out)
     after_model = load_after()
     config = after_model.config
     after, about_after = draw_model(after_model, prompts, seeds, **settings)

@@ -447,7 +447,6 @@ def test_a_training_without_its_file_does_not_begin(data: pathlib.Path, tmp_path
         (("--out={out}.json", "--config.task=autoencoder", "--config.noise.offset_strength=0"), "noises no latents"),
         (("--out={out}.json", "--config.data.path={out}"), "holds no data set"),
         (("--out={out}.json", "--config.data.split=train[:1]"), "a variance needs two or more"),
-        (("--out={here}/a file/c.json", "--config.noise.offset_strength=0"), "give another --out"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -461,10 +460,22 @@ def test_a_mistake_is_one_line(
     file.write_text(
         f"from tests.tiny import tiny_config\n\n\ndef get_config():\n    return tiny_config({str(data)!r})\n"
     )
-    (tmp_path / "a file").touch()
-    given = [argument.format(out=tmp_path / "out", here=tmp_path) for argument in arguments]
+    given = [argument.format(out=tmp_path / "out") for argument in arguments]
     assert main(["calibrate", f"--config={file}", *given]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("offsetjax: error: ") and words in error[-1]
-    assert len(error) == 1 or "give another" in words
+    assert len(error) == 1
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [("a file/c.json", "a file is a file, where"), ("folder.json", "folder.json is a folder, where")]
+)
+def test_an_out_that_cannot_be_is_told_before_the_data_are_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, out: str, words: str
+) -> None:
+    monkeypatch.setattr("offsetjax.calibrate.open_source", None)
+    (tmp_path / "a file").touch()
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=rf"^calibrate: {tmp_path}/{words} --out needs .*; give another --out$"):
+        calibrate(_tiny(tmp_path), tmp_path / out)

@@ -283,6 +283,35 @@ def test_out_must_be_a_page(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "take", "words"),
+    [
+        ("page.html", pathlib.Path.mkdir, "is a folder, where --out needs a file"),
+        ("page_files", pathlib.Path.touch, "is a file, where --out needs a folder"),
+    ],
+)
+def test_an_out_that_cannot_be_is_told_before_the_runs_are_read(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    take: Callable[[pathlib.Path], None],
+    words: str,
+) -> None:
+    monkeypatch.setattr("offsetjax.report.read_arms", None)
+    take(tmp_path / place)
+    with pytest.raises(UserError, match=f"^report: {tmp_path / place} {words}; give another --out$"):
+        report([str(tmp_path)], str(tmp_path / "page.html"))
+
+
+def test_a_folder_that_is_not_ours_is_told_before_the_runs_are_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offsetjax.report.read_arms", None)
+    monkeypatch.setattr("os.access", lambda *_: False)  # as for whoever is not root
+    with pytest.raises(UserError, match=f"^report: {tmp_path} cannot be written to; give another --out$"):
+        report([str(tmp_path)], str(tmp_path / "new" / "page.html"))
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"noise.offset_strength": 0.0}, "plain noise"),

@@ -12,6 +12,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from offsetjax.errors import UserError
+from offsetjax.files import check_file, check_folder
 from offsetjax.report import curves, figures, page
 from offsetjax.report.conclusions import conclusions, trained_on_black
 from offsetjax.report.headline import headline
@@ -36,6 +37,8 @@ def report(workdirs: Sequence[str], out: str) -> None:
     target = epath.Path(out)
     if target.suffix != ".html":
         raise UserError(f"report: --out={out} must end in .html")
+    check_file("report", target)
+    folder = check_folder("report", target.parent / f"{target.stem}_files")
     arms = read_arms(workdirs)
     pools = pool(arms)
     series = find_series(pools)
@@ -46,7 +49,6 @@ def report(workdirs: Sequence[str], out: str) -> None:
         for each, summary in zip(pools, pooled["arms"], strict=True)
     ]
     pictures = _pictures(pools, series, numbers["pools"])
-    folder = target.parent / f"{target.stem}_files"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in pictures.items():
