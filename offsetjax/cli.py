@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = data.add_parser("inspect", help="what a data set holds", allow_abbrev=False)
     sub.set_defaults(run=_data_inspect)
     sub.add_argument("--data", required=True)
+    sub.add_argument("--split", default="train", help="of the data set, such as test or train[:10%%]; %(default)s")
     sub.add_argument("--out", help="a PNG for the contact sheet")
 
     sub = command("report", _report, "compare runs on one HTML page")
@@ -350,7 +351,7 @@ def _data_inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
     from offsetjax.data.build import inspect
 
-    inspect(options.data, options.out)
+    inspect(options.data, options.out, options.split)
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -136,7 +136,11 @@ def test_a_finished_training_is_left_alone(
 
 def test_a_data_set_is_inspected(base: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "inspect", f"--data={data_path(base)}"]) == 0
-    assert "16" in capsys.readouterr().out
+    assert "train: 16 pictures" in capsys.readouterr().out
+    assert main(["data", "inspect", f"--data={data_path(base)}", "--split=train[:4]"]) == 0
+    assert "train[:4]: 4 pictures" in capsys.readouterr().out
+    words = "has no split 'test'; it has train"
+    assert words in _refused(capsys, "data", "inspect", f"--data={data_path(base)}", "--split=test")
 
 
 @pytest.mark.parametrize(

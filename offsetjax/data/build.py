@@ -188,9 +188,10 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     Args:
         path: as for `open_source`.
         out: a PNG to write, a contact sheet of up to 24 pictures with their captions.
+        split: as for `open_source`.
 
     Raises:
-        UserError: no data set, or a record that cannot be decoded.
+        UserError: no data set or split, or a record that cannot be decoded.
     """
     source = open_source(path, split)
     indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
