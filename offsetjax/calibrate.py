@@ -29,7 +29,6 @@ from offsetjax.calibration import (
     filled,
     leak,
     recommended_strengths,
-    replace_file,
     snrs,
     summarise,
     write_calibration,
@@ -41,7 +40,7 @@ from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.encode import to_unit_range
 from offsetjax.errors import UserError
-from offsetjax.files import check_file
+from offsetjax.files import check_file, write_whole
 from offsetjax.latents import open_vae
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.pipeline import Pipeline
@@ -100,7 +99,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         write_calibration(out, calibration)
         picture = out.parent / f"{out.stem}.png"
         recommended = _with_strength(config, strengths.max(), schedule, downscale)
-        replace_file(picture, _png(leak_figure(calibration, noise, recommended, schedule)))
+        write_whole(picture, _png(leak_figure(calibration, noise, recommended, schedule)))
         _log.info("%s: give it as noise.calibration; the figure is %s", out, picture)
     return calibration
 

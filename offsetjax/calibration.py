@@ -28,7 +28,8 @@ from ml_collections import ConfigDict
 from offsetjax.diffusion.noise import make_noise
 from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.diffusion.spectrum import frequencies, multiplicity
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
+from offsetjax.files import write_whole
 
 # The fields of config.noise that a calibration may fill in.
 FILLED = ("noise.channel_strengths", "noise.spectrum", "noise.data_mean", "noise.data_mean_std")
@@ -252,23 +253,7 @@ def write_calibration(path: epath.PathLike, calibration: Calibration) -> None:
     recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
     content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
     text = json.dumps(content, indent=1, allow_nan=False, default=np.ndarray.tolist)
-    replace_file(path, f"{text}\n".encode())
-
-
-def replace_file(path: epath.PathLike, content: bytes) -> None:
-    """Writes under a temporary name and renames it: no reader finds half a file.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
-    path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.unfinished"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"calibrate: cannot write {path} ({error.strerror}); give another --out") from error
+    write_whole(path, f"{text}\n")
 
 
 def read_calibration(path: epath.PathLike) -> Calibration:
@@ -286,7 +271,7 @@ def read_calibration(path: epath.PathLike) -> Calibration:
     except OSError as error:
         raise UserError(f"noise.calibration: {path} cannot be read ({error.strerror}); {remedy}") from error
     except (ValueError, TypeError, KeyError) as error:  # half a file, one that was edited, or another's
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"noise.calibration: {path} is no calibration ({reason}); {remedy}") from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from offsetjax.defaults import default_config, flatten
 from offsetjax.diffusion.spectrum import formula_spectrum
+from offsetjax.errors import one_line
 
 Values = Mapping[str, Any]  # by path
 Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
@@ -230,7 +231,7 @@ def _spectrum(values: Values) -> Wrongs:
         try:
             formula_spectrum(formula, side, side)
         except ValueError as error:
-            yield True, f"noise.spectrum: {' '.join(str(error).split())}"
+            yield True, f"noise.spectrum: {one_line(error)}"
 
 
 def _task(values: Values) -> Wrongs:

@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class PreemptedError(Exception):
     """SIGTERM came, to any of the processes: all have saved the same step. The command line exits with status 143."""
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What another library's exception says, in one line of at most so many characters; if nothing, its kind."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -23,7 +23,7 @@ from jax._src import cloud_tpu_init  # no public module says whether JAX is to l
 from jax._src.distributed import global_state  # nor gives its client of the coordination service
 from jax.experimental import multihost_utils
 
-from offsetjax.errors import PreemptedError, UserError
+from offsetjax.errors import PreemptedError, UserError, one_line
 
 STALLED = 75  # exit status: EX_TEMPFAIL of sysexits.h, to be tried again
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -84,7 +84,7 @@ def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
         except BaseException:
             traceback.print_exc()
             status = 1
-        end_all(status, " ".join(str(error).split()) or type(error).__name__)
+        end_all(status, one_line(error))
     _leave()
 
 

@@ -92,7 +92,7 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     mesh = sharding.make_mesh(config)
     is_new = not (workdir / "config.json").exists()
     meet("the work directory is looked at")  # the first process must not write before the others have looked
-    config = (_begin if is_new else _reopen)(config, workdir, source)
+    config = _begin(config, workdir, source) if is_new else _reopen(config, workdir)
     pipeline = build(config, read_tokenizers(workdir / "frozen"))
     frozen = load_frozen(workdir / "frozen", config, pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
     if not is_new:  # the data may be others than those that the run was begun with
@@ -141,8 +141,7 @@ def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
         source.cache.check(source.path, config.data, encoder_checksum(vae_params))
 
 
-def _reopen(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
-    del source
+def _reopen(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     config = reopened(config, workdir)
     if jax.process_index() == 0:
         write_config(workdir, config)
@@ -229,6 +228,9 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
         if row.undivided:
             whole = f"{len(row.undivided)} large ones whole: {row.undivided[0]}, …"
             _log.warning("  mesh.fsdp = %d divides no axis of %s", run.mesh.shape["fsdp"], whole)
+    warmup, steps = config.optimizer.warmup_steps, config.train.steps
+    if warmup > steps:
+        _log.warning("optimizer.warmup_steps = %d is cut to train.steps = %d", warmup, steps)
     params = initial_trained(config, pipeline, shardings.params)
     # Donated: the first state holds the parameters once, whatever their size.
     begin = jax.jit(lambda params: init_state(params, config), out_shardings=shardings, donate_argnums=0)
@@ -261,7 +263,8 @@ def _no_tokens(caption: str) -> Tokens:
 def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
     """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures.
 
-    Of a cache, those by which its autoencoder was standardised.
+    They are the first of the training's order, again and again where there are fewer. Of a cache, those by which its
+    autoencoder was standardised.
 
     Raises:
         UserError: it was not.

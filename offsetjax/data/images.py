@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from offsetjax.errors import one_line
+
 # Pictures beyond 8192 x 8192 are refused by their header: 20 kB of PNG can decode to hundreds of megabytes.
 MAX_PIXELS = 2**26
 
@@ -106,13 +108,13 @@ def _load(data: bytes) -> tuple[Image.Image, int]:
     except Image.UnidentifiedImageError:
         raise UnreadableImage("not a picture in a format of " + ", ".join(FORMATS)) from None
     except Exception as error:  # a decoder of untrusted bytes may raise anything
-        raise UnreadableImage(f"corrupt: {_one_line(error)}") from error
+        raise UnreadableImage(f"corrupt: {one_line(error)}") from error
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
     try:
         image.load()
     except Exception as error:  # as above
-        raise UnreadableImage(f"corrupt or truncated: {_one_line(error)}") from error
+        raise UnreadableImage(f"corrupt or truncated: {one_line(error)}") from error
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # broken metadata do not make the picture unreadable
@@ -124,7 +126,7 @@ def _pixels(image: Image.Image, orientation: int) -> UInt8[np.ndarray, "h w 3"]:
     try:
         rgb = _to_rgb(image)
     except Exception as error:  # as above: palettes out of range, modes without a conversion
-        raise UnreadableImage(f"mode {image.mode} cannot be shown: {_one_line(error)}") from error
+        raise UnreadableImage(f"mode {image.mode} cannot be shown: {one_line(error)}") from error
     if orientation != 1:
         rgb = rgb.transpose(_TRANSPOSITIONS[orientation])
     return np.asarray(rgb)
@@ -149,7 +151,3 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         shown[grey == transparent] = 255
     return Image.fromarray(shown).convert("RGB")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -11,7 +11,7 @@ from etils import epath
 
 from offsetjax.data.cache import DESCRIPTION, Cache, read_cache
 from offsetjax.data.images import UnreadableImage, decode, resize_and_crop, time_ids
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Source:
             record = self.records[int(index)]
         except Exception as error:  # the reader's own errors, of several libraries, for bytes that have changed
             raise UserError(
-                f"data: record {index} of {self.path} ({self.split}) cannot be read: {_one_line(error)}; "
+                f"data: record {index} of {self.path} ({self.split}) cannot be read: {one_line(error)}; "
                 "the file is damaged: copy it again, or build the data set again"
             ) from error
         return {**record, "caption": _text(record["caption"]), "name": _text(record.get("name", b""))}
@@ -137,7 +137,7 @@ def _builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
         raise
     except Exception as error:  # TFDS and its parsers raise several kinds
         raise UserError(
-            f"data: {folder} cannot be opened: {_one_line(error)}; its dataset_info.json or its features.json is "
+            f"data: {folder} cannot be opened: {one_line(error)}; its dataset_info.json or its features.json is "
             "damaged: copy them again, or build the data set again"
         ) from error
 
@@ -205,7 +205,3 @@ def _find(path: epath.PathLike, name: str) -> list[epath.Path]:
 
 def _text(value: bytes | str) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 from offsetjax.formats.header import MAX_BYTES, Entry, format_header, parse_header
 from offsetjax.formats.tensors import Index, Tensor, cast, whole_ranges
 
@@ -114,7 +114,7 @@ def open_file(path: epath.PathLike, where: str) -> tuple[dict[str, Tensor], dict
     try:
         entries, metadata = parse_header(file.read(8, start).tobytes())
     except ValueError as error:
-        raise file.damaged(" ".join(str(error).split())[:200]) from error
+        raise file.damaged(one_line(error)) from error
     end = start + (entries[-1].end if entries else 0)
     if size != end:
         raise file.damaged(f"it has {size} bytes, not {end}")

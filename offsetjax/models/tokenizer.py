@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Int
 from transformers import CLIPTokenizer
 
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _VOCABULARY = Path(__file__).with_name("clip_vocabulary.txt.gz")
@@ -79,7 +79,7 @@ def load_tokenizer(directory: epath.PathLike) -> CLIPTokenizer:
         try:
             tokenizer = CLIPTokenizer.from_pretrained(local)
         except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            what = " ".join(str(error).split())[:200]
+            what = one_line(error)
             raise UserError(f"tokenizer: {directory} cannot be read: {what}; fetch it again") from error
     if len(tokenizer.encoder) > len(_symbols()) + len(tokenizer.bpe_ranks) + 2:  # words that no merge makes
         raise UserError(f"tokenizer: {directory}/merges.txt is not whole; fetch it again")

@@ -12,7 +12,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from offsetjax.errors import UserError
-from offsetjax.files import check_file, check_folder
+from offsetjax.files import check_file, check_folder, write_whole
 from offsetjax.report import curves, figures, page
 from offsetjax.report.conclusions import conclusions, trained_on_black
 from offsetjax.report.headline import headline
@@ -49,15 +49,11 @@ def report(workdirs: Sequence[str], out: str) -> None:
         for each, summary in zip(pools, pooled["arms"], strict=True)
     ]
     pictures = _pictures(pools, series, numbers["pools"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, png in pictures.items():
-            _write(folder / f"{name}.png", png)
-        text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
-        _write(target.parent / "report.json", f"{text}\n".encode())
-        _write(target, page.render(numbers, pictures).encode())
-    except OSError as error:
-        raise UserError(f"report: cannot write {out} ({error.strerror}); give another --out") from error
+    for name, png in pictures.items():
+        write_whole(folder / f"{name}.png", png)
+    text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(target.parent / "report.json", f"{text}\n")
+    write_whole(target, page.render(numbers, pictures))
 
 
 def _pictures(pools: Sequence[Pool], series: Sequence[Series], summaries: Sequence[dict]) -> dict[str, bytes]:
@@ -97,10 +93,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Writes under a temporary name first, so that no reader finds half a file."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(path)

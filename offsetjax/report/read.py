@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from offsetjax.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _read_samples(path: epath.Path) -> Samples:
         if not all(math.isfinite(record.brightness) and 0 <= record.brightness <= 1 for record in samples.records):
             raise ValueError("a brightness that is not between 0 and 1")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"report: {path} is not a record of samples ({reason}); delete it or draw it again") from error
     return samples
 
@@ -237,5 +237,5 @@ def _measure(path: str, split: str, cached_latents: bool, resolution: int) -> Da
         captions = tuple(source[index]["caption"] for index in evenly_spaced(source))
         return Data(len(source), captions, tuple(data_brightness(source, resolution).tolist()))
     except (UserError, OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         return f"the data set could not be measured ({reason})"
