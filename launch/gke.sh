@@ -36,6 +36,7 @@ check_settings() {
   must_match max_restarts '0|[1-9][0-9]{0,5}' 20
   must_match grace_seconds '[1-9][0-9]{0,5}' 600
   check_arguments
+  if [[ ${arguments[0]} == --* ]]; then arguments=(train "${arguments[@]}"); fi
 }
 
 # A list that JSON and YAML read alike. Kubernetes would put a variable's value in the place of $(NAME); $$( is its $(.

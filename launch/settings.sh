@@ -93,27 +93,25 @@ must_match() { # setting pattern example
   [[ ${!1} =~ ^($2)$ ]] || mistake "--$1=$(quoted "${!1}"): expected something like $3"
 }
 
-# What is run on every worker: `train`, where the arguments begin with no command. After checks that need no TPU,
-# `arguments` begins with it; all else is as it was given.
+# What is run on every worker, after checks that need no TPU: `train`, where the arguments begin with no command.
 check_arguments() {
-  local argument flag=workdir folder=""
-  if ((${#arguments[@]} == 0)) || [[ ${arguments[0]} == --* ]]; then
-    arguments=(train ${arguments[@]+"${arguments[@]}"})
-  fi
-  case "$(quoted "${arguments[@]:0:2}") " in
-    "train "*) ;;
-    "calibrate "* | "data encode ") flag=out ;;
+  local argument flag=workdir folder="" command=""
+  case "$(quoted ${arguments[@]+"${arguments[@]:0:2}"}) " in
+    " " | --* | "'--"*) ;;
+    "train "*) command="train " ;;
+    "calibrate "*) command="calibrate " flag=out ;;
+    "data encode ") command="data encode " flag=out ;;
     *)
       mistake "$(quoted "${arguments[0]//[[:cntrl:]]/?}"): of the commands \`train\`, \`calibrate\` and \`data encode\`" \
         "alone run on several workers"
       ;;
   esac
-  for argument in "${arguments[@]}"; do
+  for argument in ${arguments[@]+"${arguments[@]}"}; do
     [[ $argument != *[[:cntrl:]]* ]] || mistake "a control character in the argument ${argument//[[:cntrl:]]/?}"
     [[ $argument != --$flag=* ]] || folder=${argument#*=}
   done
   [[ -n $folder ]] ||
-    mistake "the arguments follow --, such as: -- --config=configs/sd15_offset.py --$flag=gs://…"
+    mistake "the arguments follow --, such as: -- $command--config=configs/sd15_offset.py --$flag=gs://…"
   # The workers share no disk, and theirs go with the slice.
   [[ $folder == gs://* ]] || mistake "--$flag=$(quoted "$folder"): a place on gs://… is needed"
 }

@@ -147,6 +147,19 @@ tpu_vm() { # index command arguments...
   fi
 }
 
+# A slice on which nothing runs: one of a training that was done before may be another's by now.
+give_back() { # index
+  local found
+  if [[ ${states[$1]} == "done" && $dry_run == no ]]; then
+    found=$("$root/launch/tpu_vm.sh" status ${flags[@]+"${flags[@]}"} "--name=${slice_names[$1]}" 2>/dev/null || true)
+    if [[ $found == *" is running"* ]]; then
+      error "${slice_names[$1]} is busy with another run: \`stop\` that, or leave --delete out"
+      return 1
+    fi
+  fi
+  tpu_vm "$1" delete --yes
+}
+
 # Runs every `stride`-th training from the `first` on.
 lane() { # first stride
   local i status kept worst=0
@@ -159,7 +172,7 @@ lane() { # first stride
       train "$i" || status=$?
     fi
     if [[ $delete == yes && -z $ended ]] && ((status == 0)); then
-      tpu_vm "$i" delete --yes || status=$? kept="done, but its slice ${slice_names[i]} is not deleted, and billed: "
+      give_back "$i" || status=$? kept="done, but its slice ${slice_names[i]} is not deleted, and billed: "
     fi
     status=${ended:-$status}
     case $status in

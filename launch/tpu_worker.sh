@@ -2,7 +2,7 @@
 # One worker's part of tpu_vm.sh, which copies this checkout to ~/offsetjax/source on every worker and calls it there.
 #
 #   tpu_worker.sh setup [COMMAND]           sets up ~/offsetjax/venv, runs COMMAND, and answers with the versions
-#   tpu_worker.sh start RUN ARGUMENTS…      starts `offsetjax ARGUMENTS…`, which outlives the connection
+#   tpu_worker.sh start RUN ARGUMENTS…      starts `offsetjax [train] ARGUMENTS…`, which outlives the connection
 #   tpu_worker.sh status                    what runs here, or how the last run ended
 #   tpu_worker.sh stop RUN [now]            SIGTERM, for the checkpoint to be saved; or SIGKILL to all of the run
 #   tpu_worker.sh log [follow]              the last run's output
@@ -108,6 +108,7 @@ run() { # run arguments...
   (
     printf '%s\n' "$BASHPID" >"$runs/$run/pid"
     export OFFSETJAX_VENV=$base/venv OFFSETJAX_EXTRAS=tpu
+    if [[ $1 == --* ]]; then set -- train "$@"; fi
     exec launch/local.sh "$@"
   ) || status=$?
   record "$run" "$status"

@@ -248,9 +248,9 @@ def _task(values: Values) -> Wrongs:
         )
         return
     sections = ("encode.", "lora.", "noise.", "schedule.")
+    named_by_presets = ("schedule.prediction_type",)
     others = (
         "data.cached_latents",
-        "model.from_scratch",
         "model.attention",
         "model.remat",
         "model.scan_layers",
@@ -266,8 +266,12 @@ def _task(values: Values) -> Wrongs:
     wrong = [
         path
         for path, value in values.items()
-        if (path.startswith(sections) or path in others) and value not in (defaults[path], 0, "", ())
+        if (path.startswith(sections) or path in others)
+        and path not in named_by_presets
+        and value not in (defaults[path], 0, "", ())
     ]
+    if set(values["model.from_scratch"]) - {"vae"}:
+        wrong.append("model.from_scratch")
     back = "it" if len(wrong) == 1 else "them"
     yield wrong, f"{', '.join(wrong)} cannot apply to task = 'autoencoder'; set {back} back"
 

@@ -4,6 +4,7 @@ Each process encodes whole shards of its own, on all of its devices, in float32 
 default); `data/cache.py` says what is written.
 """
 
+import errno
 import itertools
 import logging
 import os
@@ -69,11 +70,11 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
     if is_first:
         caches.begin(out, cache)
     meet("the cache is begun")
-    _wait_for(
-        lambda: caches.is_begun(out),
-        f"data: process {jax.process_index()} does not see the cache that process 0 has begun in {out}; give as --out "
-        "a place that all processes share: gs://… or a shared disk",
-    )
+    if not _is_shown(lambda: caches.is_begun(out)):
+        raise UserError(
+            f"data: process {jax.process_index()} does not see the cache that process 0 has begun in {out}; give as "
+            "--out a place that all processes share: gs://… or a shared disk"
+        )
     if finished:
         if is_first:
             _log.info("%s: encoded already; give it as data.path, with data.cached_latents=True", out)
@@ -86,10 +87,9 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         shard.write(tracked(records, description, shard.last - shard.first, is_first), cache)
     meet("the latents are written")
     if is_first:
-        _wait_for(
-            lambda: not caches.missing_shards(out, cache, shard_size),
-            f"data: process 0 does not see all that the others have written in {out}; the same command goes on",
-        )
+        if not _is_shown(lambda: not caches.missing_shards(out, cache, shard_size)):
+            # No mistake of the user's: another start may find it.
+            raise OSError(errno.EIO, "process 0 does not see all that the other processes have written", str(out))
         caches.finish(out, cache, shard_size)
         counts = ", ".join(f"{count} of {split}" for split, count in cache.num_examples.items())
         _log.info("%s: %s encoded; give it as data.path, with data.cached_latents=True", out, counts)
@@ -116,13 +116,12 @@ def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, 
     return config, pipeline, params, statistics
 
 
-def _wait_for(is_shown: Callable[[], bool], mistake: str) -> None:
-    """Waits for what another process has written to be shown to this one, and raises a UserError where it is not."""
+def _is_shown(is_there: Callable[[], bool]) -> bool:
+    """Whether this process sees, now or after a while, what another has written."""
     end = time.monotonic() + _SHOWN_SECONDS
-    while not is_shown():
-        if time.monotonic() >= end:
-            raise UserError(mistake)
+    while not (is_shown := is_there()) and time.monotonic() < end:
         time.sleep(1)
+    return is_shown
 
 
 def _whole_splits(config: ConfigDict) -> dict[str, Source]:

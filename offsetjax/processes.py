@@ -84,7 +84,7 @@ def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
         except BaseException:
             traceback.print_exc()
             status = 1
-        end_all(status, one_line(error))
+        end_all(status, one_line(error, most=2000))
     _leave()
 
 

@@ -21,7 +21,7 @@ from offsetjax.config import (
     validate,
 )
 from offsetjax.errors import UserError
-from offsetjax.presets import small_autoencoder, stable_diffusion_1, stable_diffusion_xl
+from offsetjax.presets import small_autoencoder, stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -252,8 +252,8 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
             ("model.from_scratch cannot apply",),
         ),
         (
-            {"task": "autoencoder", "schedule.prediction_type": "v_prediction", "schedule.beta_end": 0.02},
-            ("schedule.beta_end, schedule.prediction_type cannot apply to task = 'autoencoder'; set them back",),
+            {"task": "autoencoder", "encode.caption_dropout": 0.5, "schedule.beta_end": 0.02},
+            ("encode.caption_dropout, schedule.beta_end cannot apply to task = 'autoencoder'; set them back",),
         ),
         ({"loss.kl_weight": 1e-5}, ("loss.kl_weight cannot apply to task = 'diffusion'", "set it back")),
     ],
@@ -266,7 +266,7 @@ def test_combinations_that_contradict_each_other_are_refused(changes: dict[str, 
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("preset", [small_autoencoder, stable_diffusion_1, stable_diffusion_xl])
+@pytest.mark.parametrize("preset", [small_autoencoder, stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl])
 def test_an_autoencoder_is_trained_by_the_presets_of_whole_models(preset: Callable[[ConfigDict], None]) -> None:
     config = default_config()
     preset(config)
@@ -275,7 +275,9 @@ def test_an_autoencoder_is_trained_by_the_presets_of_whole_models(preset: Callab
 
 
 def test_an_autoencoder_of_the_smallest_model_is_accepted() -> None:
-    validate(tiny_config(task="autoencoder", noise__offset_strength=0.0, loss__kl_weight=1e-5))
+    changes = {"task": "autoencoder", "noise__offset_strength": 0.0, "loss__kl_weight": 1e-5}
+    validate(tiny_config(**changes))
+    validate(tiny_config(**changes, model__pretrained="a", model__from_scratch=("vae",)))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from offsetjax import latents
 from offsetjax.abstract import abstract_batch, abstract_frozen, abstract_pipeline, model_flops
 from offsetjax.brightness import data_brightness
 from offsetjax.calibrate import measure
-from offsetjax.cli import main
+from offsetjax.cli import _explain, main
 from offsetjax.data.cache import Shard
 from offsetjax.data.source import Source, open_source
 from offsetjax.encode import encode_batch, to_unit_range
@@ -250,6 +250,19 @@ def test_an_interrupted_encoding_goes_on(
         encode_data(tiny_config(data_path(base), data__random_flip=False), tmp_path / "cache", shard_size=6)
     encode_data(tiny_config(data_path(base), data__split="train[:5]"), tmp_path / "cache", shard_size=6)
     assert files(tmp_path / "cache") == files(cache)
+
+
+def test_a_disk_that_does_not_show_what_others_wrote_is_no_mistake_of_the_users(
+    base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latents, "_SHOWN_SECONDS", 0)
+    monkeypatch.setattr(Shard, "write", lambda *_: None)  # by another process, of which nothing is seen
+    with pytest.raises(OSError, match="process 0 does not see all") as caught:
+        encode_data(tiny_config(data_path(base)), tmp_path / "cache", shard_size=6)
+    assert _explain(caught.value) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.undo()
+    encode_data(tiny_config(data_path(base)), tmp_path / "cache", shard_size=6)
 
 
 def test_a_finished_cache_is_left_as_it_is(

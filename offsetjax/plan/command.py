@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from offsetjax.errors import UserError
-from offsetjax.files import write_whole
+from offsetjax.files import check_file, write_whole
 from offsetjax.plan.compile import Compiled, Request, check_topology, compile_step
 from offsetjax.plan.estimate import Plan, estimate
 from offsetjax.plan.search import largest_batch
@@ -44,8 +43,8 @@ def plan(
     """
     if num_slices < 1:
         raise UserError(f"plan: --num_slices={num_slices} must be at least 1")
-    if out and not epath.Path(out).parent.is_dir():
-        raise UserError(f"plan: --out={out} is in no folder that exists; make it first")
+    if out:
+        check_file("plan", out)
     for topology in topologies:
         check_topology(topology, num_slices)
         if searches and topology.startswith("cpu"):

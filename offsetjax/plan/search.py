@@ -39,7 +39,7 @@ def _next(measured: dict[int, int], limit: int, fixed: int) -> int:
 
     The largest batch within the limit on the line through the two measurements on both sides of it: near it a compiler
     saves memory, so that a line through two on one side leads far astray. Where there is one side, on its line, but to
-    no more than eight times what fits.
+    no more than eight times the largest of the two.
     """
     fitting = [batch for batch, needs in sorted(measured.items()) if needs <= limit]
     too_large = [

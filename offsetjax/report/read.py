@@ -237,5 +237,5 @@ def _measure(path: str, split: str, cached_latents: bool, resolution: int) -> Da
         captions = tuple(source[index]["caption"] for index in evenly_spaced(source))
         return Data(len(source), captions, tuple(data_brightness(source, resolution).tolist()))
     except (UserError, OSError, KeyError, ValueError) as error:
-        reason = one_line(error)
+        reason = one_line(error, most=2000)
         return f"the data set could not be measured ({reason})"

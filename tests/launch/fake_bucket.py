@@ -103,7 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         url, query = self._url()
         data = self._body()
-        if "upload_id" in query:
+        if "/b/" in url and f"/b/{BUCKET}/" not in url:
+            self._answer(404)
+        elif "upload_id" in query:
             self._chunk(int(query["upload_id"]), data)
         elif url.startswith(("/upload/", "/resumable/upload/")):
             self._upload(query, data)

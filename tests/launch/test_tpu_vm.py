@@ -61,7 +61,7 @@ def test_a_dry_run_prints_what_would_be_run(cloud: Cloud) -> None:
         DESCRIBE,
         LIST,
         f"gcloud compute tpus tpu-vm ssh my-tpu {SSH} {ASK}",
-        f"gcloud compute tpus tpu-vm ssh my-tpu {SSH} '--command={WORKER_SH} start RUN train --config=configs/a.py"
+        f"gcloud compute tpus tpu-vm ssh my-tpu {SSH} '--command={WORKER_SH} start RUN --config=configs/a.py"
         " --workdir=gs://bucket/run'",
     ]
     assert dry_run(cloud, "delete") == [

@@ -179,7 +179,7 @@ def test_a_batch_that_does_not_fit_is_an_answer_and_the_largest_is_found(
         (("--topology=cpu:many",), ("cpu:many", "cpu:8")),
         (("--topology=cpu:8", "--num_slices=2"), ("--num_slices=2 cannot apply",)),
         (("--topology=v5e:2x4", "--num_slices=0"), ("--num_slices=0",)),
-        (("--topology=cpu:8", "--out=no/such/folder/plan.json"), ("no/such/folder",)),
+        (("--topology=cpu:8", "--out=/dev/null/plan.json"), ("/dev/null is a file",)),
         (("--topology=cpu:8", "--config.train.global_batch_size=12"), ("global_batch_size", "= 12", "8 devices")),
         (("--topology=cpu:8", "--config.model.family=sd2", "--config.model.pretrained=gone"), ("model.",)),
         (("--topology=cpu:8", "--search"), ("--search cannot apply", "cpu:8")),
