@@ -8,7 +8,7 @@ empty model.pretrained and model.from_scratch all is drawn at random, which trie
 The strength is the SDXL report's (arXiv 2307.01952).
 
 Hardware: a v5p-512. By `offsetjax plan --topology=v5p:4x8x8 --config.mesh.fsdp=64 --config.mesh.data=-1` a chip's
-batch of 8 takes 7.0 of 95.7 GiB, and a step 0.77 to 0.86 s: 600,000 steps in 129 to 143 hours, beside compiling,
+batch of 8 takes 6.8 of 95.7 GiB, and a step 0.77 to 0.86 s: 600,000 steps in 128 to 143 hours, beside compiling,
 looking and saving. Not yet run at full size.
 """
 
