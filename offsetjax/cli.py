@@ -10,7 +10,7 @@ from functools import partial
 
 from etils import epath
 
-from offsetjax.errors import PreemptedError, UserError
+from offsetjax.errors import PreemptedError, UserError, one_line
 
 Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
@@ -46,10 +46,11 @@ def _explain(error: BaseException, goes_on: str = "") -> int:
     match error:
         case UserError():
             status, text = 2, f"error: {error}"
-        case OSError() if error.filename or error.errno in _MISTAKES:
-            where = f"{error.filename}: " if error.filename else ""
-            status = 2 if error.errno in _MISTAKES else 1  # a disk or a network may do better the next time
-            text = f"error: {where}{error.strerror}; see to it and try again"
+        case OSError():
+            # A bucket's errors have no number. A disk or a network may do better the next time.
+            is_mistake = error.errno in _MISTAKES or isinstance(error, FileNotFoundError | PermissionError)
+            what = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+            status, text = 2 if is_mistake else 1, f"error: {what}; see to it and try again"
         case PreemptedError():
             status, text = 143, f"ended by SIGTERM {error}; the same command goes on from there"
         case KeyboardInterrupt():

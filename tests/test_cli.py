@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from offsetjax.cli import main
+from offsetjax.cli import _explain, main
 from tests.tiny import CAPTIONS, data_path, quick_compilation, trained_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -185,3 +185,19 @@ def test_help_comes_at_once() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert not imported & {"diffusers", "transformers", "orbax", "tensorflow_datasets", "grain", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.py"), 2, "a.py: No such file or directory"),
+        (FileNotFoundError("Bucket does not exist: b"), 2, "Bucket does not exist: b"),
+        (OSError("Cannot connect to\nhost storage.googleapis.com"), 1, "Cannot connect to host storage.googleapis.com"),
+        (OSError(5, "Input/output error", "a"), 1, "a: Input/output error"),
+    ],
+)
+def test_what_a_disk_or_a_network_refuses_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: OSError, status: int, text: str
+) -> None:
+    assert _explain(error) == status
+    assert capsys.readouterr().err == f"offsetjax: error: {text}; see to it and try again\n"
