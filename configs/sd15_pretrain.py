@@ -8,7 +8,7 @@ empty model.pretrained and model.from_scratch all is drawn at random, which trie
 The strength is 0.03, since over long runs 0.1 washes colours out.
 
 Hardware: a v5e-128. By `offsetjax plan --topology=v5e:8x16 --config.mesh.fsdp=16 --config.mesh.data=-1` a chip's
-batch of 16 takes 13.9 of 15.8 GiB, and a step 0.38 to 0.44 s: 500,000 steps in 53 to 61 hours, beside compiling,
+batch of 16 takes 14.0 of 15.8 GiB, and a step 0.38 to 0.44 s: 500,000 steps in 53 to 61 hours, beside compiling,
 looking and saving. Not yet run at full size.
 """
 

@@ -135,10 +135,10 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
         def __len__(self) -> int:
             return 1000
 
-        def decoded(self, index: int) -> dict[str, Any]:
-            pixels = np.zeros((8, 8, 3), np.uint8)
+        def cropped(self, index: int, resolution: int = 8) -> dict[str, Any]:
+            pixels = np.zeros((resolution, resolution, 3), np.uint8)
             pixels[:, :4] = 255
-            return {"pixels": pixels, "caption": "", "name": ""}
+            return {"pixels": pixels, "time_ids": np.zeros(6, np.float32), "caption": "", "name": ""}
 
     def stream(batch: int) -> Stream:
         return make_stream(
@@ -152,7 +152,7 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
 
     # The stream's threads are too slow for so many; its flips are read in their order, as a short stretch shows.
     indices = grain.MapDataset.source(range(1000)).seed(0).shuffle().repeat(None)
-    flipped = indices.map(Pictures().decoded).random_map(_flip)
+    flipped = indices.map(Pictures().cropped).random_map(_flip)
     flips = np.array([flipped[place]["pixels"][0, 0, 0] == 0 for place in range(EXAMPLES)])
     with contextlib.closing(stream(256).iterator()) as batches:
         for number in range(2):
