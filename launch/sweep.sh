@@ -151,7 +151,8 @@ tpu_vm() { # index command arguments...
 give_back() { # index
   local found
   if [[ ${states[$1]} == "done" && $dry_run == no ]]; then
-    found=$("$root/launch/tpu_vm.sh" status ${flags[@]+"${flags[@]}"} "--name=${slice_names[$1]}" 2>/dev/null || true)
+    found=$("$root/launch/tpu_vm.sh" status ${flags[@]+"${flags[@]}"} "--name=${slice_names[$1]}" \
+      2> >(prefixed "${slice_names[$1]}" >&2)) || return
     if [[ $found == *" is running"* ]]; then
       error "${slice_names[$1]} is busy with another run: \`stop\` that, or leave --delete out"
       return 1
