@@ -46,8 +46,9 @@ def _explain(error: BaseException, goes_on: str = "") -> int:
     match error:
         case UserError():
             status, text = 2, f"error: {error}"
-        case OSError():
-            # A bucket's errors have no number. A disk or a network may do better the next time.
+        # A bucket's errors have no number, and a name that is not resolved a negative one; what else says neither a
+        # file nor a mistake may be a fault of the program. A disk or a network may do better the next time.
+        case OSError() if error.filename or error.errno in _MISTAKES or (error.errno or -1) < 0:
             is_mistake = error.errno in _MISTAKES or isinstance(error, FileNotFoundError | PermissionError)
             what = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
             status, text = 2 if is_mistake else 1, f"error: {what}; see to it and try again"

@@ -5,6 +5,7 @@ import os
 import pathlib
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,6 +194,7 @@ def test_help_comes_at_once() -> None:
         (FileNotFoundError(2, "No such file or directory", "a.py"), 2, "a.py: No such file or directory"),
         (FileNotFoundError("Bucket does not exist: b"), 2, "Bucket does not exist: b"),
         (OSError("Cannot connect to\nhost storage.googleapis.com"), 1, "Cannot connect to host storage.googleapis.com"),
+        (socket.gaierror(-2, "Name or service not known"), 1, "[Errno -2] Name or service not known"),
         (OSError(5, "Input/output error", "a"), 1, "a: Input/output error"),
     ],
 )
@@ -201,3 +203,8 @@ def test_what_a_disk_or_a_network_refuses_is_one_line(
 ) -> None:
     assert _explain(error) == status
     assert capsys.readouterr().err == f"offsetjax: error: {text}; see to it and try again\n"
+
+
+def test_a_connection_that_a_part_of_the_program_broke_keeps_its_traceback() -> None:
+    with pytest.raises(ConnectionResetError):
+        _explain(ConnectionResetError(104, "Connection reset by peer"))
