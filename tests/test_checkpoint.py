@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from offsetjax import checkpoint, sharding
 from offsetjax.errors import UserError
-from tests.launch.fake_bucket import BUCKET, bucket
+from tests.launch.fake_bucket import BUCKET, bucket, run_on
 
 DATA = {"next_batch": 4, "fingerprint": {"seed": 0, "split": "train"}}
 
@@ -247,9 +247,6 @@ with checkpoint.open_checkpoints(place) as manager:
 
 def test_a_checkpoint_on_a_bucket_is_read_back(tmp_path: pathlib.Path) -> None:
     with bucket() as store:
-        env = {**os.environ, **store.environment, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-        command = [sys.executable, "-c", ON_A_BUCKET, f"gs://{BUCKET}/run"]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        run_on(store, ON_A_BUCKET, f"gs://{BUCKET}/run", cwd=tmp_path)
         assert "run/checkpoints/4/state/manifest.ocdbt" in store.objects
     assert not [*tmp_path.iterdir()]

@@ -2,13 +2,11 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from offsetjax.files import unfinished, write_whole
-from tests.launch.fake_bucket import BUCKET, bucket
+from tests.launch.fake_bucket import BUCKET, bucket, run_on
 
 
 def test_a_file_and_its_folder_are_made(tmp_path: pathlib.Path) -> None:
@@ -65,11 +63,8 @@ except UserError as error:
 
 def test_a_bucket_is_written_to_and_one_that_is_none_is_told(tmp_path: pathlib.Path) -> None:
     with bucket() as store:
-        env = {**os.environ, **store.environment, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-        command = [sys.executable, "-c", ON_A_BUCKET, f"gs://{BUCKET}"]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        printed = run_on(store, ON_A_BUCKET, f"gs://{BUCKET}", cwd=tmp_path)
         assert store.objects == {"a/b.txt": b"whole"}
-    assert done.stdout.startswith("calibrate: gs://typo cannot be written to (")
-    assert done.stdout.endswith("; give another --out\n") and done.stdout.count("\n") == 1
+    assert printed.startswith("calibrate: gs://typo cannot be written to (")
+    assert printed.endswith("; give another --out\n") and printed.count("\n") == 1
     assert not [*tmp_path.iterdir()]

@@ -1,6 +1,5 @@
 """Tux Paint's stamps become captioned pictures on grounds of known brightness."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -12,17 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "stamps.py"
+from tests.scripts import LAUNCH, load_script
+
+SCRIPT = LAUNCH / "stamps.py"
 INSTALLED = pathlib.Path("/usr/share/tuxpaint/stamps")
 GROUNDS = {"black": 0, "white": 255, "grey": 128}
 
 
 @pytest.fixture(scope="module")
 def stamps() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stamps", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("stamps")
 
 
 @pytest.fixture

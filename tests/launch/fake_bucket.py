@@ -1,7 +1,11 @@
 """A Cloud Storage in memory: as much of its JSON API as gcsfs, Google's own clients and TensorStore ask of it."""
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +57,15 @@ class Bucket:
             "updated": time,
             "timeCreated": time,
         }
+
+
+def run_on(store: Bucket, code: str, *arguments: str, cwd: pathlib.Path) -> str:
+    """What Python code prints, in a process of its own that finds the bucket."""
+    env = {**os.environ, **store.environment, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """launch/noise_study.py: what it makes of the runs and pictures that it has."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,16 +9,12 @@ import pytest
 from offsetjax.article.pictures import PROMPTS
 from offsetjax.metrics import MetricsWriter
 from tests import tiny
-
-SCRIPT = Path(__file__).parents[2] / "launch" / "noise_study.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("noise_study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("noise_study")
 
 
 def write_metrics(workdir: Path) -> None:
