@@ -15,7 +15,7 @@ looking and saving. Not yet run at full size.
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
-from offsetjax.presets import stable_diffusion_xl
+from offsetjax.config.presets import stable_diffusion_xl
 
 
 def get_config() -> ConfigDict:

@@ -14,7 +14,7 @@ that a laptop has patience for, the ground's brightness follows the caption; the
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
-from offsetjax.presets import small
+from offsetjax.config.presets import small
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ Hardware: 2 CPU cores. It is the form to follow for a new domain, for which no a
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
-from offsetjax.presets import small_autoencoder
+from offsetjax.config.presets import small_autoencoder
 
 
 def get_config() -> ConfigDict:

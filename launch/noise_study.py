@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from offsetjax.article.pictures import PROMPTS, write_fine_tuning_folder
-from offsetjax.brightness import compare, data_brightness
+from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.build import build
 from offsetjax.data.source import open_source
 from offsetjax.report.figures import colour, prompt_label, style

@@ -235,7 +235,7 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from offsetjax import processes
+    from offsetjax.parallel import processes
 
     with processes.together(partial(_explain, goes_on=_GOES_ON[_train])):
         from offsetjax.config import digest, load_config
@@ -265,19 +265,19 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from offsetjax.sweep import listing
+    from offsetjax.prepare.sweep import listing
 
     print("\n".join(listing(options.config, options.workdir, _overrides(rest))))
 
 
 def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from offsetjax import processes
+    from offsetjax.parallel import processes
 
     with processes.together(_explain):
         from offsetjax.config import load_config
 
         config = load_config(options.config, _overrides(rest))
-        from offsetjax.calibrate import calibrate
+        from offsetjax.prepare.calibrate import calibrate
 
         calibrate(config, options.out, options.target_snr)
 
@@ -288,9 +288,9 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
     for name in ("step", "params") if options.model else ("lora", "variant"):
         if getattr(options, name) not in (None, ""):
             raise UserError(f"sample: --{name} cannot apply to --{'model' if options.model else 'workdir'}")
-    from offsetjax.pretrained import check_model, load_model
-    from offsetjax.sample import compare, sample
-    from offsetjax.workdir import Trained, load_trained
+    from offsetjax.models.pretrained import check_model, load_model
+    from offsetjax.models.workdir import Trained, load_trained
+    from offsetjax.sampling.sample import compare, sample
 
     settings = {
         key: getattr(options, key)
@@ -316,7 +316,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
     _alone("export")
-    from offsetjax.export import export
+    from offsetjax.exporting.export import export
 
     export(
         options.workdir,
@@ -338,13 +338,13 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from offsetjax import processes
+    from offsetjax.parallel import processes
 
     with processes.together(partial(_explain, goes_on=_GOES_ON[_data_encode])):
         from offsetjax.config import load_config
 
         config = load_config(options.config, _overrides(rest))
-        from offsetjax.latents import encode_data
+        from offsetjax.prepare.latents import encode_data
 
         encode_data(config, options.out)
 

@@ -16,20 +16,21 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
-from offsetjax import checkpoint, fsdp, sharding
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_source
 from offsetjax.data.stream import Stream
 from offsetjax.errors import PreemptedError
-from offsetjax.instruments import Instruments, compilation_cache, ideal_seconds
-from offsetjax.metrics import MetricsWriter, StepClock
 from offsetjax.models.pipeline import for_training
-from offsetjax.objective import Objective, make_objective
-from offsetjax.preemption import Preemption
-from offsetjax.run import Run, first_state, open_run, open_stream
-from offsetjax.stall import StallGuard
-from offsetjax.step import TrainState, TrainStep, make_gradient, make_train_step
-from offsetjax.watch import Watch, open_watches
+from offsetjax.parallel import fsdp, sharding
+from offsetjax.parallel.preemption import Preemption
+from offsetjax.parallel.watchdog import StallGuard
+from offsetjax.storage import checkpoint
+from offsetjax.training.evaluators import Watch, open_watches
+from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
+from offsetjax.training.metrics import MetricsWriter, StepClock
+from offsetjax.training.objective import Objective, make_objective
+from offsetjax.training.setup import Run, first_state, open_run, open_stream
+from offsetjax.training.step import TrainState, TrainStep, make_gradient, make_train_step
 
 _log = logging.getLogger("offsetjax")
 

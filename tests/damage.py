@@ -19,7 +19,7 @@ from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import build
 from offsetjax.models.resolve import resolve
 from offsetjax.models.weights import abstract_params
-from offsetjax.random import stream_key
+from offsetjax.rng import stream_key
 from tests import families, torch_models
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

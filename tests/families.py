@@ -13,8 +13,7 @@ import transformers
 from ml_collections import ConfigDict
 from PIL import Image
 
-from offsetjax import presets
-from offsetjax.config import default_config
+from offsetjax.config import default_config, presets
 from offsetjax.data.build import build as build_pictures
 from offsetjax.models.pipeline import build
 from offsetjax.models.text import TextEncoder

@@ -10,8 +10,7 @@ from etils import epath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax import checkpoint, presets, sharding
-from offsetjax.config import default_config
+from offsetjax.config import default_config, presets
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
@@ -19,7 +18,9 @@ from offsetjax.models.initial import abstract_trained, initial_trained
 from offsetjax.models.pipeline import build, family, network_parts
 from offsetjax.models.tokenizer import train_tokenizer
 from offsetjax.models.weights import abstract_params, write_tokenizers
-from offsetjax.run import Run, open_run
+from offsetjax.parallel import sharding
+from offsetjax.storage import checkpoint
+from offsetjax.training.setup import Run, open_run
 from tests import tiny
 from tests.processes import most_growth
 

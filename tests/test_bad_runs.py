@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from offsetjax import checkpoint
 from offsetjax.cli import main
-from offsetjax.workdir import load_trained
+from offsetjax.models.workdir import load_trained
+from offsetjax.storage import checkpoint
 from tests import tiny
 from tests.damage import (
     TEXT,
@@ -264,7 +264,7 @@ def test_what_cannot_be_drawn_with_is_told_before_anything_is_drawn(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("offsetjax.sample.make_sampler", None)
+    monkeypatch.setattr("offsetjax.sampling.sample.make_sampler", None)
     given = [argument.format(run=trained, base=base, tmp=tmp_path) for argument in arguments]
     line = refused(capsys, "sample", *given, "--prompt=a", f"--out={tmp_path}/out")
     assert re.search(words, line), line
@@ -279,7 +279,7 @@ def test_pictures_do_not_go_where_a_file_is(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("offsetjax.sample.make_sampler", None)
+    monkeypatch.setattr("offsetjax.sampling.sample.make_sampler", None)
     (tmp_path / "file").write_text("mine")
     line = refused(capsys, "sample", f"--workdir={trained}", "--prompt=a", f"--out={tmp_path}/{out}")
     assert "file is a file, where --out needs a folder; give another --out" in line

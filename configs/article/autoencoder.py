@@ -13,7 +13,7 @@ picture's brightness within 0.03. The result, with its latents standardised by `
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
-from offsetjax.presets import small_autoencoder
+from offsetjax.config.presets import small_autoencoder
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.article.pictures import PROMPTS
 from offsetjax.config import default_config
-from offsetjax.presets import small
+from offsetjax.config.presets import small
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
-from offsetjax.presets import small
+from offsetjax.config.presets import small
 
 
 def get_config() -> ConfigDict:

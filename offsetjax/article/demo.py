@@ -15,11 +15,11 @@ from offsetjax.article.pictures import BLACK_PROMPT, write_black_picture, write_
 from offsetjax.config import load_config
 from offsetjax.data.build import build
 from offsetjax.errors import UserError
-from offsetjax.instruments import compilation_cache
-from offsetjax.metrics import format_duration
 from offsetjax.report import report
-from offsetjax.sample import sample_workdir
+from offsetjax.sampling.sample import sample_workdir
 from offsetjax.train import train
+from offsetjax.training.instruments import compilation_cache
+from offsetjax.training.metrics import format_duration
 
 _log = logging.getLogger("offsetjax")
 _CONFIG = Path(__file__).parents[2] / "configs" / "article" / "fine_tune.py"

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from offsetjax.sharding import rows_of_process
+from offsetjax.parallel.sharding import rows_of_process
 
 # What stays with the host of a batch; the step takes the rest.
 HOST_FIELDS = ("index",)

@@ -9,8 +9,8 @@ import numpy as np
 from diffusers import FlaxAutoencoderKL
 from jaxtyping import Array, Float, Key, PyTree
 
-from offsetjax import checksums
 from offsetjax.models.intercept import torch_numerics
+from offsetjax.storage import checksums
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from offsetjax.models.pipeline import Pipeline, build, family, text_parts, train
 from offsetjax.models.resolve import is_from_scratch
 from offsetjax.models.tokenizer import clip_tokenizer, load_tokenizer
 from offsetjax.models.weights import abstract_params, load, on_host
-from offsetjax.random import stream_key
-from offsetjax.sharding import path_name
+from offsetjax.parallel.sharding import path_name
+from offsetjax.rng import stream_key
 
 CLIP_VOCABULARY = 49408  # tokens of CLIP's own vocabulary, which the text encoders of every family know
 

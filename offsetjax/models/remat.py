@@ -26,7 +26,7 @@ from diffusers.models.unets.unet_2d_blocks_flax import (
 )
 from jaxtyping import PyTree
 
-from offsetjax.fsdp import gathered
+from offsetjax.parallel.fsdp import gathered
 
 _BLOCKS = (FlaxBasicTransformerBlock, FlaxResnetBlock2D, FlaxUpsample2D, FlaxDownsample2D)
 _STAGES = (

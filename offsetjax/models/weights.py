@@ -20,7 +20,6 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from offsetjax import checksums
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
@@ -28,6 +27,7 @@ from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_te
 from offsetjax.formats.tensors import Tensor, seen
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
+from offsetjax.storage import checksums
 
 CARRIED_FILE = "carried.safetensors"
 _CHECKSUMS_FILE = "checksums.json"  # of the arrays of the frozen parts, by part and PyTorch's name

@@ -23,9 +23,9 @@ from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from offsetjax.chips import CHIPS, chip_named
 from offsetjax.config import to_json
 from offsetjax.errors import UserError
+from offsetjax.parallel.chips import CHIPS, chip_named
 
 _OPTIMISED = "*after_optimizations.txt"
 _ALLOCATIONS = "*buffer-assignment.txt"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from offsetjax.flops import Shapes, window_products
 from offsetjax.plan.hlo import Computation, Instruction, Module, Shape, bits, first_group
+from offsetjax.training.flops import Shapes, window_products
 
 # A float32 product on matrix units of bfloat16, by its precision, as bfloat16 products.
 _PASSES = {"high": 3, "highest": 6}

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from offsetjax.chips import Chip, chip_of
+from offsetjax.parallel.chips import Chip, chip_of
 from offsetjax.plan import hlo
 from offsetjax.plan.compile import Compiled, Request
 from offsetjax.plan.costs import Collective, Work, collectives, works

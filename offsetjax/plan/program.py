@@ -8,17 +8,17 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax import sharding
-from offsetjax.abstract import abstract_batch, abstract_frozen, abstract_pipeline, abstract_state
-from offsetjax.calibration import fill
 from offsetjax.config import default_config, flatten
+from offsetjax.config.presets import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
+from offsetjax.diffusion.calibration import fill
 from offsetjax.errors import UserError
 from offsetjax.models.initial import adopt_lora
 from offsetjax.models.pipeline import Pipeline, text_parts
 from offsetjax.models.resolve import check_resolution, is_from_scratch, resolve
-from offsetjax.presets import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
-from offsetjax.run import Run
+from offsetjax.parallel import sharding
 from offsetjax.train import jit_train_step
+from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, abstract_state
+from offsetjax.training.setup import Run
 
 _PRESETS = {"sd1": stable_diffusion_1, "sd2": stable_diffusion_2, "sdxl": stable_diffusion_xl}
 

@@ -18,13 +18,13 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import PyTree
 
-from offsetjax import sharding
-from offsetjax.abstract import abstract_frozen, model_flops
-from offsetjax.chips import Chip, chip_named
 from offsetjax.config import from_json
 from offsetjax.errors import UserError
-from offsetjax.flops import kernel_flops
+from offsetjax.parallel import sharding
+from offsetjax.parallel.chips import Chip, chip_named
 from offsetjax.plan.program import Program, architecture, make_program
+from offsetjax.training.abstract import abstract_frozen, model_flops
+from offsetjax.training.flops import kernel_flops
 
 
 def main() -> None:

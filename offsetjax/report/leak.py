@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from offsetjax.calibration import Calibration, band_means, leak, radial_bands, snrs
+from offsetjax.diffusion.calibration import Calibration, band_means, leak, radial_bands, snrs
 from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.schedule import Schedule
 from offsetjax.report.figures import style

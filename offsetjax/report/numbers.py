@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from offsetjax.defaults import INDIFFERENT_FIELDS, INDIFFERENT_SECTIONS
+from offsetjax.config.schema import INDIFFERENT_FIELDS, INDIFFERENT_SECTIONS
 from offsetjax.report import article
 from offsetjax.report.read import Arm, Data, Samples
 

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from offsetjax.brightness import data_brightness, evenly_spaced
+from offsetjax.data.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError, one_line
 

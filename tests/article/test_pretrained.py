@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from offsetjax.article.pictures import BRIGHTNESS_RANGES, PROMPTS, draw
 from offsetjax.config import flatten, load_config
-from offsetjax.encode import to_unit_range
+from offsetjax.models.encode import to_unit_range
 from offsetjax.models.initial import initial_params
 from offsetjax.models.pipeline import build
 from offsetjax.models.resolve import resolve

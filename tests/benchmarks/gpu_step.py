@@ -22,11 +22,11 @@ import torch
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.abstract import model_flops
-from offsetjax.chips import chip_of
 from offsetjax.config import default_config
 from offsetjax.models.pipeline import build
+from offsetjax.parallel.chips import chip_of
 from offsetjax.plan.program import Program, architecture, make_program
+from offsetjax.training.abstract import model_flops
 from tests.families import narrow_config
 
 ROUNDS = 5

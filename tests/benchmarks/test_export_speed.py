@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from offsetjax.export import export
+from offsetjax.exporting.export import export
 from tests.large_models import MB, family_config, import_model, run_config, write_model
 from tests.processes import call
 

@@ -22,13 +22,13 @@ from etils import epath
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from offsetjax import sharding
-from offsetjax.checkpoint import open_checkpoints
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_source
 from offsetjax.models.pipeline import build
-from offsetjax.run import first_state, open_run, open_stream
+from offsetjax.parallel import sharding
+from offsetjax.storage.checkpoint import open_checkpoints
 from offsetjax.train import jit_train_step, train
+from offsetjax.training.setup import first_state, open_run, open_stream
 from tests.families import narrow_config
 from tests.processes import call
 from tests.tiny import build_data, tiny_config

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from etils import epath
 
+from offsetjax.config.schema import default_config
 from offsetjax.data.build import inspect
 from offsetjax.data.cache import Cache, Shard, begin, finish, is_finished, missing_shards, read_cache
 from offsetjax.data.source import Source, captions, open_source
 from offsetjax.data.stream import check_fingerprint, make_stream
-from offsetjax.defaults import default_config
 from offsetjax.errors import UserError
 from tests.data.grey import grey_pictures
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from offsetjax.data.devices import on_devices
-from offsetjax.sharding import AXES, BATCH, rows_of_process
+from offsetjax.parallel.sharding import AXES, BATCH, rows_of_process
 from tests.processes import call_together
 
 

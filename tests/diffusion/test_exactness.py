@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from offsetjax.defaults import default_config
+from offsetjax.config.schema import default_config
 from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.sampler import ANCESTRAL, NAMES, Name, Table, coefficients, solve
 from offsetjax.diffusion.schedule import Schedule, make_schedule

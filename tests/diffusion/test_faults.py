@@ -9,13 +9,13 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.test_objective import LATENT, _config, _look
 
 from offsetjax.config import validate
 from offsetjax.data.stream import Stream, _flip, make_stream
 from offsetjax.diffusion.loss import min_snr_weight
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
-from tests.test_objective import LATENT, _config, _look
 from tests.tiny import quick_compilation
 
 KINDS: dict[str, dict[str, Any]] = {

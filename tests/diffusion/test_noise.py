@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from offsetjax.defaults import default_config
+from offsetjax.config.schema import default_config
 from offsetjax.diffusion.noise import (
     Noise,
     adjusted_coefficients,
@@ -23,7 +23,7 @@ from offsetjax.diffusion.noise import (
 )
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.diffusion.spectrum import pyramid_spectrum
-from offsetjax.sharding import mesh_of
+from offsetjax.parallel.sharding import mesh_of
 from tests.tiny import quick_compilation
 
 

@@ -20,8 +20,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 from peft.utils import get_peft_model_state_dict
 
-from offsetjax import presets
-from offsetjax.config import default_config
+from offsetjax.config import default_config, presets
 from offsetjax.errors import UserError
 from offsetjax.formats.lora import read_lora, write_lora
 from offsetjax.formats.lora_names import kohya_names, layers, original_names

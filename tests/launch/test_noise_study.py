@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from offsetjax.article.pictures import PROMPTS
-from offsetjax.metrics import MetricsWriter
+from offsetjax.training.metrics import MetricsWriter
 from tests import tiny
 from tests.scripts import load_script
 

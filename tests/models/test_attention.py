@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from offsetjax.models import attention
-from offsetjax.sharding import mesh_of
+from offsetjax.parallel.sharding import mesh_of
 
 LENGTH, HEADS = attention.SHORTEST, 2
 

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from offsetjax import presets
-from offsetjax.config import default_config
+from offsetjax.config import default_config, presets
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
 from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import Autoencoder

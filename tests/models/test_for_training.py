@@ -10,10 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
+from offsetjax.config.presets import stable_diffusion_1, stable_diffusion_xl
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, build, for_training
-from offsetjax.presets import stable_diffusion_1, stable_diffusion_xl
-from offsetjax.pretrained import load_model
+from offsetjax.models.pretrained import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from jaxtyping import Array, PyTree
 
-from offsetjax import presets
-from offsetjax.config import default_config
+from offsetjax.config import default_config, presets
 from offsetjax.models.unet import UNet
 from tests.torch_models import counterpart, params_of, relative_error
 

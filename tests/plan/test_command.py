@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import pytest
 
-from offsetjax.abstract import abstract_frozen, abstract_pipeline, abstract_state, model_flops
 from offsetjax.cli import main
 from offsetjax.config import load_config
 from offsetjax.errors import UserError
 from offsetjax.plan.program import architecture
+from offsetjax.training.abstract import abstract_frozen, abstract_pipeline, abstract_state, model_flops
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]

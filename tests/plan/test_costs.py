@@ -11,8 +11,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from offsetjax import flops as flops_of
 from offsetjax.plan import costs, hlo
+from offsetjax.training import flops as flops_of
 from tests.plan import topology
 
 N = 1024

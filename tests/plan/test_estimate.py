@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from offsetjax.chips import Chip, chip_named, chip_of
 from offsetjax.config import default_config
+from offsetjax.parallel.chips import Chip, chip_named, chip_of
 from offsetjax.plan.compile import Compiled, Request
 from offsetjax.plan.estimate import Plan, _bandwidth, _part, estimate
 from offsetjax.plan.show import show

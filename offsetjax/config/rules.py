@@ -1,0 +1,303 @@
+"""Which values of a config make sense together.
+
+A combination that makes none is refused with the reason, and so is a setting that could not apply: nothing is ignored.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from offsetjax.config.schema import default_config, flatten
+from offsetjax.diffusion.spectrum import formula_spectrum
+from offsetjax.errors import one_line
+
+Values = Mapping[str, Any]  # by path
+Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
+
+
+def combinations(values: Values) -> Wrongs:
+    """Every rule, for the values of a config by their paths, each of which is in its range."""
+    for rules in (_training, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _task):
+        yield from rules(values)
+
+
+def _training(values: Values) -> Wrongs:
+    batch, parts = values["train.global_batch_size"], values["train.accumulate_steps"]
+    yield (
+        batch % parts != 0,
+        f"train.global_batch_size = {batch} must be a multiple of train.accumulate_steps = {parts}",
+    )
+    yield (
+        values["train.profile_steps"] and values["train.profile_steps"][1] > values["train.steps"],
+        f"train.profile_steps = {values['train.profile_steps']} goes beyond train.steps = {values['train.steps']}",
+    )
+    yield (
+        [values[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")].count(-1) > 1,
+        "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (all devices that are left)",
+    )
+    watches = any(values[f"{section}.every_steps"] for section in ("sample", "validation", "probe"))
+    yield (
+        values["sample.params"] == "ema" and values["optimizer.ema_decay"] == 0 and watches,
+        "sample.params = 'ema' needs optimizer.ema_decay above 0; or set sample.params = 'raw'",
+    )
+    yield (
+        values["validation.every_steps"] and not values["validation.split"],
+        "validation.every_steps needs validation.split, pictures that are not trained on, such as 'train[95%:]' beside "
+        "data.split = 'train[:95%]'",
+    )
+    steps = values["schedule.num_train_timesteps"]
+    yield (
+        values["validation.every_steps"] and not values["validation.timesteps"],
+        "validation.timesteps is empty",
+    )
+    beyond = [each for each in values["validation.timesteps"] if each >= steps and values["validation.every_steps"]]
+    yield beyond, f"validation.timesteps has {beyond[:1]}, but schedule.num_train_timesteps = {steps}"
+    yield values["probe.every_steps"] and not values["probe.prompts"], "probe.prompts is empty"
+
+
+def _model(values: Values) -> Wrongs:
+    """Settings of weights that could not apply."""
+    defaults = dict(flatten(default_config()))
+    for path in ("model.variant", "model.from_scratch"):
+        yield values[path] and not values["model.pretrained"], f"{path} cannot apply without model.pretrained"
+    is_sdxl = "sdxl" in (values["model.family"], "sdxl" if values["model.unet.addition_embed_type"] else "")
+    is_known = bool(values["model.family"]) or not values["model.pretrained"]
+    second = [path for path in values if path.startswith("model.text_encoder_2.") and values[path] != defaults[path]]
+    if is_known and not is_sdxl:
+        yield second, f"{', '.join(second)} cannot apply: only SDXL (model.family = 'sdxl') has a second text encoder"
+        yield (
+            "text_encoder_2" in values["model.from_scratch"],
+            "model.from_scratch has text_encoder_2, but only SDXL (model.family = 'sdxl') has a second text encoder",
+        )
+    adapted = [path for path in values if path.startswith("lora.") and values[path] != defaults[path]]
+    yield (
+        adapted and not values["lora.rank"] and not values["lora.pretrained"],
+        f"{', '.join(adapted)} cannot apply with lora.rank = 0, which trains the weights themselves; set lora.rank",
+    )
+    has_adapters = values["lora.rank"] or values["lora.pretrained"]
+    yield has_adapters and not values["lora.targets"], "lora.targets is empty; name layers, such as ('to_q', 'to_v')"
+    text_targets, learns_text = "lora.text_encoder_targets", values["optimizer.text_encoder_learning_rate"]
+    yield (
+        has_adapters and learns_text and not values[text_targets],
+        f"{text_targets} is empty; name layers, such as ('q_proj', 'v_proj')",
+    )
+    yield (
+        text_targets in adapted and not learns_text,
+        f"{text_targets} cannot apply: the text encoders are frozen; set optimizer.text_encoder_learning_rate",
+    )
+    is_drawn = not values["model.pretrained"] or "unet" in values["model.from_scratch"]
+    yield (
+        has_adapters and is_drawn and values["task"] == "diffusion",
+        "lora.rank needs a model to adapt: set model.pretrained, with unet not in model.from_scratch, or lora.rank = 0",
+    )
+
+
+def _schedule(values: Values) -> Wrongs:
+    steps = values["schedule.num_train_timesteps"]
+    yield (
+        values["loss.min_timestep"] >= steps,
+        f"loss.min_timestep = {values['loss.min_timestep']} must be below schedule.num_train_timesteps = {steps}",
+    )
+    yield (
+        values["schedule.beta_start"] >= values["schedule.beta_end"],
+        "schedule.beta_start must be below schedule.beta_end",
+    )
+    # "leading" starts one step late (steps_offset = 1): with as many steps as the schedule it would start beyond it.
+    # DPM-Solver++'s grid of that kind has one step more, which is left out.
+    late = values["sample.spacing"] == "leading"
+    most = steps - late - (late and values["sample.sampler"] == "dpmpp_2m")
+    yield (
+        values["sample.num_steps"] > most,
+        f"sample.num_steps = {values['sample.num_steps']} must be at most {most} with "
+        f"sample.spacing = {values['sample.spacing']!r}",
+    )
+    if values["schedule.zero_terminal_snr"]:
+        yield from _zero_terminal_snr(values)
+
+
+def _zero_terminal_snr(values: Values) -> Wrongs:
+    yield (
+        values["schedule.prediction_type"] == "epsilon",
+        "schedule.zero_terminal_snr needs schedule.prediction_type = 'v_prediction': the last step's noise is its "
+        "input, so that predicting ε says nothing of the picture",
+    )
+    yield (
+        values["sample.spacing"] == "leading",
+        "schedule.zero_terminal_snr needs sample.spacing = 'trailing': leading spacing never visits the last step",
+    )
+    yield (
+        values["loss.min_snr_gamma"] > 0,
+        "loss.min_snr_gamma gives the steps near a zero SNR no weight, and they decide on the brightness; set it to 0 "
+        "or schedule.zero_terminal_snr to False",
+    )
+    yield (
+        values["noise.kind"] == "adjusted",
+        "noise.kind = 'adjusted' has no meaning with schedule.zero_terminal_snr: ψ_t = √(SNR_T / SNR_t) would be 0",
+    )
+    yield (
+        values["noise.calibration"] and not values["noise.adaptive_scale"],
+        "noise.calibration cannot apply with schedule.zero_terminal_snr: nothing of a picture leaks into its last "
+        "step, and no offset is needed; leave it out",
+    )
+
+
+def _noise(values: Values) -> Wrongs:
+    kind, strengths = values["noise.kind"], values["noise.channel_strengths"]
+    noise = {path for path, value in values.items() if path.startswith("noise.") and value not in (0, "", ())}
+    if not any(strengths):
+        noise -= {"noise.channel_strengths"}
+    has_strength = {
+        "noise.offset_strength",
+        "noise.channel_strengths",
+        "noise.calibration",
+        "noise.adaptive_scale",
+    } & noise
+    settings = {
+        "noise.pyramid_discount": ("pyramid",),
+        "noise.pyramid_levels": ("pyramid",),
+        "noise.spectrum": ("spectral",),
+        "noise.offset_strength": ("offset", "pyramid", "adjusted"),
+        "noise.channel_strengths": ("offset", "pyramid", "adjusted"),
+        "noise.random_strength": ("offset", "pyramid"),
+        "noise.adaptive_scale": ("offset", "pyramid"),
+        "noise.reference_resolution": ("offset", "pyramid", "adjusted"),
+    }
+    for path, kinds in settings.items():
+        yield path in noise and kind not in kinds, f"{path} cannot apply to noise.kind = {kind!r}; set it back"
+    yield (
+        values["noise.probability"] < 1 and kind not in ("offset", "pyramid"),
+        f"noise.probability cannot apply to noise.kind = {kind!r}; set it back to 1.0",
+    )
+    yield (
+        kind == "pyramid" and (values["noise.pyramid_discount"] == 0 or values["noise.pyramid_levels"] < 2),
+        "noise.kind = 'pyramid' needs noise.pyramid_discount and noise.pyramid_levels of 2 and more, such as 0.3 and 6",
+    )
+    yield (
+        kind == "spectral" and not {"noise.spectrum", "noise.calibration"} & noise,
+        "noise.kind = 'spectral' needs noise.spectrum, such as ('1 + 0.02 / (f + 0.01) ** 2',), or noise.calibration",
+    )
+    yield (
+        {"noise.offset_strength", "noise.channel_strengths"} <= noise,
+        "noise.offset_strength and noise.channel_strengths both say how strong the offset is; set one",
+    )
+    channels = values["model.vae.latent_channels"]
+    for path in ("noise.channel_strengths", "noise.data_mean", "noise.data_mean_std"):
+        yield (
+            len(values[path]) not in (0, channels),
+            f"{path} has {len(values[path])} values, but the latents have {channels} channels",
+        )
+    yield (
+        len(values["noise.spectrum"]) not in (0, 1, channels),
+        f"noise.spectrum has {len(values['noise.spectrum'])} formulas, but the latents have {channels} channels; give "
+        "one, or one for each",
+    )
+    for path in ("noise.random_strength", "noise.reference_resolution"):
+        yield path in noise and not has_strength, f"{path} needs a strength: set noise.offset_strength"
+    yield (
+        values["noise.probability"] < 1 and not has_strength,
+        "noise.probability needs a strength: set noise.offset_strength",
+    )
+    if strengths or "noise.spectrum" in noise:  # as after a calibration; what the file would fill is there
+        return
+    yield (
+        "noise.calibration" in noise and "noise.offset_strength" in noise and "noise.adaptive_scale" not in noise,
+        "noise.offset_strength and noise.calibration both say how strong the offset is; set one",
+    )
+
+
+def _noise_extras(values: Values) -> Wrongs:
+    yield (
+        values["noise.kind"] == "adjusted" and values["sample.spacing"] == "leading",
+        "noise.kind = 'adjusted' needs sample.spacing = 'trailing': its shift is that of the last step, where leading "
+        "spacing does not begin",
+    )
+    yield (
+        bool(values["noise.data_mean"]) != bool(values["noise.data_mean_std"]),
+        "noise.data_mean and noise.data_mean_std belong together; set both or none",
+    )
+    yield (
+        values["noise.data_mean"] and not values["noise.adaptive_scale"],
+        "noise.data_mean is of use to noise.adaptive_scale alone; leave it out",
+    )
+    yield (
+        values["noise.adaptive_scale"] and not (values["noise.calibration"] or values["noise.data_mean"]),
+        "noise.adaptive_scale makes the noise depend on a latent's mean, which a sampler has to draw from the data's: "
+        "set noise.calibration to a file of `offsetjax calibrate`",
+    )
+
+
+def _spectrum(values: Values) -> Wrongs:
+    side = max(2, values["data.resolution"] // 2 ** (len(values["model.vae.block_out_channels"]) - 1))
+    for formula in values["noise.spectrum"]:
+        try:
+            formula_spectrum(formula, side, side)
+        except ValueError as error:
+            yield True, f"noise.spectrum: {one_line(error)}"
+
+
+def _task(values: Values) -> Wrongs:
+    """What the task does not read.
+
+    An autoencoder's training may name the other networks, as presets do, and how a picture is drawn: no picture is
+    asked for.
+    """
+    defaults = dict(flatten(default_config()))
+    if values["task"] != "autoencoder":
+        yield (
+            values["loss.kl_weight"] != defaults["loss.kl_weight"],
+            f"loss.kl_weight cannot apply to task = {values['task']!r}, which trains no autoencoder; set it back",
+        )
+        return
+    sections = ("encode.", "lora.", "noise.", "schedule.")
+    named_by_presets = ("schedule.prediction_type",)
+    others = (
+        "data.cached_latents",
+        "model.attention",
+        "model.remat",
+        "model.scan_layers",
+        "loss.min_snr_gamma",
+        "loss.min_timestep",
+        "optimizer.text_encoder_learning_rate",
+        "sample.every_steps",
+        "sample.prompts",
+        "sample.brightness",
+        "validation.every_steps",
+        "probe.every_steps",
+    )
+    wrong = [
+        path
+        for path, value in values.items()
+        if (path.startswith(sections) or path in others)
+        and path not in named_by_presets
+        and value not in (defaults[path], 0, "", ())
+    ]
+    if set(values["model.from_scratch"]) - {"vae"}:
+        wrong.append("model.from_scratch")
+    back = "it" if len(wrong) == 1 else "them"
+    yield wrong, f"{', '.join(wrong)} cannot apply to task = 'autoencoder'; set {back} back"
+
+
+def _sampling(values: Values) -> Wrongs:
+    for path in ("sample.guidance_rescale", "sample.negative_prompt"):
+        yield (
+            values[path] and values["sample.guidance_scale"] == 1,
+            f"{path} cannot apply without guidance, sample.guidance_scale = 1; set it back",
+        )
+    steps, count = values["schedule.num_train_timesteps"], values["sample.num_steps"]
+    yield (
+        values["sample.sampler"] == "ddim" and values["sample.spacing"] == "trailing" and steps % count > steps / 20,
+        f"sample.num_steps = {count} leaves a rest of {steps % count} of {steps} time steps, by which DDIM, counting "
+        f"back in whole strides, drifts off its grid; use a number that divides {steps}, or sample.sampler = 'euler'",
+    )
+    if values["sample.sampler"] not in ("ddpm", "euler_ancestral"):
+        return
+    sampler = values["sample.sampler"]
+    is_mixture = values["noise.random_strength"] or values["noise.probability"] < 1 or values["noise.adaptive_scale"]
+    yield (
+        is_mixture,
+        f"sample.sampler = {sampler!r} injects noise, which has to be normal: with noise.random_strength, "
+        "noise.probability or noise.adaptive_scale use ddim, euler or dpmpp_2m",
+    )
+    yield (
+        values["sample.brightness"],
+        f"sample.brightness sets the start, which sample.sampler = {sampler!r} forgets; use ddim, euler or dpmpp_2m",
+    )

@@ -1,0 +1,1 @@
+"""Models for other programs, and what they say of their training."""

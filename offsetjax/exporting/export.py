@@ -1,0 +1,196 @@
+"""A checkpoint to a model that others load, written under a temporary name and renamed, tensor by tensor.
+
+    diffusers     a directory for `from_pretrained`
+    single_file   one file in the original layout, for ComfyUI, A1111, Forge, kohya's scripts and `from_single_file`
+    lora          the adapters alone, with kohya's or diffusers' keys
+
+No more than a few tensors are in memory, whatever the model's size.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from offsetjax.errors import UserError
+from offsetjax.exporting.metadata import header
+from offsetjax.exporting.model_card import SPECTRUM_FILE, matched_sampler, model_card
+from offsetjax.formats import diffusers as files
+from offsetjax.formats.lora import write_lora
+from offsetjax.formats.memory import freed_memory_kept
+from offsetjax.formats.safetensors import NotFiniteError
+from offsetjax.formats.single_file import write_single_file
+from offsetjax.formats.tensors import Tensor, seen
+from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts
+from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
+from offsetjax.models.workdir import Stored, open_stored
+from offsetjax.training.objective import training_noise
+
+FORMATS = ("diffusers", "single_file", "lora")
+
+
+def export(
+    workdir: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    form: str = "diffusers",
+    step: int | None = None,
+    params: str | None = None,
+    dtype: str = "float32",
+    lora_keys: str | None = None,
+    max_shard_gb: float | None = None,
+) -> None:
+    """Writes a model that PyTorch programs load; adapters are merged into their base but for `form = "lora"`.
+
+    An autoencoder's training gives a directory with the `vae/` alone, which `model.pretrained` accepts.
+
+    Args:
+        form: diffusers (a directory), single_file or lora (a file whose name ends in .safetensors).
+        params: "ema" or "raw"; None is the config's `sample.params`.
+        lora_keys: kohya, as without it, or diffusers.
+        max_shard_gb: a directory's weights beyond so many gigabytes, without it 10, are split over several files.
+
+    Raises:
+        UserError: `out` exists, the form does not go with the training, the checkpoint cannot be read, or it has values
+            that are not finite in `dtype`.
+    """
+    out = epath.Path(out)
+    if out.exists():
+        raise UserError(f"export: {out} exists; give another --out, or remove it")
+    if form != "diffusers" and out.suffix != ".safetensors":
+        raise UserError(f"export: --format={form} writes one file; give an --out that ends in .safetensors, not {out}")
+    if lora_keys and form != "lora":
+        raise UserError(f"export: --lora_keys cannot apply to --format={form}; leave it out")
+    if max_shard_gb is not None and (form != "diffusers" or not 0 < max_shard_gb < math.inf):
+        raise UserError(f"export: --max_shard_gb={max_shard_gb} must be above 0, and needs --format=diffusers")
+    stored = open_stored(workdir, step, params)
+    if form != "diffusers" and stored.config.task == "autoencoder":
+        raise UserError(f"export: {workdir} trained an autoencoder alone; use --format=diffusers")
+    if form == "lora" and not stored.config.lora.rank:
+        raise UserError(
+            f"export: {workdir} trained whole weights (lora.rank = 0); use --format=diffusers or single_file"
+        )
+    temporary = out.parent / f".{out.name}.{os.getpid()}.unfinished{out.suffix}"
+    new_folders = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with freed_memory_kept():
+            if form == "diffusers":
+                _write_directory(temporary, stored, dtype, int((max_shard_gb or 10.0) * 1e9), out.name)
+            elif form == "single_file":
+                _write_single_file(temporary, stored, dtype, out.stem)
+            else:
+                _write_lora(temporary, stored, dtype, out.stem, lora_keys or "kohya")
+        temporary.rename(out)
+    except NotFiniteError as error:
+        others = "" if dtype == "float32" else ", or --dtype=float32"
+        raise UserError(f"export: {error}; give other --params or an earlier --step{others}") from error
+    finally:
+        if temporary.exists():
+            (temporary.rmtree if temporary.is_dir() else temporary.unlink)()
+        for folder in new_folders if not out.exists() else ():
+            if folder.exists():  # on a bucket there are no empty ones
+                folder.rmdir()
+
+
+def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_bytes: int, title: str) -> None:
+    config, pipeline = stored.config, stored.pipeline
+    is_diffusion = config.task == "diffusion"
+    parts = {part: stored.part(part) for part in network_parts(config)}
+    with _progress(out.name, parts) as parts:
+        for part, tensors in parts.items():
+            metadata = header(pipeline, config, stored.step, "diffusers", title) if part == "unet" else {}
+            files.write_part(
+                out,
+                part,
+                _torch_config(stored, part),
+                tensors,
+                dtype=dtype,
+                metadata=metadata,
+                max_shard_bytes=max_shard_bytes,
+            )
+    if is_diffusion:
+        write_tokenizers(out, pipeline.tokenizers)
+        scheduler = files.scheduler_config(
+            config.schedule.to_dict(), matched_sampler(pipeline, config), config.sample.spacing
+        )
+        files.write_scheduler(out, scheduler)
+        (out / "README.md").write_text(model_card(pipeline, config, stored.step))
+        write_spectrum(out, pipeline, config)
+        files.write_index(out, scheduler["_class_name"], family(config), pipeline.force_zeros_for_empty_prompt)
+
+
+def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) -> None:
+    config = stored.config
+    parts = {part: stored.part(part) for part in network_parts(config)}
+    configs = {part: _torch_config(stored, part) for part in parts}
+    configs["scheduler"] = files.scheduler_config(config.schedule.to_dict(), "ddim", config.sample.spacing)
+    with _progress(title, parts) as parts:
+        metadata = header(stored.pipeline, config, stored.step, "single_file", title)
+        carried = carried_of(stored.frozen)
+        write_single_file(out, parts, configs, family(config), carried, dtype=dtype, metadata=metadata)
+
+
+def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_keys: str) -> None:
+    config, pipeline = stored.config, stored.pipeline
+    write_lora(
+        out,
+        {part: stored.adapters(part) for part in trained_parts(config)},
+        base_like={part: abstract_params(getattr(pipeline, part)) for part in trained_parts(config)},
+        keys=lora_keys,
+        family=family(config),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha or config.lora.rank,
+        dtype=dtype,
+        metadata=header(pipeline, config, stored.step, "lora", title),
+    )
+
+
+def _torch_config(stored: Stored, part: str) -> dict[str, Any]:
+    """The part's `config.json`; the size that a pipeline draws unless told otherwise is that of training."""
+    config, pipeline = stored.config, stored.pipeline
+    torch_config = getattr(pipeline, part).torch_config()
+    if part == "unet":
+        torch_config["sample_size"] = config.data.resolution // pipeline.vae.downscale
+    return torch_config
+
+
+@contextlib.contextmanager
+def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """The same tensors, whose reading moves a bar on the terminal."""
+    console = Console(stderr=True)
+    total = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+
+        def advance(array: np.ndarray) -> None:
+            progress.advance(task, array.nbytes)
+
+        yield {
+            part: {name: seen(tensor, advance) for name, tensor in tensors.items()} for part, tensors in parts.items()
+        }
+
+
+def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:
+    """The deviation of each mode of coloured noise, which the card's recipe reads; an offset comes on top."""
+    noise, size = training_noise(pipeline, config), config.data.resolution // pipeline.vae.downscale
+    if noise.spectrum is None:
+        return
+    root = np.ascontiguousarray(np.sqrt(noise.spectrum(size, size)), np.float32)
+    (out / SPECTRUM_FILE).parent.mkdir()
+    (out / SPECTRUM_FILE).write_bytes(safetensors.numpy.save({"root_spectrum": root}))

@@ -1,0 +1,73 @@
+"""What an exported file's header says: `modelspec.*`, the field's standard, and `ss_*`, kohya's names.
+
+https://github.com/Stability-AI/ModelSpec
+"""
+
+import datetime
+import json
+
+from ml_collections import ConfigDict
+
+from offsetjax.models.pipeline import Pipeline, family
+from offsetjax.training.objective import training_noise
+
+_ORIGINAL = {
+    "sd1": "https://github.com/CompVis/stable-diffusion",
+    "sd2": "https://github.com/Stability-AI/stablediffusion",
+    "sdxl": "https://github.com/Stability-AI/generative-models",
+}
+
+
+def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: str) -> dict[str, str]:
+    """The header's `modelspec.*` (the field's standard) and `ss_*` (kohya's names): how the model was trained.
+
+    Args:
+        form: of the export: diffusers, single_file or lora.
+        title: the file's name.
+    """
+    side = str(config.data.resolution)
+    optimizer = config.optimizer
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _architecture(config) + ("/lora" if form == "lora" else ""),
+        "modelspec.implementation": _ORIGINAL[family(config)] if form == "single_file" else "diffusers",
+        "modelspec.title": title,
+        "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config.schedule.prediction_type],
+        "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
+        **_noise_names(pipeline, config),
+        "ss_zero_terminal_snr": str(config.schedule.zero_terminal_snr),
+        "ss_v_parameterization": str(config.schedule.prediction_type == "v_prediction"),
+        "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
+        "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
+        "ss_learning_rate": repr(optimizer.learning_rate),
+        "ss_unet_lr": repr(optimizer.learning_rate),
+        "ss_text_encoder_lr": repr(optimizer.text_encoder_learning_rate or None),
+        "ss_max_train_steps": str(config.train.steps),
+        "ss_steps": str(step),
+        "ss_seed": str(config.seed),
+        "ss_resolution": f"({side}, {side})",
+    }
+
+
+def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
+    """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None."""
+    noise, side = config.noise, config.data.resolution // pipeline.vae.downscale
+    strength = float(f"{training_noise(pipeline, config).strengths_at(side * side).max():.6g}")
+    return {
+        "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
+        "ss_noise_offset_random_strength": str(noise.random_strength),
+        "ss_adaptive_noise_scale": repr(noise.adaptive_scale or None),
+        "ss_multires_noise_iterations": repr(noise.pyramid_levels or None),
+        "ss_multires_noise_discount": repr(noise.pyramid_discount or None),
+        "ss_ip_noise_gamma": repr(noise.input_perturbation or None),
+    }
+
+
+def _architecture(config: ConfigDict) -> str:
+    if family(config) == "sd2":
+        return {"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"}[
+            config.schedule.prediction_type
+        ]
+    return {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[family(config)]

@@ -1,0 +1,117 @@
+"""The README.md of an exported model: what a PyTorch user needs to sample it from the noise of its training."""
+
+from ml_collections import ConfigDict
+
+from offsetjax.diffusion.noise import Noise, describe
+from offsetjax.diffusion.sampler import ANCESTRAL
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.training.objective import training_noise
+
+SPECTRUM_FILE = "noise/root_spectrum.safetensors"
+
+
+def matched_sampler(pipeline: Pipeline, config: ConfigDict) -> str:
+    """The sampler whose PyTorch scheduler needs nothing but matched initial latents.
+
+    PyTorch's ancestral schedulers inject plain noise, which is right for plain and for `adjusted` noise alone; its
+    deterministic ones are right for all noise but `adjusted`.
+    """
+    noise, sampler = training_noise(pipeline, config), config.sample.sampler
+    if noise.is_plain:
+        return sampler
+    if noise.kind == "adjusted":
+        return sampler if sampler in ANCESTRAL else "euler_ancestral"
+    return "ddim" if sampler in ANCESTRAL else sampler
+
+
+def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
+    """The text of README.md, with a recipe in PyTorch that runs in the model's folder."""
+    noise = training_noise(pipeline, config)
+    size = config.data.resolution // pipeline.vae.downscale
+    channels = pipeline.vae.config["latent_channels"]
+    return _CARD.format(
+        step=step,
+        pipeline="StableDiffusionXLPipeline" if pipeline.is_conditioned_on_size else "StableDiffusionPipeline",
+        resolution=config.data.resolution,
+        prediction={"epsilon": "ε", "v_prediction": "v"}[config.schedule.prediction_type],
+        noise=describe(noise, config.noise, size, size),
+        latents="\n".join(f"    {line}" for line in _latents(noise, channels, size)),
+        settings=", ".join(
+            f"{name}={config.sample[field]!r}"
+            for name, field in (
+                ("num_inference_steps", "num_steps"),
+                ("guidance_scale", "guidance_scale"),
+                ("guidance_rescale", "guidance_rescale"),
+            )
+        ),
+        advice=_ADVICE["plain" if noise.is_plain else noise.kind],
+    )
+
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+A latent diffusion model, trained with offsetjax for {step} steps at {resolution} px; it predicts {prediction}.
+
+Training noise: {noise}.
+
+Start from the same noise: from PyTorch's default a model that was trained with another noise draws too few dark and
+bright pictures.
+
+    import torch
+    from diffusers import {pipeline}
+
+    pipeline = {pipeline}.from_pretrained(".")
+    prompts = ["a town square lit only by torchlight"]
+    b = len(prompts)
+{latents}
+    images = pipeline(prompts, latents=latents, {settings}).images
+
+{advice}
+"""
+
+_DETERMINISTIC = "Any deterministic scheduler will do (DDIM, Euler, DPM-Solver++); an ancestral one adds plain noise."
+_ADVICE = {
+    "plain": "With plain noise, PyTorch's default start is the right one.",
+    "offset": _DETERMINISTIC,
+    "pyramid": _DETERMINISTIC,
+    "spectral": _DETERMINISTIC,
+    "adjusted": (
+        "Use an ancestral scheduler (DDPM, Euler ancestral): the noise's shift changes with time, of which PyTorch's "
+        "deterministic schedulers know nothing."
+    ),
+}
+
+
+def _latents(noise: Noise, channels: int, size: int) -> list[str]:
+    """Lines of PyTorch that draw `latents`, `[b, c, h, w]`."""
+    lines = [f"latents = torch.randn(b, {channels}, {size}, {size})"]
+    if noise.spectrum is not None:
+        lines = [
+            "from safetensors.torch import load_file",
+            "",
+            *lines,
+            f'root_spectrum = load_file("{SPECTRUM_FILE}")["root_spectrum"]',
+            f"latents = torch.fft.irfft2(torch.fft.rfft2(latents) * root_spectrum, s=({size}, {size}))",
+        ]
+    strengths = noise.strengths_at(size * size)
+    if strengths.any() or noise.adaptive_scale:
+        # Nine digits tell float32 numbers apart.
+        values = ", ".join(f"{strength:.9g}" for strength in strengths)
+        lines.append(f"strength = torch.tensor([{values}]).reshape(1, -1, 1, 1)")
+        if noise.random_strength:
+            lines.append("strength = strength * torch.rand(b, 1, 1, 1)")
+        if noise.adaptive_scale and noise.data_mean is not None:
+            scale = noise.adaptive_scale * noise.scale_at(size * size)
+            mean, deviation = (", ".join(f"{x:.9g}" for x in values) for values in noise.data_mean)
+            lines += [
+                f"mean, deviation = torch.tensor([[{mean}], [{deviation}]]).reshape(2, 1, -1, 1, 1)",
+                f"data_mean = mean + deviation * torch.randn(b, {channels}, 1, 1)",
+                f"strength = (strength + {scale:.9g} * data_mean.abs()).clamp(min=0)",
+            ]
+        if noise.probability < 1:
+            lines.append(f"strength = strength * (torch.rand(b, 1, 1, 1) < {noise.probability:.9g})")
+        lines.append(f"latents = latents + strength * torch.randn(b, {channels}, 1, 1)")
+    return lines

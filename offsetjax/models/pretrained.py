@@ -1,0 +1,107 @@
+"""A model that no work directory holds, for sampling: an exported one, or one that was never trained here."""
+
+import json
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.config import default_config, validate
+from offsetjax.errors import UserError
+from offsetjax.formats.pretrained import Pretrained, open_pretrained
+from offsetjax.models.initial import (
+    abstract_trained,
+    adopt_lora,
+    initial_trained,
+    part_tensors,
+    pretrained_tokenizers,
+)
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, network_parts
+from offsetjax.models.resolve import resolve
+from offsetjax.models.weights import load
+from offsetjax.models.workdir import Trained, load_trained, read_config
+from offsetjax.parallel import sharding
+
+
+def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Trained:
+    """Opens a work directory, a diffusers directory or a single file, sharded over all devices.
+
+    The noise and the size of the training are read from what an export says of them; of an untouched model the noise
+    is plain, and the size its own.
+
+    Args:
+        variant: of a diffusers directory's weights, such as fp16.
+        lora: a LoRA file to draw with; not for a work directory.
+
+    Raises:
+        UserError: it is none of these, or a part of it cannot be read.
+    """
+    if _is_workdir(path):
+        if variant or lora:
+            raise UserError(f"sample: {path} is a work directory, to which --variant and --lora cannot apply")
+        return load_trained(path)
+    config, pipeline, tensors = _open(path, variant, lora)
+    mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
+    place = partial(sharding.shardings, mesh)
+    weights = {}
+    for part, tree in tensors.items():
+        dtype = jnp.float32 if part == "vae" else jnp.dtype(config.model.dtype)
+        weights[part] = load(tree, place(tree), dtype)
+    frozen = {part: weights.pop(part) for part in frozen_parts(config)}
+    if lora:
+        weights = initial_trained(config, pipeline, place(abstract_trained(config, pipeline)))
+    return Trained(config, pipeline, weights, frozen, 0, "raw", mesh)
+
+
+def check_model(path: epath.PathLike) -> None:
+    """Raises the UserErrors of `load_model`, as far as the headers of files tell."""
+    if _is_workdir(path):
+        read_config(path)
+    else:
+        _open(path)
+
+
+def _is_workdir(path: epath.PathLike) -> bool:
+    return all((epath.Path(path) / name).exists() for name in ("config.json", "checkpoints"))
+
+
+def _open(path: epath.PathLike, variant: str = "", lora: str = "") -> tuple[ConfigDict, Pipeline, dict[str, PyTree]]:
+    """The config of a model, its parts, and their tensors, which are not read yet."""
+    pretrained = open_pretrained(path, variant)
+    config = default_config()
+    config.model.pretrained, config.model.variant = str(path), variant
+    # bfloat16 is what accelerators are quick at, and what CPUs are slow at.
+    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
+    config.lora.pretrained = lora
+    # Adapters of text encoders belong to what is trained; a LoRA without them adds none that change anything.
+    config.optimizer.text_encoder_learning_rate = config.optimizer.learning_rate if lora else 0.0
+    config = resolve(config)
+    adopt_lora(config)
+    _describe(config, pretrained)
+    pipeline = build(config, pretrained_tokenizers(config) or ())
+    parts = network_parts(config)
+    return config, pipeline, {part: part_tensors(pretrained, part, getattr(pipeline, part)) for part in parts}
+
+
+def _describe(config: ConfigDict, pretrained: Pretrained) -> None:
+    """Sets the noise and the size of the training, as far as the model's header tells."""
+    header = pretrained.metadata()
+    downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)
+    size = re.fullmatch(r"(\d{1,5})x\d+", header.get("modelspec.resolution", ""))
+    own = config.model.unet.sample_size * downscale
+    config.data.resolution = int(size[1]) if size and "offsetjax.noise" in header else own
+    try:
+        noise = json.loads(header.get("offsetjax.noise", "{}"))
+        for key in noise.keys() & config.noise.keys():
+            with config.noise.ignore_type():
+                config.noise[key] = tuple(noise[key]) if isinstance(noise[key], list) else noise[key]
+        validate(config)
+    except (UserError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"sample: {pretrained.path}: what its header says of its noise cannot be read ({error}); export it again"
+        ) from error

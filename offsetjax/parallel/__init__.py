@@ -1,0 +1,1 @@
+"""Several devices and processes as one: the mesh, sharding, signals, and what hangs or is lost."""

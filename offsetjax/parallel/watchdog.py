@@ -1,0 +1,38 @@
+"""A training that hangs is ended, with what every thread was doing: the scheduler can start it again."""
+
+import math
+import sys
+import threading
+import time
+from typing import Any
+
+from offsetjax.parallel import processes
+
+
+class StallGuard:
+    """Inside its context all processes end with status 75 once nothing has gone on for `seconds`; 0: never."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds or math.inf
+        self._went_on, self._closed = time.monotonic(), threading.Event()
+
+    def __enter__(self) -> "StallGuard":
+        if self._seconds < math.inf:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._closed.set()
+
+    def goes_on(self) -> None:
+        """To be called after each step, and after each other thing that takes its time."""
+        self._went_on = time.monotonic()
+
+    def _watch(self) -> None:
+        while (left := self._went_on + self._seconds - time.monotonic()) > 0:
+            if self._closed.wait(left):
+                return
+        why = f"nothing went on for {self._seconds:g} s (train.stall_seconds)"
+        print(f"offsetjax: error: stalled: {why}; this is what every thread does:", file=sys.stderr, flush=True)
+        processes.dump_stacks()
+        processes.end_all(processes.STALLED, f"stalled: {why}")

@@ -1,0 +1,1 @@
+"""What comes before a training: its noise, its cached latents, its grid of settings."""

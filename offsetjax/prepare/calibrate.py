@@ -1,0 +1,236 @@
+"""`offsetjax calibrate`: measures how much of the data is legible at each frequency, and recommends a noise.
+
+Each picture is encoded once, without its flip, to the mean of its posterior; the mean and the variance over pictures of
+each mode of the latents are gathered over all devices. `calibration.py` says what follows from them.
+"""
+
+import dataclasses
+import io
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Complex, Float, Int, PyTree
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from offsetjax.data.devices import on_devices
+from offsetjax.data.source import Source, open_source
+from offsetjax.diffusion.calibration import (
+    Calibration,
+    band_means,
+    filled,
+    leak,
+    recommended_strengths,
+    snrs,
+    summarise,
+    write_calibration,
+)
+from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
+from offsetjax.diffusion.schedule import Schedule, make_schedule
+from offsetjax.diffusion.spectrum import frequencies
+from offsetjax.errors import UserError
+from offsetjax.files import check_file, write_whole
+from offsetjax.models.autoencoder import Autoencoder
+from offsetjax.models.encode import to_unit_range
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.parallel import sharding
+from offsetjax.prepare.latents import open_vae
+from offsetjax.progress import tracked
+from offsetjax.report.leak import leak_figure
+from offsetjax.training.objective import Batch
+from offsetjax.training.setup import open_stream
+
+_log = logging.getLogger("offsetjax")
+
+
+def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> Calibration:
+    """Measures the data of a config; writes `out` for `noise.calibration`, `NAME.png` beside it, and prints a table.
+
+    Args:
+        out: a path that ends in .json; what is there is replaced.
+        target: the terminal SNR that the mean of a channel may have.
+
+    Raises:
+        UserError: an argument out of range, an `out` that cannot be written, or a mistake in the config or the data.
+    """
+    out = epath.Path(out)
+    if out.suffix != ".json":
+        raise UserError(f"calibrate: --out={out} must end in .json")
+    if not 0 < target < math.inf:
+        raise UserError(f"calibrate: --target_snr={target} must be above 0")
+    if config.task != "diffusion":
+        raise UserError(
+            f"calibrate: task = {config.task!r} noises no latents; give the config of the diffusion training"
+        )
+    if jax.process_index() == 0:  # who writes it
+        check_file("calibrate", out)
+    mesh = sharding.make_mesh(config)
+    source = open_source(config.data.path, config.data.split, config.data.cached_latents)
+    if len(source) < 2:
+        raise UserError(f"calibrate: {source.path} ({source.split}) has one picture; a variance needs two or more")
+    config, pipeline, params, _ = open_vae(config, source)
+    modes = measure(config, pipeline, params, source, mesh)
+    if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):
+        raise UserError("calibrate: the autoencoder's latents are not finite; check model.pretrained")
+    calibration = summarise(
+        modes.mean,
+        modes.variance,
+        config.data.resolution // pipeline.vae.downscale,
+        num_examples=len(source),
+        resolution=config.data.resolution,
+        schedule=config.schedule.to_dict(),
+        target_terminal_snr=target,
+    )
+    if jax.process_index() == 0:
+        schedule, downscale = make_schedule(**config.schedule), pipeline.vae.downscale
+        noise = configured_noise(config, calibration, downscale)
+        strengths, _ = recommended_strengths(config, calibration, schedule, downscale)
+        for line in table(calibration, modes.variance, noise, strengths, schedule):
+            _log.info("%s", line)
+        write_calibration(out, calibration)
+        picture = out.parent / f"{out.stem}.png"
+        recommended = _with_strength(config, strengths.max(), schedule, downscale)
+        write_whole(picture, _png(leak_figure(calibration, noise, recommended, schedule)))
+        _log.info("%s: give it as noise.calibration; the figure is %s", out, picture)
+    return calibration
+
+
+class Modes(NamedTuple):
+    """The mean and the variance over pictures of each mode of the latents, their orthonormal `rfft2`."""
+
+    mean: Complex[np.ndarray, "c h w2"]
+    variance: Float[np.ndarray, "c h w2"]
+
+
+def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Source, mesh: Mesh) -> Modes:
+    """The modes of all pictures of a source, each once; the same on any mesh and for any number of processes.
+
+    Sums of one batch are float32, on the devices; they are joined in float64, as T. Chan et al. (1979) do, for the
+    means of latents may be far from 0 and squares would cancel.
+    """
+    config = config.copy_and_resolve_references()
+    config.data.random_flip = False
+    config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
+    size, total = config.train.global_batch_size, len(source)
+    params = jax.device_put(params, sharding.shardings(mesh, params))
+    batch_modes = _jit_batch_modes(pipeline.vae, params, mesh)
+    host_batches = open_stream(config, pipeline, source, mesh).iterator(0)
+    batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH), size)
+    mean, squares = np.complex128(0), np.float64(0)
+    try:
+        shown = tracked(batches, "Measuring latents", -(-total // size), jax.process_index() == 0)
+        for seen, batch in zip(range(0, total, size), shown, strict=True):
+            # The stream begins anew after its last picture: what comes after it in the last batch counts for nothing.
+            count = min(size, total - seen)
+            batch_mean, batch_squares = jax.device_get(batch_modes(params, batch, np.int32(count)))
+            step = batch_mean.astype(np.complex128) - mean
+            mean = mean + step * (count / (seen + count))
+            squares = squares + batch_squares + np.abs(step) ** 2 * (seen * count / (seen + count))
+    finally:
+        host_batches.close()
+    return Modes(np.asarray(mean), np.asarray(squares / total))
+
+
+def _jit_batch_modes(vae: Autoencoder, params: PyTree, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
+    def batch_modes(
+        params: PyTree, batch: Batch, count: Int[Array, ""]
+    ) -> tuple[Complex[Array, "c h w2"], Float[Array, "c h w2"]]:
+        """Over the first `count` pictures: the mean of the modes, and the sum of their squared distances from it."""
+        if "moments" in batch:
+            means = batch["moments"][:, 0].astype(jnp.float32)
+        else:  # all at once: each device then encodes its own
+            means = vae.encode(params, to_unit_range(batch["pixels"]))[0]
+        modes = jnp.fft.rfft2(means * vae.config["scaling_factor"], norm="ortho")
+        counts = (jnp.arange(len(modes)) < count)[:, None, None, None]
+        mean = jnp.where(counts, modes, 0).sum(0) / count
+        return mean, jnp.where(counts, jnp.abs(modes - mean) ** 2, 0).sum(0)
+
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(
+        batch_modes,
+        in_shardings=(sharding.shardings(mesh, params), NamedSharding(mesh, sharding.BATCH), everywhere),
+        out_shardings=everywhere,
+    )
+
+
+def configured_noise(config: ConfigDict, calibration: Calibration, downscale: int) -> Noise:
+    """The noise of a training with this config, whose `noise.calibration` will be this one."""
+    schedule = make_schedule(**config.schedule)
+    if config.noise.calibration:
+        try:
+            config = filled(config, calibration)
+        except UserError as refusal:  # the training will say so too; what was measured is of use still
+            _log.warning("%s; the tables show plain noise instead", refusal)
+            return PLAIN
+    noise = make_noise(config.noise, schedule, downscale)
+    if noise.adaptive_scale and noise.data_mean is None:
+        noise = dataclasses.replace(noise, data_mean=(calibration.mean, np.sqrt(calibration.mean_variance)))
+    return noise
+
+
+def _with_strength(config: ConfigDict, strength: float, schedule: Schedule, downscale: int) -> Noise:
+    """The config's noise with another strength of its offset; plain noise with it where the kind has none."""
+    noise = config.noise.copy_and_resolve_references()
+    noise.update(offset_strength=float(strength), channel_strengths=(), adaptive_scale=0.0, spectrum=())
+    noise.kind = "offset" if noise.kind == "spectral" else noise.kind
+    return make_noise(noise, schedule, downscale)
+
+
+def table(
+    calibration: Calibration,
+    variance: Float[np.ndarray, "c h w2"],
+    noise: Noise,
+    strengths: Float[np.ndarray, " c"],
+    schedule: Schedule,
+) -> Iterator[str]:
+    """The lines to print: a channel each, what is recommended, and a band of frequencies each."""
+    height, width, snr = calibration.height, calibration.width, snrs(schedule)[-1]
+    target, pixels = calibration.target_terminal_snr, height * width
+    yield (
+        f"{calibration.num_examples} pictures of {calibration.resolution} px, latents of {height}x{width}; "
+        f"the last step has an SNR of {snr:.5f} a pixel"
+    )
+    means = pixels * calibration.mean_variance
+    configured = leak(means, noise.power(height, width)[:, 0, 0], snr)
+    yield f"{'':9}{'variance of':>12}   {'terminal SNR of the mean':^28}{'offset strength for':>22}"
+    yield f"{'channel':>9}{'the mean':>12}{'plain noise':>15}{'this config':>14}{f'an SNR of {target:g}':>22}"
+    rows = zip(calibration.mean_variance, leak(means, np.ones(1), snr), configured, strengths, strict=True)
+    for channel, (variance_of_mean, plain, present, strength) in enumerate(rows):
+        yield f"{channel:9d}{variance_of_mean:12.4g}{plain:15.3g}{present:14.3g}{strength:22.4g}"
+    if strengths.any():
+        yield f"recommended: noise.offset_strength = {strengths.max():.3g}, the largest of the channels'"
+    else:
+        yield "recommended: noise.offset_strength = 0; without an offset the mean is below that SNR already"
+    bands, names = octaves(height, width)
+    power, noise_power = band_means(variance, bands, width), band_means(noise.power(height, width), bands, width)
+    ratios = leak(power, noise_power, snr)
+    yield f"{'wavelength in':>16}{'power of':>12}{'power of':>12}   {'terminal SNR, this config':^30}"
+    yield f"{'latent pixels':>16}{'the data':>12}{'the noise':>12}{'mean of channels':>20}{'worst channel':>15}"
+    octave_rows = zip(names, power.mean(0), noise_power.mean(0), ratios.mean(0), ratios.max(0), strict=True)
+    for name, data, noised, mean, worst in octave_rows:
+        yield f"{name:>16}{data:12.3g}{noised:12.3g}{mean:20.3g}{worst:15.3g}"
+
+
+def octaves(height: int, width: int) -> tuple[Int[np.ndarray, "h w2"], list[str]]:
+    """The octave of wavelengths of each mode, from 32 latent pixels down, and the names of those that the grid has."""
+    names = ["whole picture", "32 and more", *(f"{2 * side} - {side}" for side in (16, 8, 4, 2)), "under 2"]
+    edges = [0.0, *(1 / side for side in (32, 16, 8, 4, 2))]
+    # A hair less, so that a wavelength of 32 latent pixels is where it belongs whatever the rounding.
+    octave = np.digitize(np.hypot(*frequencies(height, width)) * (1 - 1e-9), edges, right=True)
+    found, bands = np.unique(octave, return_inverse=True)
+    return bands.reshape(octave.shape), [names[each] for each in found]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

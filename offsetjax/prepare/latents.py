@@ -1,0 +1,204 @@
+"""`offsetjax data encode`: the latents of a data set's pictures, encoded once, for `data.cached_latents`.
+
+Each process encodes whole shards of its own, on all of its devices, in float32 (of which TPUs and GPUs multiply less by
+default); `data/cache.py` says what is written.
+"""
+
+import errno
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PyTree, UInt8
+from ml_collections import ConfigDict
+
+from offsetjax.config.checks import validate
+from offsetjax.data import cache as caches
+from offsetjax.data.cache import Cache, Shard
+from offsetjax.data.source import Source, open_source, split_names
+from offsetjax.errors import UserError
+from offsetjax.models.autoencoder import Autoencoder, encoder_checksum, standardised
+from offsetjax.models.encode import encode_moments
+from offsetjax.models.initial import initial_params
+from offsetjax.models.pipeline import Pipeline, build
+from offsetjax.models.resolve import check_resolution, resolve
+from offsetjax.parallel.processes import meet
+from offsetjax.progress import tracked
+from offsetjax.training.setup import Statistics, check_cache, latent_statistics
+
+_log = logging.getLogger("offsetjax")
+_PICTURES_A_DEVICE = 8  # at a time
+_SHOWN_SECONDS = 60  # within which a network disk shows all processes what one has written
+
+# Pictures → the moments of their v views, as a cache has them.
+Encode = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[Array, "b v 2 c h w"]]
+
+
+def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = caches.SHARD_SIZE) -> Cache:
+    """Writes a cache of the pictures of a config to `out`, for `data.path`, or goes on with it where it is unfinished.
+
+    Where it is finished, nothing is written. The splits that `data.split` and `validation.split` are of are encoded
+    whole.
+
+    Raises:
+        UserError: a mistake in the config or the data, a picture that cannot be decoded, or what is in `out`.
+    """
+    if config.task != "diffusion":
+        raise UserError(
+            f"data: task = {config.task!r} trains what encodes; give `data encode` the config of the diffusion training"
+        )
+    if config.data.cached_latents:
+        raise UserError("data: `data encode` reads pictures: give their data.path, and data.cached_latents=False")
+    config, pipeline, params, statistics = open_vae(config, open_source(config.data.path, config.data.split))
+    sources = _whole_splits(config)
+    cache = _describe(config, pipeline.vae, params, statistics, sources)
+    finished = caches.is_finished(out, cache)
+    shards = caches.missing_shards(out, cache, shard_size)
+    meet("the cache is looked at")  # the first process must not write before the others have looked
+    is_first = jax.process_index() == 0
+    if is_first:
+        caches.begin(out, cache)
+    meet("the cache is begun")
+    if not _is_shown(lambda: caches.is_begun(out)):
+        raise UserError(
+            f"data: process {jax.process_index()} does not see the cache that process 0 has begun in {out}; give as "
+            "--out a place that all processes share: gs://… or a shared disk"
+        )
+    if finished:
+        if is_first:
+            _log.info("%s: encoded already; give it as data.path, with data.cached_latents=True", out)
+        return cache
+    encode = _jit_encode(pipeline.vae, params, cache.random_flip)
+    own = shards[jax.process_index() :: jax.process_count()]
+    for number, shard in enumerate(own, start=1):
+        records = _records(sources[shard.split], shard, cache.resolution, encode)
+        description = f"Encoding pictures, part {number} of {len(own)}"
+        shard.write(tracked(records, description, shard.last - shard.first, is_first), cache)
+    meet("the latents are written")
+    if is_first:
+        if not _is_shown(lambda: not caches.missing_shards(out, cache, shard_size)):
+            # No mistake of the user's: another start may find it.
+            raise OSError(errno.EIO, "process 0 does not see all that the other processes have written", str(out))
+        caches.finish(out, cache, shard_size)
+        counts = ", ".join(f"{count} of {split}" for split, count in cache.num_examples.items())
+        _log.info("%s: %s encoded; give it as data.path, with data.cached_latents=True", out, counts)
+    return cache
+
+
+def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, PyTree, Statistics | None]:
+    """What a run begins with: the resolved config, the parts without a tokenizer, and the autoencoder's parameters.
+
+    Returns:
+        These, and the mean and deviation of the latents by which the autoencoder was standardised, if it was.
+    """
+    config = resolve(config)
+    validate(config)  # what was read may not go with what was set
+    check_resolution(config)
+    pipeline, statistics = build(config), None
+    params = jax.device_get(initial_params(config, "vae", pipeline.vae))
+    if config.model.vae.scaling_factor == 0:
+        statistics = latent_statistics(config, pipeline, params, source)
+        params = standardised(params, *statistics)
+        config.model.vae.scaling_factor = 1.0
+        pipeline = build(config)
+    check_cache(config, source, params)
+    return config, pipeline, params, statistics
+
+
+def _is_shown(is_there: Callable[[], bool]) -> bool:
+    """Whether this process sees, now or after a while, what another has written."""
+    end = time.monotonic() + _SHOWN_SECONDS
+    while not (is_shown := is_there()) and time.monotonic() < end:
+        time.sleep(1)
+    return is_shown
+
+
+def _whole_splits(config: ConfigDict) -> dict[str, Source]:
+    """The splits, by their names, that the config takes pictures from: `train` for `train[:95%]`."""
+    names = split_names("+".join(spec for spec in (config.data.split, config.validation.split) if spec))
+    if "all" in names:  # TFDS's name for the sum of them, which no data set can have for one of its own
+        raise UserError("data: `data encode` has to be told the splits that 'all' stands for, such as 'train+test'")
+    return {name: open_source(config.data.path, name) for name in sorted(names)}
+
+
+def _describe(
+    config: ConfigDict, vae: Autoencoder, params: PyTree, statistics: Statistics | None, sources: dict[str, Source]
+) -> Cache:
+    mean, std = statistics or (np.array([]), np.array([]))
+    side = config.data.resolution // vae.downscale
+    return Cache(
+        encoder=encoder_checksum(params),
+        scaling_factor=vae.config["scaling_factor"],
+        latent_mean=mean.tolist(),
+        latent_std=std.tolist(),
+        latent_shape=(vae.config["latent_channels"], side, side),
+        resolution=config.data.resolution,
+        random_flip=config.data.random_flip,
+        source=next(iter(sources.values())).path,
+        num_examples={split: len(source) for split, source in sources.items()},
+        num_bytes={split: source.num_bytes for split, source in sources.items()},
+    )
+
+
+def _jit_encode(vae: Autoencoder, params: PyTree, random_flip: bool) -> Encode:
+    """Encodes on all devices of this process, a few pictures at a time on each."""
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+
+    def encode(params: PyTree, pixels: UInt8[Array, "b H W 3"]) -> Float[Array, "b v 2 c h w"]:
+        views = jnp.stack([pixels, pixels[:, :, ::-1]] if random_flip else [pixels], axis=1)
+        moments = jnp.stack(encode_moments(vae, params, views.reshape(-1, *pixels.shape[1:])), axis=1)
+        return moments.reshape(*views.shape[:2], *moments.shape[1:]).astype(jnp.float16)
+
+    on_devices = jax.jit(
+        jax.shard_map(encode, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
+    )
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    return partial(on_devices, params)
+
+
+def _records(source: Source, shard: Shard, resolution: int, encode: Encode) -> Iterator[dict[str, Any]]:
+    """The records of a shard in their order, a batch for the devices at a time."""
+    size = _PICTURES_A_DEVICE * jax.local_device_count()
+    # The last picture fills up the last batch: there is one program, of one shape.
+    indices = np.pad(np.arange(shard.first, shard.last), (0, (shard.first - shard.last) % size), mode="edge")
+    pictures = grain.MapDataset.source(indices).map(partial(_picture, source, resolution))
+    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * size)
+    batches = pictures.to_iter_dataset(options).batch(size)
+    begun = ((batch, encode(batch["pixels"])) for batch in batches)
+    records = (record for batch, moments in _one_ahead(begun) for record in _to_records(batch, moments, source))
+    return itertools.islice(records, shard.last - shard.first)
+
+
+def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each once the next is there: the devices encode a batch while the one before is written."""
+    return (item for item, _ in itertools.pairwise(itertools.chain(items, (None,))))
+
+
+def _picture(source: Source, resolution: int, index: int) -> dict[str, Any]:
+    record = source.cropped(index, resolution)
+    return {**record, "index": index, "brightness": np.float32(record["pixels"].mean() / 255)}
+
+
+def _to_records(
+    batch: dict[str, Any], encoded: Float[Array, "b v 2 c h w"], source: Source
+) -> Iterator[dict[str, Any]]:
+    moments = np.asarray(encoded)
+    for place, index in enumerate(batch["index"]):
+        if not np.isfinite(moments[place]).all():
+            raise UserError(
+                f"data: {source.describe(index)} has latents that are not finite, or beyond float16; check "
+                "model.pretrained"
+            )
+        about = {name: batch[name][place] for name in ("time_ids", "brightness", "caption", "name")}
+        yield {"moments": moments[place], **about}

@@ -1,0 +1,1 @@
+"""Pictures from prompts, and how they are kept."""

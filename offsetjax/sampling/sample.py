@@ -1,0 +1,314 @@
+"""Pictures from prompts: encode the prompt → draw the start noise → solve → decode. One jitted function."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from offsetjax.config import validate
+from offsetjax.diffusion.noise import PLAIN, Noise
+from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
+from offsetjax.diffusion.schedule import make_schedule
+from offsetjax.errors import UserError
+from offsetjax.files import check_folder
+from offsetjax.models.encode import encode_captions
+from offsetjax.models.pipeline import Pipeline, join
+from offsetjax.models.resolve import check_resolution
+from offsetjax.models.workdir import Trained, load_trained
+from offsetjax.parallel import sharding
+from offsetjax.rng import stream_key
+from offsetjax.sampling.pictures import Picture, write_comparison, write_png, write_samples
+from offsetjax.training.objective import training_noise
+
+_log = logging.getLogger("offsetjax")
+
+_BATCH, _LATENTS = 16, 64 * 64  # pictures drawn at once by a device, of so many latent pixels
+PixelSampler = Callable[..., Float[Array, "b 3 H W"]]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """`draw(params, frozen, input_ids [b, e, n], negative_ids [e, n], keys [b], shifts [b]) → uint8 [b, H, W, 3]`."""
+
+    draw: Callable[..., UInt8[Array, "b H W 3"]]
+    batch_size: int  # pictures drawn at once
+    num_devices: int  # which share a batch that they divide
+
+
+def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> Sampler:
+    """The sampler of a config, jitted; on a mesh, a batch is split over all devices, and the pictures are everywhere.
+
+    The start is drawn from the noise of training (`sample.start_noise = "matched"`) or is plain; `shifts` are values of
+    `sample.brightness`, and are not read where it is empty.
+    """
+    pixels_of = pixel_sampler(pipeline, config)
+    _, height, width = latent_shape(pipeline, config)
+    num_devices = mesh.size if mesh else 1
+
+    def split(array: Array) -> Array:
+        if mesh is None or len(array) % num_devices:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, sharding.BATCH))
+
+    def draw(
+        params: PyTree,
+        frozen: PyTree,
+        input_ids: Array,
+        negative_ids: Array,
+        keys: Key[Array, " b"],
+        shifts: Float[Array, " b"],
+    ) -> UInt8[Array, "b H W 3"]:
+        start = start_noise(pipeline, config, keys)
+        if config.sample.brightness:
+            start = set_brightness(pipeline, config, frozen["vae"], start, shifts)
+        pixels = split(pixels_of(params, frozen, split(input_ids), negative_ids, split(start), keys))
+        return jnp.transpose(jnp.round(pixels * 255.0).astype(jnp.uint8), (0, 2, 3, 1))
+
+    # What a device can decode at once shrinks fast as pictures grow: 16 of 512 px, one of 1024 px.
+    each = max(1, min(_BATCH, round(_BATCH * (_LATENTS / (height * width)) ** 2)))
+    jitted = jax.jit(draw, out_shardings=NamedSharding(mesh, P()) if mesh else None)
+    return Sampler(jitted, each * num_devices, num_devices)
+
+
+def sampling_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
+    """The noise that sampling starts from and injects: that of training, or by `sample.start_noise` plain noise.
+
+    "plain" is how other programs sample: they know nothing of the noise of training, neither at the start nor later.
+    """
+    if config.sample.start_noise == "plain":
+        return PLAIN
+    return training_noise(pipeline, config)
+
+
+def latent_shape(pipeline: Pipeline, config: ConfigDict) -> tuple[int, int, int]:
+    """`(c, h, w)` of the pictures that a config is for."""
+    size = config.data.resolution // pipeline.vae.downscale
+    return pipeline.vae.config["latent_channels"], size, size
+
+
+def start_noise(pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
+    """The `x_T` that sampling starts from, one for each key."""
+    noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
+    return jax.vmap(lambda key: noise.start(key, shape))(keys)
+
+
+def set_brightness(
+    pipeline: Pipeline,
+    config: ConfigDict,
+    vae_params: PyTree,
+    start: Float[Array, "b c h w"],
+    shifts: Float[Array, " b"],
+) -> Float[Array, "b c h w"]:
+    """The same start with its mean moved to a given place between dark and bright.
+
+    A start's channel means are independent normal values. Their component along the direction in which the
+    autoencoder's latents go from a black picture to a white one becomes `shifts`, in standard deviations; the others,
+    and all that is not the mean, stay. A deterministic sampler takes a brighter start to a brighter picture.
+    """
+    channels, height, width = latent_shape(pipeline, config)
+    power = sampling_noise(pipeline, config).power(height, width)[:, 0, 0]
+    if not power.all():
+        raise UserError("sample: --brightness cannot apply: the noise has no power at f = 0, so every mean is the same")
+    deviation = jnp.asarray(np.sqrt(np.broadcast_to(power, channels) / (height * width)), jnp.float32)
+    black_and_white = jnp.stack([jnp.full((3, config.data.resolution, config.data.resolution), x) for x in (-1.0, 1.0)])
+    black, white = pipeline.vae.encode(vae_params, black_and_white)[0].mean((2, 3))
+    direction = (white - black) / deviation
+    direction /= jnp.linalg.norm(direction)
+    place = (start.mean((2, 3)) / deviation) @ direction
+    return start + ((shifts - place)[:, None] * direction * deviation)[..., None, None]
+
+
+def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
+    """The pure `(trained, frozen, input_ids [b, e, n], negative_ids [e, n], start [b, c, h, w], keys [b]) → pixels`.
+
+    Pixels are in [0, 1].
+
+    The keys are those of the noise that ancestral samplers inject; the others have no use for them.
+    """
+    schedule, sample = make_schedule(**config.schedule), config.sample
+    noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
+    is_ancestral = sample.sampler in ANCESTRAL
+    table = coefficients(sample.sampler, schedule, sample.num_steps, sample.spacing)
+    mean_table = None
+    if noise.psi is not None and not is_ancestral:
+        power = np.stack([noise.power(*shape[1:], t)[:, 0, 0] for t in range(schedule.num_train_timesteps)])
+        mean_table = coefficients(sample.sampler, schedule, sample.num_steps, sample.spacing, np.sqrt(power))
+
+    empty_ids = pipeline.tokenize([""])[0]
+    # Micro-conditioning as of a picture that was trained on whole: its own size, nothing cropped.
+    side = config.data.resolution
+    time_ids = jnp.asarray((side, side, 0, 0, side, side), jnp.float32)
+
+    def draw(
+        trained: PyTree,
+        frozen: PyTree,
+        input_ids: Int[Array, "b e n"],
+        negative_ids: Int[Array, "e n"],
+        start: Float[Array, "b c h w"],
+        keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b 3 H W"]:
+        params, count = join(trained, frozen), len(input_ids)
+        is_guided = sample.guidance_scale != 1.0
+        ids = _interleaved(jnp.broadcast_to(negative_ids, input_ids.shape), input_ids) if is_guided else input_ids
+        conditions = encode_captions(pipeline, params, ids, jnp.broadcast_to(time_ids, (len(ids), 6)), empty_ids)
+
+        def denoiser(noisy, timestep):
+            inputs = _interleaved(noisy, noisy) if is_guided else noisy
+            prediction = pipeline.unet.apply(params["unet"], inputs, jnp.full(len(inputs), timestep), *conditions)
+            if not is_guided:
+                return prediction
+            pairs = prediction.reshape(count, 2, *shape)
+            return guided(pairs[:, 0], pairs[:, 1], sample.guidance_scale, sample.guidance_rescale)
+
+        def inject(index):
+            def draw_one(key):
+                return noise.inject(jax.random.fold_in(jax.random.fold_in(key, 5), index), shape)
+
+            return jax.vmap(draw_one)(keys)
+
+        latents = solve(denoiser, schedule, table, start, inject if is_ancestral else None, mean_table)
+        pixels = pipeline.vae.decode(params["vae"], latents / pipeline.vae.config["scaling_factor"])
+        return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
+
+    return draw
+
+
+def _interleaved(first: Array, second: Array) -> Array:
+    """Both batches as one, in pairs: where a batch is split, each pair stays on its device."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+
+def draw_pictures(
+    sampler: Sampler,
+    pipeline: Pipeline,
+    config: ConfigDict,
+    params: PyTree,
+    frozen: PyTree,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Picture]:
+    """A picture for each prompt, seed and value of `sample.brightness`.
+
+    One seed starts from the same noise for every prompt; with `sample.brightness`, but for its mean.
+    """
+    shifts = config.sample.brightness or (None,)
+    requests = [(prompt, seed, shift) for prompt in prompts for seed in seeds for shift in shifts]
+    negative_ids = pipeline.tokenize([config.sample.negative_prompt])[0]
+    key = stream_key(config.seed, "sample")
+    pictures: list[Picture] = []
+    # The last chunk is filled up so that one compiled program serves all, and that all devices have a share.
+    size = min(sampler.batch_size, -(-len(requests) // sampler.num_devices) * sampler.num_devices)
+    for begin in range(0, len(requests), size):
+        chunk = requests[begin : begin + size]
+        padded = chunk + [chunk[-1]] * (size - len(chunk))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([seed for _, seed, _ in padded], jnp.uint32))
+        input_ids = pipeline.tokenize([prompt for prompt, *_ in padded])
+        moved = np.array([shift or 0.0 for *_, shift in padded], np.float32)
+        images = jax.device_get(sampler.draw(params, frozen, input_ids, negative_ids, keys, moved))
+        pictures += [Picture(*request[:2], image, request[2]) for request, image in zip(chunk, images, strict=False)]
+    return pictures
+
+
+def about_samples(config: ConfigDict, step: int, params: str) -> dict[str, Any]:
+    """How pictures were drawn, for the record beside them."""
+    keys = ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "spacing")
+    return {"step": step, "params": params, **{key: config.sample[key] for key in keys}}
+
+
+def draw_model(
+    model: Trained, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+) -> tuple[list[Picture], dict[str, Any]]:
+    """Pictures of a model, and how they were drawn.
+
+    Args:
+        settings: replace fields of the config's `sample`, such as `start_noise="plain"`.
+
+    Raises:
+        UserError: the model draws nothing from prompts, or a setting is out of range.
+    """
+    config = model.config.copy_and_resolve_references()
+    if config.task != "diffusion":
+        raise UserError("sample: this is the training of an autoencoder, which draws nothing from prompts")
+    config.sample.update(settings)
+    validate(config)
+    check_resolution(config)
+    if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
+    sampler = make_sampler(model.pipeline, config, model.mesh)
+    pictures = draw_pictures(sampler, model.pipeline, config, model.params, model.frozen, prompts, seeds)
+    for picture in pictures:
+        _log.info("%s  seed %d  brightness %.3f", picture.prompt or "(no prompt)", picture.seed, picture.brightness)
+    return pictures, about_samples(config, model.step, model.which)
+
+
+def sample(
+    model: Trained,
+    out: epath.PathLike,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    name: str = "samples",
+    **settings: Any,
+) -> list[Picture]:
+    """Draws into `out`: `NAME.png`, `NAME.json` and each picture's own PNG; otherwise as `draw_model`."""
+    out = check_folder("sample", out)
+    pictures, about = draw_model(model, prompts, seeds, **settings)
+    write_samples(out, name, pictures, about)
+    for index, picture in enumerate(pictures):
+        write_png(out / f"{name}_{index:03}_seed_{picture.seed}.png", Image.fromarray(picture.image))
+    return pictures
+
+
+def sample_workdir(
+    workdir: epath.PathLike,
+    out: epath.PathLike,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    step: int | None = None,
+    params: str | None = None,
+    name: str = "samples",
+    **settings: Any,
+) -> list[Picture]:
+    """Draws from a work directory's checkpoint, as `sample`.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or a setting is out of range.
+    """
+    return sample(load_trained(workdir, step, params), out, prompts, seeds, name=name, **settings)
+
+
+def compare(
+    load_before: Callable[[], Trained],
+    load_after: Callable[[], Trained],
+    out: epath.PathLike,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    **settings: Any,
+) -> None:
+    """Draws with two models, side by side, into `out`: `compare.png`, with the brightness under each picture, and
+    `compare.json`.
+
+    Both draw from the same seeds, at the size and by the settings of the second, each from the noise of its own
+    training. One is in memory at a time.
+    """
+    out = check_folder("sample", out)
+    after_model = load_after()
+    config = after_model.config
+    after, about_after = draw_model(after_model, prompts, seeds, **settings)
+    del after_model
+    before_model = load_before()
+    before_model.config.seed, before_model.config.data.resolution = config.seed, config.data.resolution
+    before_model.config.sample.update({**config.sample.to_dict(), "params": before_model.config.sample.params})
+    before, about_before = draw_model(before_model, prompts, seeds, **settings)
+    write_comparison(out, before, after, {"before": about_before, "after": about_after})

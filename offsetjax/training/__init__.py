@@ -1,0 +1,1 @@
+"""From a batch to the next state, and what a training measures of itself."""

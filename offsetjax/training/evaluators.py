@@ -1,0 +1,125 @@
+"""What a training looks at now and then: sample grids, validation losses and the brightness of what it draws.
+
+Each watch is a function of the train state alone, with fixed pictures, prompts, seeds and noise, so that its values
+compare between steps and between runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from offsetjax.data.brightness import compare, data_brightness
+from offsetjax.data.source import Source, open_source
+from offsetjax.models.pipeline import for_training
+from offsetjax.parallel import sharding
+from offsetjax.sampling.pictures import Picture, write_samples
+from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
+from offsetjax.training.setup import Run, open_stream
+from offsetjax.training.step import TrainState
+from offsetjax.training.validation import check_apart, make_losses, validate
+
+
+@dataclass(frozen=True)
+class Watch:
+    """`look(state, step)` gives named values, for the metrics; at each multiple of `every_steps` and at the end."""
+
+    every_steps: int
+    look: Callable[[TrainState, int], dict[str, float]]
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        return step % self.every_steps == 0 or step == num_steps
+
+
+def open_watches(run: Run, source: Source) -> list[Watch]:
+    """The watches that a config asks for.
+
+    Raises:
+        UserError: a hold-out that cannot be read, or that shares pictures with the training data.
+    """
+    return [] if run.config.task == "autoencoder" else list(_open(run, source))
+
+
+def _open(run: Run, source: Source) -> Iterator[Watch]:
+    config = run.config
+    sampler = make_sampler(run.pipeline, config, run.mesh)  # nothing is compiled before its first use
+    if config.sample.every_steps and config.sample.prompts:
+        yield Watch(config.sample.every_steps, _sample(run, sampler))
+    if config.validation.every_steps:
+        yield Watch(config.validation.every_steps, _validation(run, source))
+    if config.probe.every_steps:
+        probed = dataclasses.replace(run, config=config.copy_and_resolve_references())
+        probed.config.seed, probed.config.sample.brightness = 0, ()  # the same starts in every run, none of them moved
+        sampler = make_sampler(run.pipeline, probed.config, run.mesh) if config.sample.brightness else sampler
+        yield Watch(config.probe.every_steps, _probe(probed, sampler, source))
+
+
+def _watched(run: Run, state: TrainState) -> PyTree:
+    return state.ema_params if run.config.sample.params == "ema" else state.params
+
+
+def _draw(run: Run, sampler: Sampler, state: TrainState, prompts: tuple[str, ...], num_seeds: int) -> list[Picture]:
+    params = _watched(run, state)
+    return draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, prompts, range(num_seeds))
+
+
+def _write(run: Run, name: str, step: int, pictures: list[Picture]) -> None:
+    if jax.process_index() == 0:
+        write_samples(
+            run.workdir / "samples", name, pictures, about_samples(run.config, step, run.config.sample.params)
+        )
+
+
+def _sample(run: Run, sampler: Sampler) -> Callable[[TrainState, int], dict[str, float]]:
+    sample = run.config.sample
+
+    def look(state: TrainState, step: int) -> dict[str, float]:
+        _write(run, f"step_{step}", step, _draw(run, sampler, state, sample.prompts, sample.seeds_per_prompt))
+        return {}
+
+    return look
+
+
+def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
+    probe = run.config.probe
+    measured = functools.cache(lambda: data_brightness(source, run.config.data.resolution))
+
+    def look(state: TrainState, step: int) -> dict[str, float]:
+        pictures = _draw(run, sampler, state, probe.prompts, probe.seeds_per_prompt)
+        _write(run, f"probe_{step}", step, pictures)
+        if jax.process_index() != 0:  # who writes no metrics need not read the data for them
+            return {}
+        values = compare([picture.brightness for picture in pictures], measured())
+        return {f"brightness_{name}": value for name, value in values.items()}
+
+    return look
+
+
+def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
+    config = run.config.copy_and_resolve_references()
+    held_out = open_source(config.data.path, config.validation.split, config.data.cached_latents)
+    check_apart(source, held_out)
+    config.seed, config.data.random_flip = 0, False  # the same pictures in every run
+    config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
+    config.train.accumulate_steps = 1
+    stream = open_stream(config, run.pipeline, held_out, run.mesh)
+    frozen, replicated = sharding.shardings(run.mesh, run.step_frozen), NamedSharding(run.mesh, P())
+    # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
+    as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
+    pipeline = dataclasses.replace(as_trained, vae=run.pipeline.vae)
+    losses = jax.jit(
+        make_losses(pipeline, config, run.mesh),
+        in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated),
+        out_shardings=replicated,
+    )
+
+    def look(state: TrainState, step: int) -> dict[str, float]:
+        del step
+        return validate(losses, config, stream, run.mesh, _watched(run, state), run.step_frozen)
+
+    return look

@@ -1,0 +1,130 @@
+"""What a run minimises: one loss value an example, as a function of (trained, frozen, batch, seed, step).
+
+Diffusion follows the pipeline: encode → noise → predict → compare. Each draw has a stream of its own.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.diffusion import loss as losses
+from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.schedule import add_noise, make_schedule, target
+from offsetjax.models.encode import drop_captions, encode_batch, encode_captions, sample_latent, to_unit_range
+from offsetjax.models.pipeline import Pipeline, join
+from offsetjax.rng import stream_key
+
+Batch = Mapping[str, Array]
+Objective = Callable[[PyTree, PyTree, Batch, Int[Array, ""]], Float[Array, " b"]]
+
+
+def batch_keys(seed: int, name: str, step: Int[Array, ""], batch: Batch) -> Key[Array, " b"]:
+    """A key an example, by its place in the global batch."""
+    key = stream_key(seed, name, step)
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
+
+
+def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
+    """The noise that a config trains with."""
+    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
+
+
+def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
+    """The weighted error of ε or v, with the noise of `config.noise`.
+
+    Each draw has a stream of its own: vae, caption_dropout, timestep, noise and input_perturbation.
+
+    The batch holds `pixels` uint8 [b, H, W, 3] or, cached, `moments` float16 [b, 2, c, h, w]; `input_ids` int32
+    [b, e, n] for e text encoders, `time_ids` float32 [b, 6] and `position` int32 [b].
+    """
+    schedule = make_schedule(**config.schedule)
+    noises = training_noise(pipeline, config)
+    empty_ids = pipeline.tokenize([""])[0]
+
+    def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
+        params = join(trained, frozen)
+
+        def keys(name: str) -> Key[Array, " b"]:
+            return batch_keys(config.seed, name, step, batch)
+
+        # encode
+        latents = encode_batch(pipeline.vae, params.get("vae"), batch, keys("vae"))
+        params = after(latents, params)
+        input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
+        conditions = encode_captions(pipeline, params, input_ids, batch["time_ids"], empty_ids)
+        params = after(conditions, params)
+        # noise
+        # A picture's mean is decided at the noisy end; a short fine-tuning may look there alone.
+        first, last = config.loss.min_timestep, schedule.num_train_timesteps
+        timesteps = jax.vmap(lambda key: jax.random.randint(key, (), first, last))(keys("timestep"))
+        noise = jax.vmap(noises.draw)(keys("noise"), latents, timesteps)
+        # In the input alone (arXiv 2301.11706): the target stays the noise without it.
+        perturbed = perturb(keys("input_perturbation"), noise, config.noise.input_perturbation)
+        variances = jnp.asarray(noises.variance(*latents.shape[2:]), jnp.float32)
+        # loss
+        noisy = jax.vmap(lambda x, n, t: add_noise(schedule, x, n, t))(latents, perturbed, timesteps)
+        prediction = pipeline.unet.apply(params["unet"], noisy, timesteps, *conditions)
+
+        def example_loss(prediction, latent, noise, timestep):
+            error = losses.mean_squared_error(prediction, target(schedule, latent, noise, timestep))
+            variance = variances[jnp.minimum(timestep, len(variances) - 1)]
+            return losses.min_snr_weight(schedule, timestep, config.loss.min_snr_gamma, variance) * error
+
+        return jax.vmap(example_loss)(prediction, latents, noise, timesteps)
+
+    return objective
+
+
+def after(values: PyTree, params: PyTree) -> PyTree:
+    """The parameters, not to be touched before the values are there.
+
+    The compiler would gather the weights of the next network long before their turn, while the one before has the most
+    activations of the step.
+    """
+    values = jax.lax.stop_gradient(values)
+
+    @jax.custom_vjp
+    def wait(params: PyTree) -> PyTree:
+        return jax.lax.optimization_barrier((params, values))[0]
+
+    wait.defvjp(lambda params: (wait(params), None), lambda _, gradients: (gradients,))
+    return wait(params)
+
+
+def perturb(keys: Key[Array, " b"], noise: Float[Array, "b c h w"], gamma: float) -> Float[Array, "b c h w"]:
+    """The noise with `gamma` of plain noise added to it; with 0, the noise itself."""
+    if gamma == 0:
+        return noise
+    return noise + gamma * jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
+
+
+def autoencoder_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
+    """Squared error of the reconstruction and `loss.kl_weight` times the KL divergence of the posterior."""
+
+    def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
+        params = join(trained, frozen)["vae"]
+        pixels = to_unit_range(batch["pixels"])
+        means, log_variances = pipeline.vae.encode(params, pixels)
+        latents = jax.vmap(sample_latent)(batch_keys(config.seed, "vae", step, batch), means, log_variances)
+        reconstruction = pipeline.vae.decode(params, latents)
+
+        def example_loss(reconstruction, pixels, mean, log_variance):
+            kl = losses.kl_to_standard_normal(mean, log_variance)
+            return losses.mean_squared_error(reconstruction, pixels) + config.loss.kl_weight * kl
+
+        return jax.vmap(example_loss)(reconstruction, pixels, means, log_variances)
+
+    return objective
+
+
+def make_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
+    """The objective of `config.task`."""
+    return {"diffusion": diffusion_objective, "autoencoder": autoencoder_objective}[config.task](pipeline, config)
+
+
+def add_position(batch: Mapping[str, Array], global_batch_size: int) -> dict[str, Array]:
+    """The batch with each example's place in the global batch."""
+    return {**batch, "position": jnp.arange(global_batch_size, dtype=jnp.int32)}

@@ -1,0 +1,281 @@
+"""A run, begun or reopened: its resolved config, mesh, parts and first state.
+
+A work directory is complete once it has `config.json`; until then a start begins anew. The parts that training does
+not change are kept in `frozen/`, so that nothing outside the work directory is needed to resume, sample or export.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float, PyTree
+from ml_collections import ConfigDict
+from orbax.checkpoint import CheckpointManager
+from transformers import CLIPTokenizer
+
+from offsetjax.config import default_config, flatten, validate
+from offsetjax.config.schema import INDIFFERENT_FIELDS, INDIFFERENT_SECTIONS
+from offsetjax.data.source import captions
+from offsetjax.data.stream import Stream, check_fingerprint, make_stream
+from offsetjax.diffusion.calibration import FILLED, fill
+from offsetjax.diffusion.noise import describe
+from offsetjax.errors import UserError
+from offsetjax.formats.names import flax_tensors, torch_tensors
+from offsetjax.formats.tensors import Tensor
+from offsetjax.models.autoencoder import encoder_checksum, standardised
+from offsetjax.models.encode import to_unit_range
+from offsetjax.models.initial import (
+    abstract_trained,
+    adopt_lora,
+    carried_tensors,
+    check_initial,
+    initial_tensors,
+    initial_trained,
+    left_out_tensors,
+    pretrained_tokenizers,
+)
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts, text_parts
+from offsetjax.models.resolve import check_resolution, resolve
+from offsetjax.models.tokenizer import Tokens, tokenize, train_tokenizer
+from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
+from offsetjax.models.workdir import read_config, write_config
+from offsetjax.parallel import sharding
+from offsetjax.parallel.processes import meet
+from offsetjax.storage import checkpoint
+from offsetjax.training.objective import training_noise
+from offsetjax.training.step import TrainState, init_state
+
+_log = logging.getLogger("offsetjax")
+
+Statistics = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]  # the mean and the deviation of each channel
+
+# What may change when a run resumes: nothing that the losses depend on, but for the number of steps and of devices.
+RESUMABLE_CHANGES = (
+    *INDIFFERENT_FIELDS,
+    "train.steps",
+    "data.path",
+    "model.pretrained",
+    "model.variant",
+    "lora.pretrained",  # read before the first step alone
+    "noise.calibration",  # what it filled in is compared
+)
+RESUMABLE_SECTIONS = (*INDIFFERENT_SECTIONS, "sample", "validation", "probe")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    pipeline: Pipeline
+    frozen: PyTree
+
+    @property
+    def step_frozen(self) -> PyTree:
+        """The frozen parts that a step and a validation compute with; drawing takes all."""
+        return {part: self.frozen[part] for part in step_parts(self.config)}
+
+
+def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
+    """Begins the run of `workdir`, or reopens it.
+
+    Raises:
+        UserError: the config contradicts the checkpoint that it starts from, or the run that it resumes.
+    """
+    mesh = sharding.make_mesh(config)
+    is_new = not (workdir / "config.json").exists()
+    meet("the work directory is looked at")  # the first process must not write before the others have looked
+    config = _begin(config, workdir, source) if is_new else _reopen(config, workdir)
+    pipeline = build(config, read_tokenizers(workdir / "frozen"))
+    frozen = load_frozen(workdir / "frozen", config, pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
+    if not is_new:  # the data may be others than those that the run was begun with
+        check_cache(config, source, frozen.get("vae"))
+    return Run(config, workdir, mesh, pipeline, frozen)
+
+
+def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
+    """Writes what a work directory has from the start, once all that can be wrong has been looked at."""
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
+    config = fill(resolve(config))
+    adopt_lora(config)
+    validate(config)  # what was read and filled in may not go with what was set
+    check_resolution(config)
+    tokenizers = _tokenizers(config, source)
+    pipeline = build(config, tokenizers)
+    check_initial(config, pipeline)
+    tensors = {part: initial_tensors(config, part, getattr(pipeline, part)) for part in frozen_parts(config)}
+    if config.task == "diffusion" and config.model.vae.scaling_factor == 0:
+        vae = _vae_params(tensors["vae"], pipeline)
+        mean, std = latent_statistics(config, pipeline, vae, source)
+        tensors["vae"] = torch_tensors(standardised(vae, mean, std))
+        config.model.vae.scaling_factor = 1.0
+        pipeline = build(config, tokenizers)
+        _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
+    if config.data.cached_latents:
+        check_cache(config, source, _vae_params(tensors["vae"], pipeline))
+    if left_out := left_out_tensors(config):
+        _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
+        write_config(workdir, config)
+    meet("the work directory is written")
+    return config
+
+
+def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
+    return on_host(flax_tensors(tensors, abstract_params(pipeline.vae), "vae"))
+
+
+def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
+    """Raises a UserError where the data are latents that this autoencoder would not make of their pictures."""
+    if config.data.cached_latents:
+        source.cache.check(source.path, config.data, encoder_checksum(vae_params))
+
+
+def _reopen(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    config = reopened(config, workdir)
+    if jax.process_index() == 0:
+        write_config(workdir, config)
+    return config
+
+
+def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """The config with which `config` resumes a work directory; nothing is written.
+
+    Raises:
+        UserError: it contradicts what the run was begun with.
+    """
+    stored = read_config(workdir)
+    is_gone = not epath.Path(config.model.pretrained or ".").exists()
+    is_uncalibrated = not epath.Path(config.noise.calibration or ".").exists()
+    config = config if is_gone else resolve(config)
+    config = config if is_uncalibrated else _refilled(config, stored)
+    is_lora_gone = is_gone or not epath.Path(config.lora.pretrained or ".").exists()
+    if not is_lora_gone:
+        adopt_lora(config)
+    given, defaults = dict(flatten(config)), dict(flatten(default_config()))
+    if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
+        given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
+    for path, value in flatten(stored):
+        may_change = path in RESUMABLE_CHANGES or path.split(".")[0] in RESUMABLE_SECTIONS
+        # Where model.pretrained, lora.pretrained or noise.calibration is gone, what it said cannot be read again.
+        section = path.split(".")[0]
+        was_read = (is_gone and section in ("model", "schedule")) or (is_lora_gone and section == "lora")
+        was_read = (was_read or (is_uncalibrated and path in FILLED)) and given[path] == defaults[path]
+        if given[path] != value and not may_change and not was_read:
+            raise UserError(
+                f"config: {path} = {given[path]!r}, but {workdir} was begun with {value!r}; "
+                "set it back, or give another --workdir"
+            )
+    for section in ("train", "data", *RESUMABLE_SECTIONS):
+        stored[section].update(config[section])
+    # Before its first checkpoint a run reads its model again, from where that is now.
+    changed = [path.split(".") for path in RESUMABLE_CHANGES if path.startswith(("model.", "lora."))]
+    for section, name in changed:
+        stored[section][name] = config[section][name]
+    validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
+    return stored
+
+
+def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
+    """The config with what its calibration fills in for the stored model and schedule, which a gone one had decided."""
+    config = config.copy_and_resolve_references()
+    like = stored.copy_and_resolve_references()
+    like.noise = config.noise
+    config.noise = fill(like).noise
+    return config
+
+
+def _tokenizers(config: ConfigDict, source: Any) -> tuple[CLIPTokenizer, ...]:
+    if config.task == "autoencoder":
+        return ()
+    if (pretrained := pretrained_tokenizers(config)) is not None:
+        return pretrained
+    texts = [config.model[part] for part in text_parts(config)]
+    words, length = min(text.vocab_size for text in texts), texts[0].max_position_embeddings
+    return (train_tokenizer(captions(source), words, length),) * len(texts)
+
+
+def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[TrainState, PyTree]:
+    """The newest checkpoint's state, or the one before the first step; and its shardings."""
+    config, pipeline = run.config, run.pipeline
+    like = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
+    shardings = sharding.shardings(run.mesh, like)
+    if config.task == "diffusion":
+        side = config.data.resolution // pipeline.vae.downscale
+        _log.info("noise: %s", describe(training_noise(pipeline, config), config.noise, side, side))
+    if manager.all_steps():
+        state, data = checkpoint.restore(manager, checkpoint.abstract(like, shardings))
+        check_fingerprint(data["fingerprint"], stream.fingerprint())
+        _log.info("resuming %s at step %d", run.workdir, int(state.step))
+        return state, shardings
+    for part, params in like.params.items():
+        millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+        what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+        _log.info("%s: %s%.2f M parameters trained on mesh %s", part, what, millions, dict(run.mesh.shape))
+    for row in sharding.placed(run.mesh, like.params):
+        held = f"{row.elements_per_device / 1e6:.2f} of {row.elements / 1e6:.2f} M on a device"
+        _log.info("  %d arrays of %s: %s", row.arrays, row.pattern, held)
+        if row.undivided:
+            whole = f"{len(row.undivided)} large ones whole: {row.undivided[0]}, …"
+            _log.warning("  mesh.fsdp = %d divides no axis of %s", run.mesh.shape["fsdp"], whole)
+    warmup, steps = config.optimizer.warmup_steps, config.train.steps
+    if warmup > steps:
+        _log.warning("optimizer.warmup_steps = %d is cut to train.steps = %d", warmup, steps)
+    params = initial_trained(config, pipeline, shardings.params)
+    # Donated: the first state holds the parameters once, whatever their size.
+    begin = jax.jit(lambda params: init_state(params, config), out_shardings=shardings, donate_argnums=0)
+    return begin(params), shardings
+
+
+def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None) -> Stream:
+    """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them."""
+    global_batch_size = config.train.global_batch_size
+    batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
+    return make_stream(
+        source,
+        seed=config.seed,
+        global_batch_size=global_batch_size,
+        resolution=config.data.resolution,
+        random_flip=config.data.random_flip,
+        tokenize=partial(tokenize, pipeline.tokenizers) if pipeline.tokenizers else _no_tokens,
+        long_captions=config.encode.long_captions,
+        num_workers=config.data.num_workers,
+        rows=sharding.rows_of_process(batch, global_batch_size) if batch else None,
+    )
+
+
+def _no_tokens(caption: str) -> Tokens:
+    """An autoencoder reads no captions."""
+    del caption
+    return Tokens(np.zeros((1, 1), np.int32), 1)
+
+
+def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
+    """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures.
+
+    They are the first of the training's order, again and again where there are fewer. Of a cache, those by which its
+    autoencoder was standardised.
+
+    Raises:
+        UserError: it was not.
+    """
+    if source.cache:
+        return source.cache.statistics(source.path)
+    sampled = config.copy_and_resolve_references()
+    sampled.train.global_batch_size, sampled.data.random_flip = 8, False
+    batches = open_stream(sampled, pipeline, source).iterator(0)
+    encode = jax.jit(lambda pixels: pipeline.vae.encode(vae_params, to_unit_range(pixels))[0])
+    latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])
+    batches.close()
+    return latents.mean((0, 2, 3)), latents.std((0, 2, 3))

@@ -1,0 +1,111 @@
+"""`TrainState` and the pure `train_step`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.parallel.fsdp import Gradient
+from offsetjax.training.objective import Batch, Objective, add_position
+from offsetjax.training.optimizer import learning_rate, make_optimizer
+
+Metrics = Mapping[str, Float[Array, ""]]
+TrainStep = Callable[["TrainState", PyTree, Batch], tuple["TrainState", Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, and so all that a checkpoint holds; frozen parts are not in it."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    ema_params: PyTree  # None without an average
+    skipped: Int[Array, ""]  # steps whose gradient was not finite
+    truncated: Int[Array, ""]  # captions that were cut to the text encoders' length
+
+
+def init_state(params: PyTree, config: ConfigDict) -> TrainState:
+    """The state before the first step; the average starts at the parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
+        skipped=jnp.zeros((), jnp.int32),
+        truncated=jnp.zeros((), jnp.uint32),
+    )
+
+
+def make_gradient(objective: Objective, config: ConfigDict) -> Gradient:
+    """(params, frozen, batch, step) → the mean loss of a batch and its gradient, in `train.accumulate_steps` parts."""
+
+    def gradient(params: PyTree, frozen: PyTree, batch: Batch, step: Array) -> tuple[Float[Array, ""], PyTree]:
+        def loss(params: PyTree, part: Batch) -> Float[Array, ""]:
+            return objective(params, frozen, part, step).mean()
+
+        return accumulate(loss, params, batch, config.train.accumulate_steps)
+
+    return gradient
+
+
+def make_train_step(gradient: Gradient, config: ConfigDict) -> TrainStep:
+    """The pure step: (state, frozen, batch) → (state, metrics), to be jitted with shardings and a donated state.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+        gradient: of a whole batch: `make_gradient`'s, or on several devices `fsdp.on_mesh` of it.
+    """
+    optimizer, rate = make_optimizer(config), learning_rate(config)
+
+    def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = add_position(batch, config.train.global_batch_size)
+        loss, gradients = gradient(state.params, frozen, batch, state.step)
+        grad_norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = (params, opt_state, _average(state, params, config.optimizer.ema_decay))
+        old = (state.params, state.opt_state, state.ema_params)
+        params, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+        skipped = state.skipped + (~is_finite).astype(jnp.int32)
+        truncated = state.truncated + batch["is_truncated"].sum(dtype=jnp.uint32)
+        applied = rate(state.step - state.skipped)  # a skipped step does not count in the schedule
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": applied, "skipped": skipped}
+        if config.task == "diffusion":
+            metrics["captions_truncated"] = truncated
+        return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated), metrics
+
+    return train_step
+
+
+def accumulate(
+    loss: Callable[[PyTree, Batch], Float[Array, ""]], params: PyTree, batch: Batch, parts: int
+) -> tuple[Float[Array, ""], PyTree]:
+    """The loss and gradient of the whole batch, `parts` equal pieces of it one after another."""
+    if parts == 1:
+        return jax.value_and_grad(loss)(params, batch)
+    # Part j takes examples j, j + parts, …: each device then keeps the examples that it holds.
+    pieces = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def add(total: Any, piece: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, piece)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.tree.map(lambda x: x / parts, jax.lax.scan(add, zero, pieces)[0])
+
+
+def _average(state: TrainState, params: PyTree, decay: float) -> PyTree:
+    if not decay:
+        return None
+    # The usual warm-up, min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
+    step = state.step.astype(jnp.float32)
+    return optax.incremental_update(params, state.ema_params, 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step)))

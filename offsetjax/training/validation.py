@@ -1,0 +1,113 @@
+"""Validation losses that compare: fixed pictures, fixed time steps and fixed noise, whatever the training's noise is.
+
+`plain` is the unweighted error for plain noise, so that runs with different noise share one curve; `training` is that
+for the noise of the training. Both use the same draws for each pixel, at every step and in every run.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.data.devices import on_devices
+from offsetjax.data.source import Source
+from offsetjax.data.stream import Stream
+from offsetjax.diffusion.loss import mean_squared_error
+from offsetjax.diffusion.noise import PLAIN, Noise
+from offsetjax.diffusion.schedule import add_noise, make_schedule, target
+from offsetjax.errors import UserError
+from offsetjax.models.encode import batch_moments, encode_captions
+from offsetjax.models.pipeline import Pipeline, join
+from offsetjax.parallel import fsdp, sharding
+from offsetjax.rng import stream_key
+from offsetjax.training.objective import Batch, add_position, training_noise
+
+# trained, frozen, batch, its number, count of examples → the sum over the batch, for each noise and time step
+Losses = Callable[[PyTree, PyTree, Batch, Int[Array, ""], Int[Array, ""]], dict[str, Float[Array, " t"]]]
+
+
+def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> Losses:
+    """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count.
+
+    Args:
+        mesh: each of its devices computes the losses of its own examples, as in training.
+    """
+    schedule = make_schedule(**config.schedule)
+    empty_ids = pipeline.tokenize([""])[0]
+    noises = {"plain": PLAIN}
+    training = training_noise(pipeline, config)
+    if not training.is_plain:
+        noises["training"] = training
+
+    def sums(
+        trained: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
+    ) -> dict[str, Float[Array, " t"]]:
+        params = join(trained, frozen)
+        # The posterior's mean: a draw from it would only add noise to the curve.
+        means, _ = batch_moments(pipeline.vae, params.get("vae"), batch)
+        latents = means * pipeline.vae.config["scaling_factor"]
+        conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
+        places = number * config.train.global_batch_size + batch["position"]
+
+        def at(noise: Noise, timestep: Int[Array, ""]) -> Float[Array, ""]:
+            key = stream_key(0, "validation", timestep)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+            timesteps = jnp.full(len(places), timestep)
+            drawn = jax.vmap(noise.draw)(keys, latents, timesteps)
+            noisy = jax.vmap(lambda x, n: add_noise(schedule, x, n, timestep))(latents, drawn)
+            prediction = pipeline.unet.apply(params["unet"], noisy, timesteps, *conditions)
+            wanted = jax.vmap(lambda x, n: target(schedule, x, n, timestep))(latents, drawn)
+            return (jax.vmap(mean_squared_error)(prediction, wanted) * (places < count)).sum()
+
+        timesteps = jnp.asarray(config.validation.timesteps, jnp.int32)
+        return {name: jax.lax.map(lambda t, noise=noise: at(noise, t), timesteps) for name, noise in noises.items()}
+
+    on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.dtypes) if mesh else sums
+
+    def losses(
+        trained: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
+    ) -> dict[str, Float[Array, " t"]]:
+        return on_devices(trained, frozen, add_position(batch, config.train.global_batch_size), number, count)
+
+    return losses
+
+
+def validate(
+    losses: Losses, config: ConfigDict, stream: Stream, mesh: Mesh, params: PyTree, frozen: PyTree
+) -> dict[str, float]:
+    """The mean of each noise, over pictures and time steps, and at each time step: `validation_plain`, `…_t999`."""
+    count = num_examples(config, stream)
+    host_batches = stream.iterator()
+    try:
+        batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.global_batch_size, ahead=0)
+        numbers = range(-(-count // stream.global_batch_size))
+        sums = [losses(params, frozen, next(batches), jnp.int32(number), jnp.int32(count)) for number in numbers]
+    finally:
+        host_batches.close()
+    total = jax.tree.map(lambda *values: sum(values) / count, *jax.device_get(sums))
+    named = {f"validation_{name}": float(values.mean()) for name, values in total.items()}
+    for name, values in total.items():
+        each = zip(config.validation.timesteps, values, strict=True)
+        named |= {f"validation_{name}_t{timestep}": float(value) for timestep, value in each}
+    return named
+
+
+def num_examples(config: ConfigDict, stream: Stream) -> int:
+    """How many pictures a validation has: those asked for, or all that there are."""
+    return min(config.validation.num_examples, len(stream.source))
+
+
+def check_apart(training: Source, validation: Source) -> None:
+    """Refuses a hold-out that shares pictures with the training data.
+
+    Raises:
+        UserError: it does.
+    """
+    if training.shares_records(validation):
+        raise UserError(
+            f"config: validation.split = {validation.split!r} has pictures of data.split = {training.split!r}; take "
+            "them apart, such as 'train[:95%]' and 'train[95%:]'"
+        )

@@ -1,0 +1,149 @@
+"""A training's export: PyTorch's pipeline loads it and draws our pictures; a failed export leaves nothing."""
+
+import pathlib
+from typing import Any
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from offsetjax.config import default_config
+from offsetjax.errors import UserError
+from offsetjax.exporting.export import export
+from offsetjax.formats import diffusers as files
+from offsetjax.models.workdir import Trained, load_trained
+from offsetjax.sampling.sample import pixel_sampler, start_noise
+from offsetjax.train import train
+from tests import tiny, torch_models
+
+PROMPTS = ("a black square", "a green hill")
+NAMES = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+def pretrained_epsilon(model: pathlib.Path, data: pathlib.Path) -> Any:
+    """ε prediction, fine-tuned from a PyTorch pipeline, sampled with trailing time steps."""
+    torch_models.save_pipeline(model)
+    config = tiny.tiny_config(data)
+    default = default_config()
+    for part in ("unet", "vae", "text_encoder"):
+        config.model[part] = default.model[part]
+    config.model.pretrained = str(model)
+    config.noise.offset_strength, config.sample.spacing = 0.1, "trailing"
+    return config
+
+
+def own_velocity(_: pathlib.Path, data: pathlib.Path) -> Any:
+    """v prediction, all parts begun here, standardised latents, sampled with leading time steps."""
+    config = tiny.tiny_config(data)
+    config.schedule.prediction_type = "v_prediction"
+    config.model.vae.scaling_factor = 0.0
+    config.model.unet.sample_size = 32  # not that of the training: pictures are smaller
+    config.noise.offset_strength, config.sample.spacing = 0.1, "leading"
+    return config
+
+
+@pytest.fixture(scope="module", params=[pretrained_epsilon, own_velocity])
+def workdir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("export")
+    config = request.param(folder / "model", tiny.build_data(folder))
+    config.train.steps = config.checkpoint.every_steps = 3
+    jax.config.update("jax_disable_most_optimizations", True)  # three steps: compiling them takes longest
+    try:
+        train(config, folder / "workdir")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    return folder / "workdir"
+
+
+@pytest.fixture(scope="module")
+def trained(workdir: pathlib.Path) -> Trained:
+    return load_trained(workdir)
+
+
+@pytest.fixture(scope="module")
+def exported(workdir: pathlib.Path) -> pathlib.Path:
+    export(workdir, workdir / "exported")
+    return workdir / "exported"
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_pytorch_draws_our_pictures(spacing: str, trained: Trained, exported: pathlib.Path) -> None:
+    config = trained.config.copy_and_resolve_references()
+    exported_spacing = config.sample.spacing
+    config.sample.update(num_steps=10, guidance_scale=3.0, spacing=spacing)
+    keys = jax.random.split(jax.random.key(5), len(PROMPTS))
+    start = np.array(start_noise(trained.pipeline, config, keys))
+    input_ids, negative_ids = trained.pipeline.tokenize(PROMPTS), trained.pipeline.tokenize([""])[0]
+    draw = jax.jit(pixel_sampler(trained.pipeline, config))
+    ours = np.transpose(draw(trained.params, trained.frozen, input_ids, negative_ids, start), (0, 2, 3, 1))
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(exported, safety_checker=None)
+    assert type(pipeline.tokenizer) is transformers.CLIPTokenizer
+    assert pipeline.scheduler.config.timestep_spacing == exported_spacing
+    assert pipeline.scheduler.config.prediction_type == config.schedule.prediction_type
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        list(PROMPTS), latents=torch.from_numpy(start), num_inference_steps=10, guidance_scale=3.0, output_type="np"
+    ).images
+
+    assert ours.shape == theirs.shape == (2, tiny.RESOLUTION, tiny.RESOLUTION, 3)
+    assert ours.std() > 0.05, "the pictures are flat: nothing is compared"
+    assert np.abs(ours[0] - ours[1]).max() > 0.05
+    difference = np.abs(ours - theirs)
+    assert difference.max() <= 1 / 255 and difference.mean() <= 1e-3, (difference.max(), difference.mean())
+
+
+def test_the_header_says_how_the_model_was_trained(trained: Trained, exported: pathlib.Path) -> None:
+    config = trained.config
+    with safetensors.safe_open(exported / "unet" / "diffusion_pytorch_model.safetensors", "np") as file:
+        header = file.metadata()
+    assert header["modelspec.sai_model_spec"] == "1.0.0"
+    assert header["modelspec.prediction_type"] == NAMES[config.schedule.prediction_type]
+    assert header["modelspec.resolution"] == f"{tiny.RESOLUTION}x{tiny.RESOLUTION}"
+    assert float(header["ss_noise_offset"]) == 0.1
+    assert header["ss_v_parameterization"] == str(config.schedule.prediction_type == "v_prediction")
+    assert int(header["ss_steps"]) == 3
+    assert header["format"] == "pt"
+
+
+def test_a_pipeline_draws_at_the_resolution_of_training_by_itself(exported: pathlib.Path) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(exported, safety_checker=None)
+    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == tiny.RESOLUTION
+
+
+def test_the_average_or_the_raw_parameters_are_written(
+    workdir: pathlib.Path, exported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert load_trained(workdir).which == "ema"
+    export(workdir, tmp_path / "raw", params="raw")
+    raw, average = (
+        safetensors.numpy.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"]
+        for folder in (tmp_path / "raw", exported)
+    )
+    assert np.abs(raw - average).max() > 0
+
+
+def test_an_existing_folder_is_not_touched(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out exists; give another --out"):
+        export(workdir, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "note.txt"]
+    assert (tmp_path / "out" / "note.txt").read_text() == "mine"
+
+
+def test_a_failed_export_leaves_nothing(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_index", full)  # the last file that is written
+    with pytest.raises(OSError, match="No space left"):
+        export(workdir, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

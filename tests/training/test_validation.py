@@ -1,0 +1,210 @@
+"""Validation losses compare: they depend on the weights alone, whatever noise, seed, batch or mesh the training has."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.data.brightness import data_brightness
+from offsetjax.data.source import open_source
+from offsetjax.errors import UserError
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts
+from offsetjax.models.weights import load_frozen, read_tokenizers
+from offsetjax.parallel.sharding import mesh_of, shardings
+from offsetjax.sampling.pictures import Picture
+from offsetjax.train import train
+from offsetjax.training.evaluators import open_watches
+from offsetjax.training.setup import Run, open_stream
+from offsetjax.training.step import TrainState
+from offsetjax.training.validation import check_apart, make_losses, validate
+from tests.tiny import data_path, quick_compilation, run_config, tiny_config, trained_workdir
+
+TIMESTEPS = (100, 999)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    base = tmp_path_factory.getbasetemp()
+    with quick_compilation(base):
+        yield base
+
+
+def _parts(base: pathlib.Path, config: ConfigDict, mesh: Mesh) -> tuple[Pipeline, PyTree]:
+    """The pipeline and the frozen parts of a finished training."""
+    folder = trained_workdir(base) / "frozen"
+    pipeline = build(config, read_tokenizers(folder))
+    return pipeline, load_frozen(folder, config, pipeline, frozen_parts(config), partial(shardings, mesh))
+
+
+def _validate(base: pathlib.Path, *, fsdp: int = 1, **changes: Any) -> dict[str, float]:
+    """The losses of one fixed model on 5 pictures."""
+    settings = {"validation__num_examples": 5, "validation__timesteps": TIMESTEPS, "data__random_flip": False}
+    config = tiny_config(data_path(base), **settings, **changes)
+    mesh = mesh_of(data=2 if fsdp > 1 else 1, fsdp=fsdp)
+    pipeline, frozen = _parts(base, tiny_config(data_path(base)), mesh)
+    params = {"unet": jax.jit(pipeline.unet.init)(jax.random.key(3))}
+    stream_config = config.copy_and_resolve_references()
+    stream_config.seed = 0
+    stream = open_stream(stream_config, pipeline, open_source(config.data.path))
+    losses = jax.jit(make_losses(pipeline, config, mesh))
+    return validate(losses, config, stream, mesh, params, frozen)
+
+
+@pytest.fixture(scope="module")
+def plain(base: pathlib.Path) -> dict[str, float]:
+    return _validate(base, noise__offset_strength=0.0)
+
+
+def test_a_plain_training_has_one_curve(plain: dict[str, float]) -> None:
+    assert set(plain) == {"validation_plain", "validation_plain_t100", "validation_plain_t999"}
+    assert plain["validation_plain"] == pytest.approx(
+        (plain["validation_plain_t100"] + plain["validation_plain_t999"]) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"noise__offset_strength": 0.5},
+        {"noise__kind": "pyramid", "noise__pyramid_discount": 0.8, "noise__pyramid_levels": 4},
+        {"noise__offset_strength": 0.0, "noise__input_perturbation": 0.5},
+        {"loss__min_snr_gamma": 1.0, "loss__min_timestep": 900},
+    ],
+)
+def test_no_offset_leaks_into_the_plain_curve(
+    base: pathlib.Path, plain: dict[str, float], noise: dict[str, Any]
+) -> None:
+    seen = _validate(base, **{"noise__offset_strength": 0.0, **noise})
+    assert {name: seen[name] for name in plain} == plain
+    training = {name for name in seen if name.startswith("validation_training")}
+    assert bool(training) == (noise.get("noise__offset_strength", 0) > 0 or "noise__kind" in noise)
+    if training:
+        assert seen["validation_training"] != plain["validation_plain"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"train__global_batch_size": 2}, {"train__global_batch_size": 16}, {"seed": 7}, {"fsdp": 4}]
+)
+def test_the_losses_do_not_depend_on_how_they_are_computed(
+    base: pathlib.Path, plain: dict[str, float], other: dict[str, Any]
+) -> None:
+    assert _validate(base, noise__offset_strength=0.0, **other) == pytest.approx(plain, rel=2e-5)
+
+
+@dataclass(frozen=True)
+class PredictsNothing:
+    has_added_conditions: bool = False
+
+    def apply(
+        self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
+    ) -> jax.Array:
+        return jnp.zeros_like(noisy)
+
+
+def test_the_losses_are_unweighted_errors_of_the_noise_that_they_name(base: pathlib.Path) -> None:
+    """Where nothing is predicted, the loss is the variance of the noise: 1, and 1 + c² with an offset."""
+    settings = {"noise__offset_strength": 2.0, "loss__min_snr_gamma": 5.0, "validation__num_examples": 16}
+    config = tiny_config(data_path(base), **settings, validation__timesteps=tuple(range(0, 1000, 50)))
+    mesh = mesh_of(data=1, fsdp=1)
+    pipeline, frozen = _parts(base, tiny_config(), mesh)
+    pipeline = dataclasses.replace(pipeline, unet=PredictsNothing())
+    stream = open_stream(config, pipeline, open_source(config.data.path))
+    seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, {"unet": None}, frozen)
+    assert seen["validation_plain"] == pytest.approx(1.0, abs=0.03)
+    assert seen["validation_training"] == pytest.approx(1 + 2.0**2, rel=0.15)  # 1,280 shifts
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "is_apart"),
+    [
+        ("train[:75%]", "train[75%:]", True),
+        ("train[:4]+train[8:12]", "train[4:8]", True),
+        ("train", "train[75%:]", False),
+        ("train[:13]", "train[12:]", False),
+    ],
+)
+def test_a_hold_out_shares_no_picture_with_the_training(
+    base: pathlib.Path, training: str, held_out: str, is_apart: bool
+) -> None:
+    sources = [open_source(data_path(base), split) for split in (training, held_out)]
+    if is_apart:
+        check_apart(*sources)
+    else:
+        with pytest.raises(UserError, match=r"validation\.split = .* has pictures of data\.split"):
+            check_apart(*sources)
+
+
+def test_a_run_logs_its_validation_and_its_probe(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = run_config(data_path(base), train__steps=2, sample__every_steps=0, data__split="train[:50%]")
+    config.validation.update(every_steps=1, split="train[50%:]", num_examples=3, timesteps=TIMESTEPS)
+    config.probe.update(every_steps=2, prompts=("", "a white square"), seeds_per_prompt=3)
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validated = [line for line in lines if "validation_plain" in line]
+    assert [line["step"] for line in validated] == [0, 1, 2]
+    assert all(np.isfinite(line["validation_training_t999"]) for line in validated)
+    assert len({line["validation_plain"] for line in validated}) == 3, "the weights change, and so must the losses"
+    probed = [line for line in lines if "brightness_mean" in line]
+    assert [line["step"] for line in probed] == [0, 2]
+    records = json.loads((tmp_path / "run" / "samples" / "probe_2.json").read_text())["records"]
+    drawn = [record["brightness"] for record in records]
+    assert len(drawn) == 6
+    assert probed[1]["brightness_mean"] == pytest.approx(np.mean(drawn), abs=1e-5)
+    assert probed[1]["brightness_std"] == pytest.approx(np.std(drawn), abs=1e-5)
+    assert 0 <= probed[1]["brightness_wasserstein"] <= 1
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def test_a_run_that_dies_while_it_looks_looks_again_when_it_resumes(
+    base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(data_path(base), train__steps=2, sample__every_steps=0, data__split="train[:50%]")
+    config.validation.update(every_steps=2, split="train[50%:]", num_examples=3, timesteps=TIMESTEPS)
+    looks = []
+
+    def dies_at_the_second(*arguments: Any) -> dict[str, float]:
+        looks.append(arguments)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    monkeypatch.setattr("offsetjax.training.evaluators.validate", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_plain" in line][-1] == 2
+
+
+def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the sample grids move the start's brightness."""
+    seen = []
+
+    def draw(sampler: Any, pipeline: Any, config: ConfigDict, *_: Any) -> list[Picture]:
+        seen.append((config.seed, config.sample.brightness))
+        return [Picture("", 0, np.zeros((2, 2, 3), np.uint8))]
+
+    monkeypatch.setattr("offsetjax.training.evaluators.draw_pictures", draw)
+    monkeypatch.setattr("offsetjax.training.evaluators.write_samples", lambda *_: None)
+    config = run_config(data_path(base), seed=7, sample__brightness=(1.0,), sample__every_steps=0)
+    config.probe.every_steps = 1
+    mesh = mesh_of(data=1, fsdp=1)
+    run = Run(config, epath.Path("run"), mesh, *_parts(base, tiny_config(data_path(base)), mesh))
+    source = open_source(config.data.path)
+    [watch] = open_watches(run, source)
+    params = {"w": jnp.zeros(1)}
+    values = watch.look(TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0)), 0)
+    assert seen == [(0, ())]
+    assert values["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())
