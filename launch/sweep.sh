@@ -184,7 +184,7 @@ lane() { # first stride
         return 2
         ;;
       129 | 130 | 143)
-        say "${names[i]}: ended; the same command goes on"
+        say "${names[i]}: ended; the same command resumes"
         return "$status"
         ;;
       *)

@@ -33,15 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_paths(options)
         options.run(options, rest)
     except (Exception, KeyboardInterrupt) as error:
-        return _explain(error, goes_on=_GOES_ON.get(options.run, ""))
+        return _explain(error, resumes=_RESUMES.get(options.run, ""))
     return 0
 
 
-def _explain(error: BaseException, goes_on: str = "") -> int:
+def _explain(error: BaseException, resumes: str = "") -> int:
     """Tells the user of an error, and returns the exit status; what is a fault of the program is raised again.
 
     Args:
-        goes_on: from where the same command does, if it does.
+        resumes: from where the same command does, if it does.
     """
     match error:
         case UserError():
@@ -53,9 +53,9 @@ def _explain(error: BaseException, goes_on: str = "") -> int:
             what = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
             status, text = 2 if is_mistake else 1, f"error: {what}; see to it and try again"
         case PreemptedError():
-            status, text = 143, f"ended by SIGTERM {error}; the same command goes on from there"
+            status, text = 143, f"ended by SIGTERM {error}; the same command resumes from there"
         case KeyboardInterrupt():
-            status, text = 130, "interrupted" + (f"; the same command goes on {goes_on}" if goes_on else "")
+            status, text = 130, "interrupted" + (f"; the same command resumes {resumes}" if resumes else "")
         case _:
             raise error
     print(f"offsetjax: {text}", file=sys.stderr)
@@ -237,7 +237,7 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
-    with processes.together(partial(_explain, goes_on=_GOES_ON[_train])):
+    with processes.together(partial(_explain, resumes=_RESUMES[_train])):
         from offsetjax.config import digest, load_config
 
         config = load_config(options.config, _overrides(rest))
@@ -340,7 +340,7 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
-    with processes.together(partial(_explain, goes_on=_GOES_ON[_data_encode])):
+    with processes.together(partial(_explain, resumes=_RESUMES[_data_encode])):
         from offsetjax.config import load_config
 
         config = load_config(options.config, _overrides(rest))
@@ -371,4 +371,4 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
     demo(epath.Path(options.out))
 
 
-_GOES_ON: dict[Command, str] = {_train: "from the last checkpoint", _data_encode: "with the parts that are missing"}
+_RESUMES: dict[Command, str] = {_train: "from the last checkpoint", _data_encode: "with the parts that are missing"}

@@ -1,7 +1,7 @@
 """The training loop: data → encode → noise → loss → update → checkpoint → export.
 
-`run.py` opens the data and the parts, `objective.py` holds encode → noise → loss, `step.py` the update,
-`checkpoint.py` and `export.py` the rest. What happens between two steps is here.
+`training/setup.py` opens the data and the parts, `training/objective.py` holds encode → noise → loss, `training/step.py`
+the update, `storage/checkpoint.py` and `exporting/` the rest. What happens between two steps is here.
 """
 
 import logging
@@ -23,9 +23,9 @@ from offsetjax.errors import PreemptedError
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import fsdp, sharding
 from offsetjax.parallel.preemption import Preemption
-from offsetjax.parallel.watchdog import StallGuard
+from offsetjax.parallel.watchdog import Watchdog
 from offsetjax.storage import checkpoint
-from offsetjax.training.evaluators import Watch, open_watches
+from offsetjax.training.evaluators import Evaluator, open_evaluators
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import MetricsWriter, StepClock
 from offsetjax.training.objective import Objective, make_objective
@@ -42,20 +42,20 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         UserError: a mistake in the config, the data, the checkpoint or the work directory.
         PreemptedError: SIGTERM came; what was trained is saved.
     """
-    with StallGuard(config.train.stall_seconds) as guard, Preemption() as preemption:
+    with Watchdog(config.train.stall_seconds) as watchdog, Preemption() as preemption:
         source = open_source(config.data.path, config.data.split, config.data.cached_latents)
         run = open_run(config, epath.Path(workdir), source)
         config = run.config
-        guard.goes_on()
+        watchdog.progressed()
         stream = open_stream(config, run.pipeline, source, run.mesh)
         with compilation_cache(workdir), checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
             state, state_shardings = first_state(run, manager, stream)
-            guard.goes_on()
+            watchdog.progressed()
             if int(state.step) >= config.train.steps:
                 _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
                 return
-            watches = open_watches(run, source)
-            _loop(run, state, jit_train_step(run, state_shardings), stream, manager, watches, preemption, guard)
+            evaluators = open_evaluators(run, source)
+            _loop(run, state, jit_train_step(run, state_shardings), stream, manager, evaluators, preemption, watchdog)
 
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
@@ -85,9 +85,9 @@ def _loop(
     train_step: TrainStep,
     stream: Stream,
     manager: CheckpointManager,
-    watches: Sequence[Watch],
+    evaluators: Sequence[Evaluator],
     preemption: Preemption,
-    guard: StallGuard,
+    watchdog: Watchdog,
 ) -> None:
     train, frozen = run.config.train, run.step_frozen
     start = int(state.step)
@@ -102,7 +102,7 @@ def _loop(
         if preemption.reached():
             raise PreemptedError(f"before step {start + 1}")
         if start == 0:
-            _look(watches, state, 0, metrics, clock, guard)
+            _evaluate(evaluators, state, 0, metrics, clock, watchdog)
         for step in range(start + 1, train.steps + 1):
             with clock.waiting_for_data():
                 batch = next(batches)
@@ -112,22 +112,22 @@ def _loop(
             instruments.after(step, state)
             jax.block_until_ready(last)  # one step ahead of the devices, no more: a stall shows, and to stop is quick
             last = step_metrics
-            guard.goes_on()
+            watchdog.progressed()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
                 metrics.write(*_fetch(*unwritten, clock))
                 unwritten = None
             if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
                 unwritten = (step, step_metrics)
             # Before the checkpoint: a run that is killed in between looks again when it resumes.
-            if due := [watch for watch in watches if watch.is_due(step, train.steps)]:
-                _look(due, state, step, metrics, clock, guard)
+            if due := [evaluator for evaluator in evaluators if evaluator.is_due(step, train.steps)]:
+                _evaluate(due, state, step, metrics, clock, watchdog)
             is_preempted = preemption.reached()
             if is_preempted or step % run.config.checkpoint.every_steps == 0 or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     metrics.write(*_fetch(*unwritten, clock))
                     unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
-                guard.goes_on()
+                watchdog.progressed()
             if is_preempted and step < train.steps:
                 raise PreemptedError(f"after step {step}")
         if skipped := int(state.skipped):
@@ -149,17 +149,17 @@ def _position(stream: Stream, next_batch: int) -> dict[str, Any]:
     return {"next_batch": next_batch, "fingerprint": stream.fingerprint()}
 
 
-def _look(
-    watches: Sequence[Watch],
+def _evaluate(
+    evaluators: Sequence[Evaluator],
     state: TrainState,
     step: int,
     metrics: MetricsWriter,
     clock: StepClock,
-    guard: StallGuard,
+    watchdog: Watchdog,
 ) -> None:
     jax.block_until_ready(state)  # the steps under way are not the watches' time
     with clock.paused():
-        for watch in watches:
-            if values := watch.look(state, step):
-                metrics.write_watched(step, values)
-            guard.goes_on()
+        for evaluator in evaluators:
+            if values := evaluator.evaluate(state, step):
+                metrics.write_evaluation(step, values)
+            watchdog.progressed()

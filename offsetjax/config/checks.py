@@ -1,4 +1,4 @@
-"""What a config may hold: the range of every value; `combinations.py` has what they may be together."""
+"""What a config may hold: the range of every value; `rules.py` has what they may be together."""
 
 import math
 from collections.abc import Callable

@@ -98,7 +98,7 @@ def _nearest(key: str) -> str:
     by_name = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
     by_path = difflib.get_close_matches(key, paths, 1, 0.5)
     near = by_path + by_name if "." in key else by_name + by_path
-    return f"did you mean {near[0]}?" if near else "see offsetjax/defaults.py for the list"
+    return f"did you mean {near[0]}?" if near else "see offsetjax/config/schema.py for the list"
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:

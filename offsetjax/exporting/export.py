@@ -28,11 +28,10 @@ from offsetjax.formats.lora import write_lora
 from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.single_file import write_single_file
-from offsetjax.formats.tensors import Tensor, seen
-from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts
+from offsetjax.formats.tensors import Tensor, inspected
+from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts, training_noise
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.models.workdir import Stored, open_stored
-from offsetjax.training.objective import training_noise
 
 FORMATS = ("diffusers", "single_file", "lora")
 
@@ -182,7 +181,8 @@ def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator
             progress.advance(task, array.nbytes)
 
         yield {
-            part: {name: seen(tensor, advance) for name, tensor in tensors.items()} for part, tensors in parts.items()
+            part: {name: inspected(tensor, advance) for name, tensor in tensors.items()}
+            for part, tensors in parts.items()
         }
 
 

@@ -8,8 +8,7 @@ import json
 
 from ml_collections import ConfigDict
 
-from offsetjax.models.pipeline import Pipeline, family
-from offsetjax.training.objective import training_noise
+from offsetjax.models.pipeline import Pipeline, family, training_noise
 
 _ORIGINAL = {
     "sd1": "https://github.com/CompVis/stable-diffusion",

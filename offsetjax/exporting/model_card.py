@@ -4,8 +4,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import Noise, describe
 from offsetjax.diffusion.sampler import ANCESTRAL
-from offsetjax.models.pipeline import Pipeline
-from offsetjax.training.objective import training_noise
+from offsetjax.models.pipeline import Pipeline, training_noise
 
 SPECTRUM_FILE = "noise/root_spectrum.safetensors"
 

@@ -114,7 +114,7 @@ def cast(tensor: Tensor, dtype: Any) -> Tensor:
     return Tensor(tensor.shape, dtype, read)
 
 
-def seen(tensor: Tensor, see: Callable[[np.ndarray], None]) -> Tensor:
+def inspected(tensor: Tensor, see: Callable[[np.ndarray], None]) -> Tensor:
     """The same; `see` is called with each array that is read of it."""
 
     def read(index: Index) -> np.ndarray:

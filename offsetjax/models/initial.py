@@ -14,7 +14,7 @@ from offsetjax.errors import UserError
 from offsetjax.formats.lora import LoadedLora, read_lora
 from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
-from offsetjax.formats.tensors import Tensor, seen
+from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import Pipeline, build, family, text_parts, trained_parts
 from offsetjax.models.resolve import is_from_scratch
@@ -58,7 +58,7 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
         if not np.isfinite(array).all():
             raise UserError(f"{name} has values that are not finite; give another model, or another copy of it")
 
-    return seen(tensor, check)
+    return inspected(tensor, check)
 
 
 def initial_tensors(config: ConfigDict, part: str, model: Any) -> dict[str, Tensor]:

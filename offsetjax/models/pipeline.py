@@ -13,6 +13,8 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
+from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
 from offsetjax.models import attention, lora
 from offsetjax.models.autoencoder import Autoencoder
@@ -21,7 +23,7 @@ from offsetjax.models.text import TextEncoder
 from offsetjax.models.tokenizer import tokenize
 from offsetjax.models.unet import UNet
 
-_SHARES_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for whole ones would be a second copy
+_SHARDS_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for whole ones would be a second copy
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 
 
@@ -116,7 +118,7 @@ def build(config: ConfigDict, tokenizers: Sequence[CLIPTokenizer] = ()) -> Pipel
     )
 
 
-def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, shares: int = 1) -> Pipeline:
+def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shards: int = 1) -> Pipeline:
     """The pipeline as it is trained, to be traced by each device for itself.
 
     The denoiser has `model.attention`, `model.remat` and, as the text encoders have, `model.scan_layers`. Pictures are
@@ -144,7 +146,7 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, shares: 
         )
 
     scan = config.model.scan_layers
-    is_scanned = scan == "always" or (scan == "auto" and shares >= _SHARES_TO_SCAN)
+    is_scanned = scan == "always" or (scan == "auto" and num_shards >= _SHARDS_TO_SCAN)
 
     def settle(model: Any, **settings: Any) -> Any:
         if isinstance(model, Adapted):
@@ -157,6 +159,11 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, shares: 
     unet = settle(pipeline.unet, kernel=kernel, remat=config.model.remat, trained=trained)
     texts = {part: settle(model) for part, model in pipeline.text_encoders.items()}
     return replace(pipeline, unet=unet, vae=vae, **texts)
+
+
+def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
+    """The noise that a config trains with."""
+    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
 
 
 def adapter_scale(config: ConfigDict) -> float:

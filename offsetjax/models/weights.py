@@ -24,7 +24,7 @@ from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
 from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_tensors
-from offsetjax.formats.tensors import Tensor, seen
+from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
 from offsetjax.storage import checksums
@@ -120,7 +120,7 @@ def write_frozen(
     sums: dict[str, int] = {}
 
     def summed(name: str, tensor: Tensor) -> Tensor:
-        return seen(tensor, lambda array: sums.update({name: checksums.of_array(array)}))
+        return inspected(tensor, lambda array: sums.update({name: checksums.of_array(array)}))
 
     for part, named in tensors.items():
         named = {name: summed(f"{part}/{name}", tensor) for name, tensor in named.items()}
@@ -167,7 +167,7 @@ def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str
                 except ValueError as error:
                     raise UserError(f"workdir: {directory}: {error}; restore it from a copy") from error
 
-        return seen(tensor, check)
+        return inspected(tensor, check)
 
     return {name: checked(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
 

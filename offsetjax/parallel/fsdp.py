@@ -31,7 +31,7 @@ Rings = tuple[tuple[tuple[int, ...], ...], ...]
 Gradient = Callable[[PyTree, PyTree, PyTree, Array], tuple[Loss, PyTree]]
 
 
-class Share(flax.struct.PyTreeNode, meta.AxisMetadata):
+class Shard(flax.struct.PyTreeNode, meta.AxisMetadata):
     """A device's share of a weight, in place of the weight: Flax unboxes it where a layer asks for the parameter.
 
     Attributes:
@@ -49,15 +49,15 @@ class Share(flax.struct.PyTreeNode, meta.AxisMetadata):
         """The whole weight."""
         return _gather(self.value, self.axis, self.dtype, self.rings)
 
-    def replace_boxed(self, val: Any) -> "Share":
+    def replace_boxed(self, val: Any) -> "Shard":
         """Flax's: the same box around another value."""
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "Share":
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Shard":
         """Flax's, of a transformation that stacks layers."""
         return self.replace(axis=self.axis + (index <= self.axis))
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Share":
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Shard":
         """Flax's, of a transformation that takes stacked layers apart."""
         return self.replace(axis=self.axis - (index < self.axis))
 
@@ -83,11 +83,11 @@ def _gather_backward(axis: int, dtype: Any, rings: Rings, like: Array, gradient:
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def shared(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings) -> PyTree:
-    """The tree with a `Share` in place of each array that its spec splits over `fsdp`."""
+def sharded(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings) -> PyTree:
+    """The tree with a `Shard` in place of each array that its spec splits over `fsdp`."""
 
     def box(array: Any, spec: P) -> Any:
-        return Share(array, tuple(spec).index("fsdp"), jnp.dtype(dtype), rings) if "fsdp" in tuple(spec) else array
+        return Shard(array, tuple(spec).index("fsdp"), jnp.dtype(dtype), rings) if "fsdp" in tuple(spec) else array
 
     return jax.tree.map(box, tree, specs)
 
@@ -101,7 +101,7 @@ def gathered(params: PyTree, inputs: PyTree, names: Container[str] | None = None
     Args:
         names: of the arrays that are trained; None: all are.
     """
-    leaves, tree = jax.tree.flatten_with_path(params, is_leaf=_is_share)
+    leaves, tree = jax.tree.flatten_with_path(params, is_leaf=_is_shard)
     arrays = [leaf for _, leaf in leaves]
     places = [place for place, (path, _) in enumerate(leaves) if names is None or path[-1].key in names]
     if not places:
@@ -126,20 +126,20 @@ def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradie
     The loss must be a mean over the examples; the parameters' gradients come out split as the parameters are.
 
     Args:
-        gradient: takes weights as Flax modules do, with `Share`s among them.
+        gradient: takes weights as Flax modules do, with `Shard`s among them.
         dtypes: the type that each part of the parameters computes in.
     """
     batch_axes = sharding.BATCH[0]
 
     def mean(gradient: Any) -> Array:
         # A share's is summed over `fsdp` already.
-        is_share = isinstance(gradient, Share)
-        total: Any = jax.lax.psum(gradient.value if is_share else gradient, "data" if is_share else batch_axes)
+        is_shard = isinstance(gradient, Shard)
+        total: Any = jax.lax.psum(gradient.value if is_shard else gradient, "data" if is_shard else batch_axes)
         return total / (mesh.shape["data"] * mesh.shape["fsdp"])
 
     def of_device(*arguments: Any) -> tuple[Loss, PyTree]:
         loss, gradients = gradient(*arguments)
-        return jax.lax.pmean(loss, batch_axes), jax.tree.map(mean, gradients, is_leaf=_is_share)
+        return jax.lax.pmean(loss, batch_axes), jax.tree.map(mean, gradients, is_leaf=_is_shard)
 
     return _on_devices(of_device, mesh, dtypes, lambda param_specs: (P(), param_specs))
 
@@ -158,12 +158,12 @@ def sums_on_mesh(function: Callable[..., PyTree], mesh: Mesh, dtypes: Mapping[st
 def _on_devices(
     function: Callable[..., Any], mesh: Mesh, dtypes: Mapping[str, Any], out_specs: Callable[[PyTree], PyTree]
 ) -> Callable[..., Any]:
-    """The function on each device, of its own examples and of `Share`s; `out_specs` takes the parameters' specs."""
+    """The function on each device, of its own examples and of `Shard`s; `out_specs` takes the parameters' specs."""
     manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
     rings = sharding.rings(mesh)
 
     def boxed(params: PyTree, specs: PyTree) -> PyTree:
-        return {part: shared(params[part], specs[part], dtypes[part], rings) for part in params}
+        return {part: sharded(params[part], specs[part], dtypes[part], rings) for part in params}
 
     def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, *others: Any) -> Any:
         param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
@@ -184,8 +184,8 @@ def _on_devices(
     return on_devices
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, Share)
+def _is_shard(value: Any) -> bool:
+    return isinstance(value, Shard)
 
 
 def _only(spec: P, axes: frozenset[str]) -> P:

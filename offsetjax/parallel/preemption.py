@@ -35,7 +35,7 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         if processes.are_several():
-            processes.when(f"{self._key}/asked", self._agree)
+            processes.subscribe(f"{self._key}/asked", self._agree)
         self._hears = threading.current_thread() is threading.main_thread()  # Python sets handlers in no other
         if self._hears:
             read, self._write = os.pipe()
@@ -69,13 +69,13 @@ class Preemption:
                     self._ask()
             elif time.monotonic() - heard[number] > _SAME_SIGNAL_SECONDS:
                 print("offsetjax: a second signal: ended at once, nothing more is saved", file=sys.stderr)
-                processes.end_all(128 + number, "a second signal")
+                processes.abort(128 + number, "a second signal")
         os.close(read)
 
     def _ask(self) -> None:
         print("offsetjax: SIGTERM: saves and ends after this step; a second one ends it at once", file=sys.stderr)
         if processes.are_several():
-            processes.tell(f"{self._key}/asked", "")
+            processes.broadcast(f"{self._key}/asked", "")
         else:
             self._stop_at = 0
 
@@ -85,5 +85,5 @@ class Preemption:
                 counts = processes.gather(f"{self._key}/at", str(self._calls))
             except jax.errors.JaxRuntimeError:  # one of them is late by more than a minute, or gone
                 print("offsetjax: SIGTERM: not every process answers: ended at once, nothing is saved", file=sys.stderr)
-                processes.end_all(128 + signal.SIGTERM, "SIGTERM, to which not every process answered")
+                processes.abort(128 + signal.SIGTERM, "SIGTERM, to which not every process answered")
             self._stop_at = max(map(int, counts)) + 1

@@ -58,7 +58,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
     def end_by(number: int, frame: Any) -> None:
         print("offsetjax: ended by SIGTERM, with nothing to save", file=sys.stderr)
-        end_all(128 + number, "SIGTERM, with nothing to save")
+        abort(128 + number, "SIGTERM, with nothing to save")
 
     before = signal.signal(signal.SIGTERM, end_by)
     try:
@@ -72,7 +72,7 @@ def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
     if not are_several():
         yield
         return
-    when(_ENDED, _end_too)
+    subscribe(_ENDED, _end_too)
     try:
         yield
     except PreemptedError:  # all are, and at the same step
@@ -84,7 +84,7 @@ def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
         except BaseException:
             traceback.print_exc()
             status = 1
-        end_all(status, one_line(error, most=2000))
+        abort(status, one_line(error, most=2000))
     _leave()
 
 
@@ -97,7 +97,7 @@ def _client() -> Any:
     return global_state.client
 
 
-def when(key: str, action: Callable[[str], None]) -> None:
+def subscribe(key: str, action: Callable[[str], None]) -> None:
     """Calls `action`, in a thread of its own, with what any process tells under `key`."""
 
     def listen() -> None:
@@ -113,29 +113,29 @@ def when(key: str, action: Callable[[str], None]) -> None:
     threading.Thread(target=listen, daemon=True, name=_LISTENER).start()
 
 
-def tell(key: str, value: str) -> None:
+def broadcast(key: str, value: str) -> None:
     """Tells all processes, this one too."""
     _client().key_value_set(key, value, allow_overwrite=True)
 
 
 def gather(key: str, value: str) -> list[str]:
     """The values of all processes, once all have given theirs."""
-    tell(f"{key}/{global_state.process_id}", value)
+    broadcast(f"{key}/{global_state.process_id}", value)
     _client().wait_at_barrier(key, _BARRIER_MS)
     return [value for _, value in _client().key_value_dir_get(key)]
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Waits until all processes have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
-def end_all(status: int, why: str) -> None:
+def abort(status: int, why: str) -> None:
     """Ends all processes at once; what is not written yet is lost."""
     if are_several():
         text = f"{global_state.process_id} {status} {why}"
-        telling = threading.Thread(target=tell, args=(_ENDED, text), daemon=True)
+        telling = threading.Thread(target=broadcast, args=(_ENDED, text), daemon=True)
         telling.start()
         telling.join(5)  # the service may be what is gone
     end(status)

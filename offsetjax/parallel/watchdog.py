@@ -9,14 +9,14 @@ from typing import Any
 from offsetjax.parallel import processes
 
 
-class StallGuard:
+class Watchdog:
     """Inside its context all processes end with status 75 once nothing has gone on for `seconds`; 0: never."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds or math.inf
         self._went_on, self._closed = time.monotonic(), threading.Event()
 
-    def __enter__(self) -> "StallGuard":
+    def __enter__(self) -> "Watchdog":
         if self._seconds < math.inf:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -24,7 +24,7 @@ class StallGuard:
     def __exit__(self, *_: Any) -> None:
         self._closed.set()
 
-    def goes_on(self) -> None:
+    def progressed(self) -> None:
         """To be called after each step, and after each other thing that takes its time."""
         self._went_on = time.monotonic()
 
@@ -35,4 +35,4 @@ class StallGuard:
         why = f"nothing went on for {self._seconds:g} s (train.stall_seconds)"
         print(f"offsetjax: error: stalled: {why}; this is what every thread does:", file=sys.stderr, flush=True)
         processes.dump_stacks()
-        processes.end_all(processes.STALLED, f"stalled: {why}")
+        processes.abort(processes.STALLED, f"stalled: {why}")

@@ -33,7 +33,7 @@ from offsetjax.models.encode import encode_moments
 from offsetjax.models.initial import initial_params
 from offsetjax.models.pipeline import Pipeline, build
 from offsetjax.models.resolve import check_resolution, resolve
-from offsetjax.parallel.processes import meet
+from offsetjax.parallel.processes import barrier
 from offsetjax.progress import tracked
 from offsetjax.training.setup import Statistics, check_cache, latent_statistics
 
@@ -65,11 +65,11 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
     cache = _describe(config, pipeline.vae, params, statistics, sources)
     finished = caches.is_finished(out, cache)
     shards = caches.missing_shards(out, cache, shard_size)
-    meet("the cache is looked at")  # the first process must not write before the others have looked
+    barrier("the cache is looked at")  # the first process must not write before the others have looked
     is_first = jax.process_index() == 0
     if is_first:
         caches.begin(out, cache)
-    meet("the cache is begun")
+    barrier("the cache is begun")
     if not _is_shown(lambda: caches.is_begun(out)):
         raise UserError(
             f"data: process {jax.process_index()} does not see the cache that process 0 has begun in {out}; give as "
@@ -85,7 +85,7 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         records = _records(sources[shard.split], shard, cache.resolution, encode)
         description = f"Encoding pictures, part {number} of {len(own)}"
         shard.write(tracked(records, description, shard.last - shard.first, is_first), cache)
-    meet("the latents are written")
+    barrier("the latents are written")
     if is_first:
         if not _is_shown(lambda: not caches.missing_shards(out, cache, shard_size)):
             # No mistake of the user's: another start may find it.

@@ -22,13 +22,12 @@ from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.encode import encode_captions
-from offsetjax.models.pipeline import Pipeline, join
+from offsetjax.models.pipeline import Pipeline, join, training_noise
 from offsetjax.models.resolve import check_resolution
 from offsetjax.models.workdir import Trained, load_trained
 from offsetjax.parallel import sharding
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture, write_comparison, write_png, write_samples
-from offsetjax.training.objective import training_noise
 
 _log = logging.getLogger("offsetjax")
 

@@ -26,17 +26,17 @@ from offsetjax.training.validation import check_apart, make_losses, validate
 
 
 @dataclass(frozen=True)
-class Watch:
+class Evaluator:
     """`look(state, step)` gives named values, for the metrics; at each multiple of `every_steps` and at the end."""
 
     every_steps: int
-    look: Callable[[TrainState, int], dict[str, float]]
+    evaluate: Callable[[TrainState, int], dict[str, float]]
 
     def is_due(self, step: int, num_steps: int) -> bool:
         return step % self.every_steps == 0 or step == num_steps
 
 
-def open_watches(run: Run, source: Source) -> list[Watch]:
+def open_evaluators(run: Run, source: Source) -> list[Evaluator]:
     """The watches that a config asks for.
 
     Raises:
@@ -45,26 +45,26 @@ def open_watches(run: Run, source: Source) -> list[Watch]:
     return [] if run.config.task == "autoencoder" else list(_open(run, source))
 
 
-def _open(run: Run, source: Source) -> Iterator[Watch]:
+def _open(run: Run, source: Source) -> Iterator[Evaluator]:
     config = run.config
     sampler = make_sampler(run.pipeline, config, run.mesh)  # nothing is compiled before its first use
     if config.sample.every_steps and config.sample.prompts:
-        yield Watch(config.sample.every_steps, _sample(run, sampler))
+        yield Evaluator(config.sample.every_steps, _sample(run, sampler))
     if config.validation.every_steps:
-        yield Watch(config.validation.every_steps, _validation(run, source))
+        yield Evaluator(config.validation.every_steps, _validation(run, source))
     if config.probe.every_steps:
         probed = dataclasses.replace(run, config=config.copy_and_resolve_references())
         probed.config.seed, probed.config.sample.brightness = 0, ()  # the same starts in every run, none of them moved
         sampler = make_sampler(run.pipeline, probed.config, run.mesh) if config.sample.brightness else sampler
-        yield Watch(config.probe.every_steps, _probe(probed, sampler, source))
+        yield Evaluator(config.probe.every_steps, _probe(probed, sampler, source))
 
 
-def _watched(run: Run, state: TrainState) -> PyTree:
+def _evaluated(run: Run, state: TrainState) -> PyTree:
     return state.ema_params if run.config.sample.params == "ema" else state.params
 
 
 def _draw(run: Run, sampler: Sampler, state: TrainState, prompts: tuple[str, ...], num_seeds: int) -> list[Picture]:
-    params = _watched(run, state)
+    params = _evaluated(run, state)
     return draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, prompts, range(num_seeds))
 
 
@@ -78,18 +78,18 @@ def _write(run: Run, name: str, step: int, pictures: list[Picture]) -> None:
 def _sample(run: Run, sampler: Sampler) -> Callable[[TrainState, int], dict[str, float]]:
     sample = run.config.sample
 
-    def look(state: TrainState, step: int) -> dict[str, float]:
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
         _write(run, f"step_{step}", step, _draw(run, sampler, state, sample.prompts, sample.seeds_per_prompt))
         return {}
 
-    return look
+    return evaluate
 
 
 def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
     probe = run.config.probe
     measured = functools.cache(lambda: data_brightness(source, run.config.data.resolution))
 
-    def look(state: TrainState, step: int) -> dict[str, float]:
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
         pictures = _draw(run, sampler, state, probe.prompts, probe.seeds_per_prompt)
         _write(run, f"probe_{step}", step, pictures)
         if jax.process_index() != 0:  # who writes no metrics need not read the data for them
@@ -97,7 +97,7 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, 
         values = compare([picture.brightness for picture in pictures], measured())
         return {f"brightness_{name}": value for name, value in values.items()}
 
-    return look
+    return evaluate
 
 
 def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
@@ -118,8 +118,8 @@ def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[st
         out_shardings=replicated,
     )
 
-    def look(state: TrainState, step: int) -> dict[str, float]:
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
         del step
-        return validate(losses, config, stream, run.mesh, _watched(run, state), run.step_frozen)
+        return validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen)
 
-    return look
+    return evaluate

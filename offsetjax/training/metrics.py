@@ -52,7 +52,7 @@ class MetricsWriter:
             text += f"  {values['images_per_second']:.1f} images/s{mfu}  {format_duration(left)} left"
         _log.info(text)
 
-    def write_watched(self, step: int, values: Mapping[str, float]) -> None:
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes what a watch saw, as a line of its own."""
         if not self._writes:
             return

@@ -11,10 +11,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion import loss as losses
-from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
 from offsetjax.models.encode import drop_captions, encode_batch, encode_captions, sample_latent, to_unit_range
-from offsetjax.models.pipeline import Pipeline, join
+from offsetjax.models.pipeline import Pipeline, join, training_noise
 from offsetjax.rng import stream_key
 
 Batch = Mapping[str, Array]
@@ -25,11 +24,6 @@ def batch_keys(seed: int, name: str, step: Int[Array, ""], batch: Batch) -> Key[
     """A key an example, by its place in the global batch."""
     key = stream_key(seed, name, step)
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
-
-
-def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
-    """The noise that a config trains with."""
-    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
 
 
 def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:

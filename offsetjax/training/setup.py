@@ -40,15 +40,14 @@ from offsetjax.models.initial import (
     left_out_tensors,
     pretrained_tokenizers,
 )
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts, text_parts
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts, text_parts, training_noise
 from offsetjax.models.resolve import check_resolution, resolve
 from offsetjax.models.tokenizer import Tokens, tokenize, train_tokenizer
 from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.models.workdir import read_config, write_config
 from offsetjax.parallel import sharding
-from offsetjax.parallel.processes import meet
+from offsetjax.parallel.processes import barrier
 from offsetjax.storage import checkpoint
-from offsetjax.training.objective import training_noise
 from offsetjax.training.step import TrainState, init_state
 
 _log = logging.getLogger("offsetjax")
@@ -92,7 +91,7 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     """
     mesh = sharding.make_mesh(config)
     is_new = not (workdir / "config.json").exists()
-    meet("the work directory is looked at")  # the first process must not write before the others have looked
+    barrier("the work directory is looked at")  # the first process must not write before the others have looked
     config = _begin(config, workdir, source) if is_new else _reopen(config, workdir)
     pipeline = build(config, read_tokenizers(workdir / "frozen"))
     frozen = load_frozen(workdir / "frozen", config, pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
@@ -128,7 +127,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
         workdir.mkdir(parents=True, exist_ok=True)
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
-    meet("the work directory is written")
+    barrier("the work directory is written")
     return config
 
 

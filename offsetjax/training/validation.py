@@ -20,10 +20,10 @@ from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.schedule import add_noise, make_schedule, target
 from offsetjax.errors import UserError
 from offsetjax.models.encode import batch_moments, encode_captions
-from offsetjax.models.pipeline import Pipeline, join
+from offsetjax.models.pipeline import Pipeline, join, training_noise
 from offsetjax.parallel import fsdp, sharding
 from offsetjax.rng import stream_key
-from offsetjax.training.objective import Batch, add_position, training_noise
+from offsetjax.training.objective import Batch, add_position
 
 # trained, frozen, batch, its number, count of examples → the sum over the batch, for each noise and time step
 Losses = Callable[[PyTree, PyTree, Batch, Int[Array, ""], Int[Array, ""]], dict[str, Float[Array, " t"]]]

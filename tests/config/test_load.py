@@ -289,7 +289,7 @@ def test_an_autoencoder_of_the_smallest_model_is_accepted() -> None:
         ("config.nosie.offset_strength = 0.1", "unknown key 'nosie'; did you mean noise?"),
         ("config.noise_offset = 0.1", "it is called noise.offset_strength here"),
         ("config.train.max_train_steps = 3", "it is called train.steps here"),
-        ("config.zzzzzzzz = 1", "unknown key 'zzzzzzzz'; see offsetjax/defaults.py"),
+        ("config.zzzzzzzz = 1", "unknown key 'zzzzzzzz'; see offsetjax/config/schema.py"),
         ("config.train.steps = 'ten'", "'steps'"),
         ("config.train.steps = 1.5", "'steps'"),
         ("config.train.steps = 0", "train.steps = 0 must be at least 1"),

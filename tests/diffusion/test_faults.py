@@ -9,7 +9,6 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_objective import LATENT, _config, _look
 
 from offsetjax.config import validate
 from offsetjax.data.stream import Stream, _flip, make_stream
@@ -17,6 +16,7 @@ from offsetjax.diffusion.loss import min_snr_weight
 from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
 from tests.tiny import quick_compilation
+from tests.training.test_objective import LATENT, _config, _look
 
 KINDS: dict[str, dict[str, Any]] = {
     "offset": {"offset_strength": 0.4},

@@ -22,7 +22,7 @@ def write_metrics(workdir: Path) -> None:
     workdir.mkdir()
     metrics = MetricsWriter(workdir, 0, 2)
     for step in (1, 2):
-        metrics.write_watched(step, {"validation_plain": 0.5 / step})
+        metrics.write_evaluation(step, {"validation_plain": 0.5 / step})
         metrics.write(step, {"loss": 1.0, "images_per_second": 1.0})
     metrics.close()
 

@@ -136,8 +136,8 @@ def test_what_is_not_done_is_trained_in_turn(checkout: Checkout) -> None:
         ("137", 1, [0, 1, 2], "error: seed=1: failed with exit status 137; the others go on"),
         ("75", 1, [0, 1, 2], "error: seed=1: failed with exit status 75; the others go on"),
         ("2", 2, [0, 1], "error: seed=1: a mistake, see above; no more trainings are begun"),
-        ("143", 143, [0, 1], "seed=1: ended; the same command goes on"),
-        ("130", 130, [0, 1], "seed=1: ended; the same command goes on"),
+        ("143", 143, [0, 1], "seed=1: ended; the same command resumes"),
+        ("130", 130, [0, 1], "seed=1: ended; the same command resumes"),
     ],
 )
 def test_how_a_training_ends_decides_on_the_others(

@@ -19,13 +19,13 @@ def train(config, workdir):
     from jax.sharding import NamedSharding, PartitionSpec as P
     from offsetjax.errors import PreemptedError, UserError
     from offsetjax.parallel.preemption import Preemption
-    from offsetjax.parallel.watchdog import StallGuard
+    from offsetjax.parallel.watchdog import Watchdog
 
     kind, who, when = os.environ.get("EVENT", "none 0 0").split()
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     ones = jax.make_array_from_callback(mesh.devices.shape, NamedSharding(mesh, P("data")), lambda i: jnp.ones(1)[:])
     total = jax.jit(lambda values, step: values.sum() + step, out_shardings=NamedSharding(mesh, P()))
-    with StallGuard(config.train.stall_seconds) as guard, Preemption() as preemption:
+    with Watchdog(config.train.stall_seconds) as guard, Preemption() as preemption:
         print("starts", flush=True)
         time.sleep(float(os.environ.get("START_SECONDS", "0")))
         if preemption.reached():
@@ -99,7 +99,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(count: int, config: Path) -> 
         assert processes.wait(30) == [143] * count, processes.text()
         (step,) = {_steps(processes, index) for index in range(count)}
         for index in range(count):
-            assert f"ended by SIGTERM after step {step}; the same command goes on" in processes.output(index)
+            assert f"ended by SIGTERM after step {step}; the same command resumes" in processes.output(index)
 
 
 def test_sigterm_before_the_first_step_stops_all(config: Path) -> None:

@@ -141,10 +141,10 @@ def test_the_gradients_of_a_block_wait_for_each_other() -> None:
     mesh = sharding.mesh_of(data=1, fsdp=2)
 
     def on_device(trained: jax.Array, frozen: jax.Array, x: jax.Array) -> jax.Array:
-        box = partial(fsdp.Share, axis=0, dtype=jnp.dtype("float32"), rings=sharding.rings(mesh))
+        box = partial(fsdp.Shard, axis=0, dtype=jnp.dtype("float32"), rings=sharding.rings(mesh))
         params = {"kernel": box(frozen), "down": box(trained)}
         params, x = fsdp.gathered(params, x, ("down", "up"))
-        assert isinstance(params["kernel"], fsdp.Share)  # to be gathered where it is used
+        assert isinstance(params["kernel"], fsdp.Shard)  # to be gathered where it is used
         return jnp.sum(x @ params["down"] @ params["kernel"].unbox())
 
     split = P("fsdp")

@@ -33,10 +33,10 @@ def told_late(tells: bool) -> str:
     """What is told when the wait for it has timed out before, in real life after a day."""
     processes._DAY_MS = 100
     told: queue.Queue[str] = queue.Queue()
-    processes.when("news", told.put)
+    processes.subscribe("news", told.put)
     time.sleep(1)
     if tells:
-        processes.tell("news", "SIGTERM")
+        processes.broadcast("news", "SIGTERM")
     return told.get(timeout=60)
 
 

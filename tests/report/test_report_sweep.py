@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.test_report import GREY, SKI, SQUARE, WIDE, _run, _workdir, data
 
 from offsetjax.config import default_config, flatten
 from offsetjax.config.presets import stable_diffusion_xl
@@ -17,6 +16,7 @@ from offsetjax.errors import UserError
 from offsetjax.report.pool import pool
 from offsetjax.report.read import read_arms
 from offsetjax.report.swept import find_series, sentences
+from tests.report.test_report import GREY, SKI, SQUARE, WIDE, _run, _workdir, data
 
 __all__ = ["data"]  # a fixture
 

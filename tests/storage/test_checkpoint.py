@@ -140,7 +140,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from offsetjax.storage import checkpoint
 from offsetjax.errors import UserError
-from tests.test_checkpoint import READERS
+from tests.storage.test_checkpoint import READERS
 
 for workdir in sys.argv[2:]:
     try:

@@ -17,7 +17,6 @@ import torch
 from etils import epath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
-from tests.test_round_trip import imported
 
 from offsetjax.config import default_config
 from offsetjax.exporting.export import export
@@ -31,6 +30,7 @@ from offsetjax.storage import checkpoint
 from offsetjax.train import train
 from offsetjax.training.setup import open_run
 from tests import families, tiny
+from tests.exporting.test_round_trip import imported
 
 PROMPTS = ("a black square", "a green hill")
 STEPS = 2

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from jaxtyping import PyTree
 from PIL import Image
-from tests.test_metrics import read_events
 
 import offsetjax.train as loop
 from offsetjax.config import default_config, from_json
@@ -29,6 +28,7 @@ from offsetjax.models.workdir import load_trained
 from offsetjax.train import train
 from offsetjax.training.setup import open_run
 from tests.tiny import CAPTIONS, RESOLUTION, build_data, data_path, quick_compilation, run_config, trained_workdir
+from tests.training.test_metrics import read_events
 
 STEPS = 6
 

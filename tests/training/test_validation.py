@@ -25,7 +25,7 @@ from offsetjax.models.weights import load_frozen, read_tokenizers
 from offsetjax.parallel.sharding import mesh_of, shardings
 from offsetjax.sampling.pictures import Picture
 from offsetjax.train import train
-from offsetjax.training.evaluators import open_watches
+from offsetjax.training.evaluators import open_evaluators
 from offsetjax.training.setup import Run, open_stream
 from offsetjax.training.step import TrainState
 from offsetjax.training.validation import check_apart, make_losses, validate
@@ -203,8 +203,8 @@ def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, mon
     mesh = mesh_of(data=1, fsdp=1)
     run = Run(config, epath.Path("run"), mesh, *_parts(base, tiny_config(data_path(base)), mesh))
     source = open_source(config.data.path)
-    [watch] = open_watches(run, source)
+    [evaluator] = open_evaluators(run, source)
     params = {"w": jnp.zeros(1)}
-    values = watch.look(TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0)), 0)
+    values = evaluator.evaluate(TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0)), 0)
     assert seen == [(0, ())]
     assert values["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())
