@@ -61,7 +61,14 @@ def docstring(file: pathlib.Path) -> str:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What the command would have done: each sub-command's function and its first argument."""
     calls: list[tuple[str, Any]] = []
-    for place in ("train.train", "calibrate.calibrate", "export.export", "data.build.build", "article.demo.demo"):
+    places = (
+        "train.train",
+        "prepare.calibrate.calibrate",
+        "exporting.export.export",
+        "data.build.build",
+        "article.demo.demo",
+    )
+    for place in places:
         name = place.rpartition(".")[2]
         monkeypatch.setattr(f"offsetjax.{place}", lambda first, *_, name=name, **__: calls.append((name, first)))
     return calls
