@@ -1,8 +1,8 @@
 """What a config names by a word (a family, a process, a source, a writer, an optimizer), and how others add theirs.
 
-A program that brings its own calls `register`, as a config file may; a package that is installed declares an entry point
-of the registry's group instead, and every command then knows it. No name is ever imported because a stored config says
-so.
+A program that brings its own calls `register`, as a config file may; a package that is installed declares an entry
+point of the registry's group instead, and every command then knows it. No name is ever imported because a stored
+config says so.
 
     FAMILIES = Registry("model.family", "offsetjax.families", {"sd1": "offsetjax.models.stable_diffusion:SD1"})
     FAMILIES["sd1"]
