@@ -1,7 +1,7 @@
 """The training loop: data → encode → noise → loss → update → checkpoint → export.
 
 `training/setup.py` opens the data and the parts, `training/objective.py` holds encode → noise → loss,
-`training/step.py` the update, `storage/checkpoint.py` and `exporting/` the rest. What happens between two steps is here.
+`training/step.py` the update, `storage/` and `exporting/` the rest. What happens between two steps is here.
 """
 
 import logging
