@@ -140,8 +140,8 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shar
     lengths = [longest // 4**halvings for halvings in range(len(config.model.unet.block_out_channels))]
     if setting in ("splash", "cudnn") and not any(attention.takes_kernel(setting, n, n, channels=1) for n in lengths):
         raise UserError(
-            f"config: model.attention = {setting} takes {attention.SHORTEST} positions and more, splash in multiples "
-            f"of 128, and data.resolution = {config.data.resolution} gives the blocks {', '.join(map(str, lengths))}; "
+            f"config: model.attention = {setting} takes {attention.SHORTEST} positions and more, and "
+            f"data.resolution = {config.data.resolution} gives the blocks {', '.join(map(str, lengths))}; "
             "auto takes what fits"
         )
 

@@ -1,11 +1,14 @@
 """Every kernel attends as plain einsums do, and is taken only where it can be."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.sharding import PartitionSpec as P
 
 from offsetjax.models import attention
@@ -50,6 +53,62 @@ def test_the_pallas_kernel_gives_the_numbers_of_einsums(channels: int, length: i
         assert _apart(gradient, plain_gradient) < 1e-5
 
 
+UNEQUAL = {  # positions of queries and of keys, heads of both, a causal mask, lengths of the examples
+    "padded": (200, 300, 2, 2, False, None),
+    "grouped": (256, 128, 4, 2, False, None),
+    "lengths": (128, 384, 2, 1, False, (130, 7)),
+    "all at once": (300, 300, 4, 2, True, (300, 41)),
+}
+
+
+def _unequal(name: str) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    length, context_length, heads, groups, is_causal, lengths = UNEQUAL[name]
+    generator = np.random.default_rng(0)
+    shapes = [(2, length, heads, 16), *[(2, context_length, groups, 16)] * 2]
+    inputs = tuple(generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return inputs, {"is_causal": is_causal, "lengths": None if lengths is None else np.array(lengths)}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_the_pallas_kernel_takes_unequal_masked_padded_and_grouped_attention(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORTEST", 128)
+    inputs, settings = _unequal(name)
+
+    def run(kernel: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        attend = functools.partial(attention.attend_by_head, kernel=kernel, interpret=True, **settings)
+        assert ("pallas_call" in str(jax.make_jaxpr(attend)(*inputs))) == (kernel == "splash")
+        return jax.jit(_both(attend))(*inputs)
+
+    (output, gradients), (plain, plain_gradients) = run("splash"), run("xla")
+    assert _apart(output, plain) < 1e-5
+    for gradient, plain_gradient in zip(gradients, plain_gradients, strict=True):
+        assert _apart(gradient, plain_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_einsums_attend_as_pytorch_does(name: str) -> None:
+    (query, key, value), settings = _unequal(name)
+    length, context_length = query.shape[1], key.shape[1]
+    seen = np.ones((2, 1, length, context_length), bool)
+    if settings["is_causal"]:
+        seen &= np.tri(length, context_length, dtype=bool)
+    if settings["lengths"] is not None:
+        seen &= (np.arange(context_length) < settings["lengths"][:, None])[:, None, None]
+    by_head = [torch.from_numpy(x).transpose(1, 2) for x in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *by_head, attn_mask=torch.from_numpy(seen), enable_gqa=True
+    ).transpose(1, 2)
+    assert _apart(attention.attend_by_head(query, key, value, **settings), expected.numpy()) < 1e-5
+
+
+def test_heads_of_queries_that_do_not_divide_among_those_of_keys_are_refused() -> None:
+    query, key, value = jnp.ones((1, 8, 3, 16)), *[jnp.ones((1, 8, 2, 16))] * 2
+    with pytest.raises(ValueError, match="3 heads of queries are no multiple of 2 of keys"):
+        attention.attend_by_head(query, key, value)
+
+
 def test_heads_are_divided_among_the_devices_of_the_tensor_axis() -> None:
     mesh = mesh_of(data=1, fsdp=1, tensor=2)
     query, key, value = _inputs(16)
@@ -68,8 +127,10 @@ def test_short_and_crossed_attention_and_masks_stay_with_einsums() -> None:
     for length in (LENGTH, 9216, 2304, 6400):  # of pictures of 768 px, of 640 px
         assert attention.takes_kernel("splash", length, length, 64)
     assert not attention.takes_kernel("splash", LENGTH, 77, 64)
+    assert not attention.takes_kernel("splash", 9216, 77, 64)
     assert not attention.takes_kernel("splash", 256, 256, 64)
-    assert not attention.takes_kernel("splash", 7744, 7744, 64)  # of 704 px
+    assert attention.takes_kernel("splash", 7744, 7744, 64)  # of 704 px: padded
+    assert attention.takes_kernel("splash", 4096, 512, 64)
     assert attention.takes_kernel("cudnn", 7744, 7744, 64)
     assert not attention.takes_kernel("cudnn", LENGTH, LENGTH, 160)
     assert not attention.takes_kernel("xla", LENGTH, LENGTH, 64)
