@@ -1,4 +1,4 @@
-"""Corrections to the Flax modules of diffusers and transformers, through Flax's public `intercept_methods`.
+"""Corrections to the Flax modules of diffusers, through Flax's public `intercept_methods`.
 
 Each makes a converted model give PyTorch's numbers, and no parameter changes its name:
 
@@ -7,7 +7,7 @@ Each makes a converted model give PyTorch's numbers, and no parameter changes it
 - group normalisation has the configured number of groups (diffusers' Flax UNet: always 32), and gives the type of its
   input (Flax: float32, which would turn bfloat16 convolutions into float32 ones); its variance does not drown in the
   mean (Flax takes E x² - (E x)², which on a picture of one colour is rounding and nothing else);
-- softmax is taken in float32, of scores in float32 (diffusers' and transformers' Flax: in the compute type), in the
+- softmax is taken in float32, of scores in float32 (diffusers' Flax: in the compute type), in the
   autoencoder of some queries at a time;
 - upsampling repeats pixels (diffusers' Flax gathers them and scatters their gradients: the same numbers, slowly);
 - the autoencoder's attention can be left out (`mid_block_add_attention=False`, as in PyTorch).
@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from diffusers.models import resnet_flax, vae_flax
 from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel
 from jaxtyping import Array, Float
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPAttention
 
 from offsetjax.models.attention import attend
 
@@ -45,7 +44,6 @@ def torch_numerics(
         nn.GroupNorm: functools.partial(_group_norm, groups=norm_num_groups),
         FlaxGEGLU: _geglu,
         FlaxAttention: functools.partial(_attention, kernel=kernel),
-        FlaxCLIPAttention: _text_attention,
         resnet_flax.FlaxUpsample2D: _upsample,
         vae_flax.FlaxUpsample2D: _upsample,
     }
@@ -97,20 +95,6 @@ def _attention(
     context = x if context is None else context
     projected = module.query(x), module.key(context), module.value(context)
     return module.proj_attn(attend(*projected, module.heads, kernel=kernel))
-
-
-def _text_attention(
-    module: FlaxCLIPAttention,
-    hidden_states: Float[Array, "b n d"],
-    attention_mask: Float[Array, "b n"],
-    deterministic: bool = True,
-    output_attentions: bool = False,
-) -> tuple[Float[Array, "b n d"]]:
-    """Attention to what came before; the mask of the padding is not looked at, as all may be attended to."""
-    x = hidden_states
-    causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-    projected = module.q_proj(x), module.k_proj(x), module.v_proj(x)
-    return (module.out_proj(attend(*projected, module.num_heads, mask=causal)),)
 
 
 def _vae_attention(module: vae_flax.FlaxAttentionBlock, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from diffusers.models.attention_flax import FlaxBasicTransformerBlock, FlaxTransformer2DModel
 from jaxtyping import Array, PyTree
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPEncoderLayer, FlaxCLIPLayerCollection
 
+from offsetjax.models.clip import ClipLayer, ClipLayers
 from offsetjax.models.remat import POLICIES
 
 # (a layer's weights, hidden, whatever else all layers are given) → hidden.
@@ -38,7 +38,7 @@ def _repeated(layer: nn.Module) -> Sequence[nn.Module]:
     parent = layer.parent
     if isinstance(layer, FlaxBasicTransformerBlock) and isinstance(parent, FlaxTransformer2DModel):
         return parent.transformer_blocks
-    if isinstance(layer, FlaxCLIPEncoderLayer) and isinstance(parent, FlaxCLIPLayerCollection):
+    if isinstance(layer, ClipLayer) and isinstance(parent, ClipLayers):
         return parent.layers[:-1]  # SDXL reads what the last one is given
     return ()
 
@@ -66,11 +66,11 @@ def _interceptor(
 
         def of_module(params: PyTree, hidden: Array, others: Sequence[Any]) -> Array:
             output: Any = module.apply({"params": params}, hidden, *others, **kwargs)
-            return output[0] if isinstance(output, tuple) else output
+            return output
 
         loop = _recomputed_loop if isinstance(layer, again) else _loop
         hidden = loop(of_module, params, hidden, others)
-    return (hidden,) if isinstance(layer, FlaxCLIPEncoderLayer) else hidden
+    return hidden
 
 
 def _loop(layer: Layer, params: Sequence[PyTree], hidden: Array, others: PyTree) -> Array:

@@ -17,7 +17,6 @@ from jaxtyping import Array, PyTree
 
 from offsetjax.config import default_config
 from offsetjax.models.autoencoder import Autoencoder, standardised
-from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
 from tests import tiny, torch_models
 from tests.torch_models import counterpart, gradient_errors, params_of, relative_error
@@ -138,21 +137,8 @@ def test_standardised_latents_have_mean_0_and_deviation_1_and_decode_to_the_same
     np.testing.assert_allclose(decode(new, latents), decode(params, mean), atol=1e-4)
 
 
-@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
-def test_the_text_encoder_is_pytorchs(hidden_act: str) -> None:
-    text_encoder = TextEncoder(config_of("text_encoder", {**torch_models.TEXT, "hidden_act": hidden_act}), FLOAT32)
-    theirs = counterpart(text_encoder)
-    input_ids = np.random.default_rng(0).integers(0, 600, (3, 12), dtype=np.int32)
-    input_ids[0, 5:] = 599  # padding, which is attended to
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(input_ids)).last_hidden_state
-    hidden, pooled = jax.jit(text_encoder.apply)(params_of(theirs, text_encoder), input_ids)
-    assert relative_error(hidden, expected) < 1e-4
-    assert pooled is None
-
-
 def test_building_the_models_prints_nothing() -> None:
-    """Both libraries announce the end of their Flax classes, one line a class; nobody could act on it."""
+    """diffusers announces the end of its Flax classes, one line a class; nobody could act on it."""
     program = """
 import jax
 from offsetjax.config import default_config
