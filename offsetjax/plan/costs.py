@@ -1,9 +1,8 @@
 """What a compiled program does: matrix FLOPs, bytes to and from HBM, and collectives, of every operation it executes.
 
 All figures are one device's. A loop's operations count as often as it runs. Of a fusion the FLOPs are those of what it
-holds, and the bytes those of its operands and results that lie in HBM, as they are padded; of an operand that is only
-sliced, the slices. Operands that the compiler keeps on the chip cost nothing, and the copies that bring them there are
-operations of their own.
+holds; the bytes are in `traffic.py`. Operands that the compiler keeps on the chip cost nothing, and the copies that
+bring them there are operations of their own.
 """
 
 import math
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from offsetjax.plan.hlo import Computation, Instruction, Module, Shape, bits, first_group
+from offsetjax.plan.traffic import hbm_bytes
 from offsetjax.training.flops import Shapes, window_products
 
 # A float32 product on matrix units of bfloat16, by its precision, as bfloat16 products.
@@ -21,10 +21,10 @@ _FREE = (
     *("opt-barrier", "while", "call", "conditional", "send", "recv", "domain", "add-dependency"),
     *("async-start", "async-update", "async-done"),
 )
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'  # memory that is given a name, and not touched
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 Kernels = Mapping[tuple[str, Shapes], int]
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_SLICING = ("dynamic-slice", "slice", "gather")
 
 
 class Work(NamedTuple):
@@ -128,13 +128,13 @@ def works(module: Module, kernels: Kernels | None = None) -> Iterator[Work]:
         kernels: FLOPs of the Pallas kernels, of which the program does not say what they do (`flops.kernel_flops`).
     """
     for computation, each, times in executed(module):
-        if each.opcode in _FREE or each.opcode.endswith("-done"):
+        if each.opcode in _FREE or each.opcode.endswith("-done") or _ALLOCATION in each.attributes:
             continue
         flops, passes = _flops(module, computation, each, kernels or {})
         cycles = re.search(r'"estimated_cycles":"(\d+)"', each.attributes)
-        hbm_bytes = _hbm_bytes(module, computation, each)
-        if flops or hbm_bytes or cycles:
-            yield Work(each, times, flops, passes, hbm_bytes, int(cycles[1]) if cycles else None)
+        moved = hbm_bytes(module, computation, each)
+        if flops or moved or cycles:
+            yield Work(each, times, flops, passes, moved, int(cycles[1]) if cycles else None)
 
 
 def _flops(module: Module, computation: Computation, each: Instruction, kernels: Kernels) -> tuple[int, int]:
@@ -206,50 +206,6 @@ def _window(attributes: str, axes: int) -> list[dict[str, int]]:
         for window, value in zip(windows, fields.get(key, "").split("x") if key in fields else (), strict=False):
             window[name] = int(value.split("_")[0])
     return windows
-
-
-def _hbm_bytes(module: Module, computation: Computation, each: Instruction) -> int:
-    operands = [computation.by_name[name].shapes for name in each.operands if name in computation.by_name]
-    if each.opcode.endswith("-start"):  # its result holds the operand, the result and what is its own
-        return _in_hbm(each.shapes[:2]) if each.opcode == "copy-start" else sum(map(_in_hbm, operands))
-    if each.opcode in _SLICING:
-        return 2 * _in_hbm(each.shapes)
-    if each.opcode == "dynamic-update-slice":
-        return 2 * _in_hbm(operands[1])
-    if each.opcode != "fusion":
-        return _in_hbm(each.shapes) + sum(map(_in_hbm, operands))
-    inner = module.computations[each.called("calls") or ""]
-    read = sum(_read(inner, place, shapes) for place, shapes in enumerate(operands))
-    return read + _written(inner, inner.root)
-
-
-def _in_hbm(shapes: tuple[Shape, ...]) -> int:
-    return sum(shape.num_bytes for shape in shapes if shape.space == 0)
-
-
-def _read(inner: Computation, place: int, shapes: tuple[Shape, ...]) -> int:
-    """What a fusion reads of an operand: the slices where it takes nothing else."""
-    parameter = inner.parameters.get(place)
-    users = inner.users.get(parameter.name, ()) if parameter else ()
-    if parameter is None or not users or not _in_hbm(shapes):
-        return _in_hbm(shapes)
-    if all(user.opcode in _SLICING and user.operands[0] == parameter.name for user in users):
-        return min(_in_hbm(shapes), sum(shape.num_bytes for user in users for shape in user.shapes))
-    if all(user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name for user in users):
-        return 0  # updated in place
-    return _in_hbm(shapes)
-
-
-def _written(inner: Computation, root: Instruction) -> int:
-    if root.opcode == "tuple":
-        return sum(_written(inner, inner.by_name[name]) for name in root.operands)
-    if root.opcode == "bitcast" and root.operands and inner.by_name[root.operands[0]].opcode == "dynamic-update-slice":
-        root = inner.by_name[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        return inner.by_name[root.operands[1]].shapes[0].num_bytes if _in_hbm(root.shapes) else 0
-    if root.opcode == "parameter":  # passed on
-        return 0
-    return _in_hbm(root.shapes)
 
 
 def collectives(module: Module) -> Iterator[Collective]:
