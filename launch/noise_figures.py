@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from offsetjax.config import default_config, validate
 from offsetjax.diffusion.noise import Noise, make_noise
-from offsetjax.diffusion.schedule import make_schedule
+from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.report.figures import colour, style
 
@@ -35,7 +35,7 @@ def noise_of(settings: dict[str, Any]) -> Noise:
     config = default_config()
     config.noise.update(settings)
     validate(config)
-    return make_noise(config.noise, make_schedule(**config.schedule), downscale=8)
+    return make_noise(config.noise, make_process(config.schedule), downscale=8)
 
 
 @style

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config, presets
+from offsetjax.diffusion.process import make_process
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
@@ -69,7 +70,7 @@ def write_model(directory: pathlib.Path, config: ConfigDict, dtype: str = "float
     text = config.model.text_encoder
     tokenizer = train_tokenizer(tiny.CAPTIONS, text.vocab_size, text.max_position_embeddings)
     write_tokenizers(directory, (tokenizer,) * len(pipeline.text_encoders))
-    scheduler = files.scheduler_config(config.schedule.to_dict(), "ddim", "trailing")
+    scheduler = files.scheduler_config(make_process(config.schedule).scheduler("ddim", "trailing"))
     files.write_scheduler(directory, scheduler)
     files.write_index(directory, scheduler["_class_name"], family(config), config.model.force_zeros_for_empty_prompt)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from offsetjax.diffusion.variance_preserving import latent_side
 from offsetjax.errors import UserError
 
 
@@ -34,7 +35,7 @@ def stable_diffusion_2(config: ConfigDict, shrink: int = 1, prediction_type: str
         shrink: see `stable_diffusion_1`.
         prediction_type: `v_prediction`, of pictures of 768 px, or `epsilon`, of pictures of 512 px (its "base" models).
     """
-    _set_family(config, "sd2", shrink, size=768 if prediction_type == "v_prediction" else 512)
+    _set_family(config, "sd2", shrink, size=8 * latent_side(prediction_type))
     config.schedule.prediction_type = prediction_type
     config.model.unet.update(_UNET_1_AND_2, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
     config.model.unet.update(_divided(shrink, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024))

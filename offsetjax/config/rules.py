@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from offsetjax.config.schema import default_config, flatten
+from offsetjax.diffusion.process import PROCESSES
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import one_line
 
@@ -97,47 +98,7 @@ def _schedule(values: Values) -> Wrongs:
         values["loss.min_timestep"] >= steps,
         f"loss.min_timestep = {values['loss.min_timestep']} must be below schedule.num_train_timesteps = {steps}",
     )
-    yield (
-        values["schedule.beta_start"] >= values["schedule.beta_end"],
-        "schedule.beta_start must be below schedule.beta_end",
-    )
-    # "leading" starts one step late (steps_offset = 1): with as many steps as the schedule it would start beyond it.
-    # DPM-Solver++'s grid of that kind has one step more, which is left out.
-    late = values["sample.spacing"] == "leading"
-    most = steps - late - (late and values["sample.sampler"] == "dpmpp_2m")
-    yield (
-        values["sample.num_steps"] > most,
-        f"sample.num_steps = {values['sample.num_steps']} must be at most {most} with "
-        f"sample.spacing = {values['sample.spacing']!r}",
-    )
-    if values["schedule.zero_terminal_snr"]:
-        yield from _zero_terminal_snr(values)
-
-
-def _zero_terminal_snr(values: Values) -> Wrongs:
-    yield (
-        values["schedule.prediction_type"] == "epsilon",
-        "schedule.zero_terminal_snr needs schedule.prediction_type = 'v_prediction': the last step's noise is its "
-        "input, so that predicting ε says nothing of the picture",
-    )
-    yield (
-        values["sample.spacing"] == "leading",
-        "schedule.zero_terminal_snr needs sample.spacing = 'trailing': leading spacing never visits the last step",
-    )
-    yield (
-        values["loss.min_snr_gamma"] > 0,
-        "loss.min_snr_gamma gives the steps near a zero SNR no weight, and they decide on the brightness; set it to 0 "
-        "or schedule.zero_terminal_snr to False",
-    )
-    yield (
-        values["noise.kind"] == "adjusted",
-        "noise.kind = 'adjusted' has no meaning with schedule.zero_terminal_snr: ψ_t = √(SNR_T / SNR_t) would be 0",
-    )
-    yield (
-        values["noise.calibration"] and not values["noise.adaptive_scale"],
-        "noise.calibration cannot apply with schedule.zero_terminal_snr: nothing of a picture leaks into its last "
-        "step, and no offset is needed; leave it out",
-    )
+    yield from PROCESSES[values["schedule.process"]].rules(values)
 
 
 def _noise(values: Values) -> Wrongs:
@@ -205,11 +166,6 @@ def _noise(values: Values) -> Wrongs:
 
 
 def _noise_extras(values: Values) -> Wrongs:
-    yield (
-        values["noise.kind"] == "adjusted" and values["sample.spacing"] == "leading",
-        "noise.kind = 'adjusted' needs sample.spacing = 'trailing': its shift is that of the last step, where leading "
-        "spacing does not begin",
-    )
     yield (
         bool(values["noise.data_mean"]) != bool(values["noise.data_mean_std"]),
         "noise.data_mean and noise.data_mean_std belong together; set both or none",
@@ -282,12 +238,6 @@ def _sampling(values: Values) -> Wrongs:
             values[path] and values["sample.guidance_scale"] == 1,
             f"{path} cannot apply without guidance, sample.guidance_scale = 1; set it back",
         )
-    steps, count = values["schedule.num_train_timesteps"], values["sample.num_steps"]
-    yield (
-        values["sample.sampler"] == "ddim" and values["sample.spacing"] == "trailing" and steps % count > steps / 20,
-        f"sample.num_steps = {count} leaves a rest of {steps % count} of {steps} time steps, by which DDIM, counting "
-        f"back in whole strides, drifts off its grid; use a number that divides {steps}, or sample.sampler = 'euler'",
-    )
     if values["sample.sampler"] not in ("ddpm", "euler_ancestral"):
         return
     sampler = values["sample.sampler"]

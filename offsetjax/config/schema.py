@@ -190,6 +190,7 @@ def default_config() -> ConfigDict:
     )
     config.schedule = ConfigDict(
         {
+            "process": "variance_preserving",  # or another of diffusion/process.py's
             "num_train_timesteps": 1000,
             "beta_start": 0.00085,
             "beta_end": 0.012,

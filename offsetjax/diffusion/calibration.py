@@ -1,17 +1,19 @@
 r"""What the data says about the noise that it needs: a calibration file, and what follows from it.
 
-At time step t a band of frequencies f is legible in a noisy latent by its own signal-to-noise ratio,
+At timestep t a band of frequencies f is legible in a noisy latent by its own signal-to-noise ratio,
 
-    leak_t(f) = SNR_t P(f) / S(f),    P the power of the data around its mean picture, S that of the noise
+    SNR_t(f) = SNR_t P(f) / S(f),    P the power of the data around its mean picture, S that of the noise
 
 in orthonormal units, where plain noise has S = 1 and the mean of a channel, of variance `Var(mean)` over pictures, is
-the mode f = 0 with `P(0) = N Var(mean)` for N latent pixels. A leak of at most τ at the last step T asks for
+the mode f = 0 with `P(0) = N Var(mean)` for N latent pixels. A terminal SNR, at the last timestep T, of at most τ asks
+for
 
     c² = max(0, SNR_T Var(mean) / τ - S(0) / N)    for an offset of strength c on top of noise of the spectrum S
     S(f) = max(1, SNR_T P(f) / τ)                  for spectral noise
 
 `offsetjax calibrate` measures P and writes the file; `fill` puts into a config what follows. Sources: N. Guttenberg,
-"Diffusion with Offset Noise", CrossLabs, 2023, for the leak of the mean; S. Lin et al., arXiv 2305.08891, for SNR_T.
+"Diffusion with Offset Noise", CrossLabs, 2023, for the terminal SNR of the mean; S. Lin et al., arXiv 2305.08891,
+for SNR_T.
 """
 
 import json
@@ -26,7 +28,7 @@ from jaxtyping import Complex, Float, Int
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import make_noise
-from offsetjax.diffusion.schedule import Schedule, make_schedule
+from offsetjax.diffusion.process import Process, make_process, mode_snr
 from offsetjax.diffusion.spectrum import frequencies, multiplicity
 from offsetjax.errors import UserError, one_line
 from offsetjax.files import write_whole
@@ -96,24 +98,13 @@ def band_means(
     return np.einsum("...hw,khw->...k", spectrum, weight) / weight.sum((1, 2))
 
 
-def snrs(schedule: Schedule) -> Float[np.ndarray, " T"]:
-    """`SNR_t` of a pixel at every time step, in float64."""
-    kept = np.asarray(schedule.alphas_cumprod, np.float64)
-    return kept / (1.0 - kept)
-
-
-def leak(
-    power: Float[np.ndarray, "*s"], noise_power: Float[np.ndarray, "*s"], snr: float | Float[np.ndarray, "*s"]
-) -> Float[np.ndarray, "*s"]:
-    """The signal-to-noise ratio of bands of the data's power `P` under noise of the power `S`, where a pixel has `snr`.
-
-    The three are broadcast. Noise of no power at all hides nothing: the ratio there is some 10³⁰.
-    """
-    return snr * power / np.maximum(noise_power, 1e-30)
+def terminal_snr(process: Process) -> float:
+    """The SNR of a pixel at the last timestep, in float64."""
+    return float(process.snr(process.last_timestep))
 
 
 def offset_strengths(
-    calibration: Calibration, schedule: Schedule, target: float, pixels: int = 0, floor: Any = 1.0
+    calibration: Calibration, process: Process, target: float, pixels: int = 0, floor: Any = 1.0
 ) -> Float[np.ndarray, " c"]:
     """The least strength for each channel with which the terminal SNR of its mean is at most `target`.
 
@@ -123,15 +114,15 @@ def offset_strengths(
         floor: power of the mode f = 0 without an offset, a channel or for all; 1 for white noise.
     """
     pixels = pixels or calibration.height * calibration.width
-    return np.sqrt(np.maximum(0.0, snrs(schedule)[-1] * calibration.mean_variance / target - floor / pixels))
+    return np.sqrt(np.maximum(0.0, terminal_snr(process) * calibration.mean_variance / target - floor / pixels))
 
 
-def noise_spectrum(calibration: Calibration, schedule: Schedule, target: float) -> tuple[str, ...]:
+def noise_spectrum(calibration: Calibration, process: Process, target: float) -> tuple[str, ...]:
     """For each channel the formula of `S(f) = max(1, SNR_T P(f) / target)`, for `formula_spectrum`, to 6 digits."""
     # The first band's value begins half a step of the grid above f = 0: no mode of that grid mixes the two.
     half = 0.5 / max(calibration.height, calibration.width)
     places = np.insert(calibration.frequency, 1, half)
-    powers = np.maximum(1.0, snrs(schedule)[-1] * calibration.power / target)
+    powers = np.maximum(1.0, terminal_snr(process) * calibration.power / target)
     return tuple(_interpolation(places, np.insert(each, 1, each[1])) for each in powers)
 
 
@@ -178,7 +169,7 @@ def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
     if not given and not noise.adaptive_scale:
         compute = _spectrum if noise.kind == "spectral" else _strengths
         downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)  # pixels a latent pixel, on a side
-        fields |= compute(config, calibration, make_schedule(**config.schedule), downscale)
+        fields |= compute(config, calibration, make_process(config.schedule), downscale)
     if noise.adaptive_scale and not noise.data_mean:
         mean, deviation = calibration.mean, np.sqrt(calibration.mean_variance)
         fields |= {"data_mean": _numbers(mean), "data_mean_std": _numbers(deviation)}
@@ -195,33 +186,33 @@ def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
 
 
 def _strengths(
-    config: ConfigDict, calibration: Calibration, schedule: Schedule, downscale: int
+    config: ConfigDict, calibration: Calibration, process: Process, downscale: int
 ) -> dict[str, tuple[float, ...]]:
     side = config.data.resolution // downscale
-    strengths, floor = recommended_strengths(config, calibration, schedule, downscale)
-    present = leak(side**2 * calibration.mean_variance, floor, snrs(schedule)[-1])
+    strengths, floor = recommended_strengths(config, calibration, process, downscale)
+    present = mode_snr(side**2 * calibration.mean_variance, floor, terminal_snr(process))
     _check_needed(config, calibration, bool(strengths.any()), present, "mean")
     return {"channel_strengths": _numbers(strengths)}
 
 
 def recommended_strengths(
-    config: ConfigDict, calibration: Calibration, schedule: Schedule, downscale: int
+    config: ConfigDict, calibration: Calibration, process: Process, downscale: int
 ) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, "#c"]]:
     """The strengths that a config needs for the calibration's target, and the power of f = 0 without them.
 
     They are in the config's own terms: for its size and `reference_resolution`, on top of its pyramid, and as much
     stronger as `random_strength` (E[c²] = c²/3) and `probability` weaken them.
     """
-    side, noise = config.data.resolution // downscale, make_noise(config.noise, schedule, downscale)
+    side, noise = config.data.resolution // downscale, make_noise(config.noise, process, downscale)
     spectrum = noise.spectrum if noise.kind == "pyramid" else None
     floor = np.ones(1) if spectrum is None else spectrum(side, side)[:, 0, 0]
-    strengths = offset_strengths(calibration, schedule, calibration.target_terminal_snr, side**2, floor)
+    strengths = offset_strengths(calibration, process, calibration.target_terminal_snr, side**2, floor)
     share = noise.probability * (1 / 3 if noise.random_strength else 1.0)
     return strengths / (noise.scale_at(side**2) * math.sqrt(share)), floor
 
 
 def _spectrum(
-    config: ConfigDict, calibration: Calibration, schedule: Schedule, downscale: int
+    config: ConfigDict, calibration: Calibration, process: Process, downscale: int
 ) -> dict[str, tuple[str, ...]]:
     side = config.data.resolution // downscale
     if (calibration.height, calibration.width) != (side, side):
@@ -230,10 +221,10 @@ def _spectrum(
             f"latents, and a spectrum depends on their size, here {side}x{side}; calibrate at data.resolution = "
             f"{config.data.resolution}"
         )
-    present = leak(calibration.power, np.ones(1), snrs(schedule)[-1])
+    present = mode_snr(calibration.power, np.ones(1), terminal_snr(process))
     is_needed = bool(present.max() > calibration.target_terminal_snr)
     _check_needed(config, calibration, is_needed, present, "most legible frequency")
-    return {"spectrum": noise_spectrum(calibration, schedule, calibration.target_terminal_snr)}
+    return {"spectrum": noise_spectrum(calibration, process, calibration.target_terminal_snr)}
 
 
 def _check_needed(
@@ -249,7 +240,7 @@ def _check_needed(
 
 def write_calibration(path: epath.PathLike, calibration: Calibration) -> None:
     """Writes the file, with the strengths that follow from it for whoever reads it."""
-    strengths = offset_strengths(calibration, make_schedule(**calibration.schedule), calibration.target_terminal_snr)
+    strengths = offset_strengths(calibration, make_process(calibration.schedule), calibration.target_terminal_snr)
     recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
     content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
     text = json.dumps(content, indent=1, allow_nan=False, default=np.ndarray.tolist)

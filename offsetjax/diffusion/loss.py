@@ -3,32 +3,31 @@ r"""One loss value an example.
     L = w_t · mean (prediction - target)²
 
 Min-SNR weighting (T. Hang et al., arXiv 2303.09556) gives an error of x0 the weight `min(SNR_t, γ)`. An error of ε is
-one of x0 divided by √SNR_t, an error of v one divided by √(SNR_t + 1), both of plain noise: so
+one of x0 divided by √SNR_t, an error of v one divided by √(SNR_t + 1), an error of a flow's velocity one divided by t,
+all of plain noise: so
 
-    w_t = min(SNR_t / s², γ) / SNR_t  for ε,    min(SNR_t / s², γ) / (SNR_t + 1)  for v
+    w_t = min(SNR_t / s², γ) / SNR_t  for ε,    min(SNR_t / s², γ) / (SNR_t + 1)  for v,    min(SNR_t / s², γ) t²
 
 where s² is the variance of a pixel's noise: 1 for plain noise, 1 + c² with an offset of strength c.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from offsetjax.diffusion.schedule import Schedule, snr
+from offsetjax.diffusion.process import Process, Timestep
 
 
 def min_snr_weight(
-    schedule: Schedule, timestep: Int[Array, ""], gamma: float, noise_variance: float | Float[Array, ""] = 1.0
+    process: Process, timestep: Timestep, gamma: float, noise_variance: float | Float[Array, ""] = 1.0
 ) -> Float[Array, ""]:
     """The weight of one example's loss; `gamma` 0 turns weighting off (1 everywhere), 5 is the paper's value.
 
     Args:
-        noise_variance: `s²`, at this time step.
+        noise_variance: `s²`, at this timestep.
     """
     if gamma == 0:
         return jnp.ones(())
-    ratio = snr(schedule, timestep)
-    divisor = ratio + (schedule.prediction_type == "v_prediction")
-    return jnp.minimum(ratio / noise_variance, gamma) / divisor
+    return jnp.minimum(process.snr(timestep) / noise_variance, gamma) / process.error_gain(timestep)
 
 
 def mean_squared_error(prediction: Float[Array, "*s"], target: Float[Array, "*s"]) -> Float[Array, ""]:

@@ -1,6 +1,6 @@
 r"""The noise of a training: what its latents are noised with, what its sampler starts from and injects.
 
-For one latent `x0` of shape `[c, h, w]`, with `N = h w`, at time step t:
+For one latent `x0` of shape `[c, h, w]`, with `N = h w`, at timestep t:
 
     n_t = √Σ ε + ψ_t c ξ,    ε ~ N(0, I) for each pixel,    ξ ~ N(0, 1) for each channel, the same for all its pixels
 
@@ -9,7 +9,7 @@ For one latent `x0` of shape `[c, h, w]`, with `N = h w`, at time step t:
     offset      Σ = I, ψ = 1: a channel's mean has the variance (1 + c² N) / N, all other modes are those of plain noise
     pyramid     Σ of multi-resolution noise, with or without an offset               (spectrum.py)
     spectral    Σ of any power spectrum                                              (spectrum.py)
-    adjusted    Σ = I, ψ_t = σ_t / σ_T with σ² = (1-ᾱ)/ᾱ: the shift grows with time   (adjusted_coefficients)
+    adjusted    Σ = I, ψ_t from 0 to 1: the shift grows with time                     (the process's `growth`)
 
 Sources: N. Guttenberg, "Diffusion with Offset Noise", CrossLabs, 2023; T. Kutsuna, "Generalized Diffusion Model with
 Adjusted Offset Noise", arXiv 2412.03134.
@@ -18,15 +18,15 @@ Adjusted Offset Noise", arXiv 2412.03134.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from offsetjax.diffusion.schedule import Schedule
+from offsetjax.diffusion.process import Process, Timestep
 from offsetjax.diffusion.spectrum import colour, formula_spectrum, mean_power, pyramid_spectrum
 
 Kind = Literal["offset", "pyramid", "spectral", "adjusted"]
@@ -81,7 +81,7 @@ class Noise:
     adaptive_scale: float = 0.0
     data_mean: tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]] | None = None
     spectrum: Callable[[int, int], Float[np.ndarray, "#c h w2"]] | None = None  # of √Σ; None: white
-    psi: Float[np.ndarray, " T"] | None = None  # None: 1 at every time step
+    growth: Callable[[Any], tuple[Any, Any]] | None = None  # t → ψ_t and its derivative; None: 1 at every timestep
 
     @property
     def is_plain(self) -> bool:
@@ -97,23 +97,35 @@ class Noise:
         return self.strengths * self.scale_at(pixels)
 
     def draw(
-        self, key: Key[Array, ""], latent: Float[Array, "c h w"], timestep: Int[Array, ""]
+        self, key: Key[Array, ""], latent: Float[Array, "c h w"], timestep: Timestep | None = None
     ) -> Float[Array, "c h w"]:
-        """`n_t`, the noise of training at `timestep` and the target there, in float32."""
+        """`n_t`, the noise of training at `timestep`, in float32.
+
+        Args:
+            timestep: None is the last one, at which ψ is 1.
+        """
         pixel_key, offset_key = jax.random.split(key)
         pixels = self._coloured(pixel_key, latent.shape)
         strength = self._strength(key, latent)
-        if self.psi is not None:
-            strength = strength * jnp.asarray(self.psi, jnp.float32)[timestep]
+        if self.growth is not None and timestep is not None:
+            strength = strength * self.growth(timestep)[0]
         return pixels + _shift(offset_key, pixels, strength)
 
+    def rate(
+        self, key: Key[Array, ""], latent: Float[Array, "c h w"], timestep: Timestep
+    ) -> float | Float[Array, "c 1 1"]:
+        """`dn_t/dt = dψ/dt c ξ` of what `draw` gives for the same key: 0 for noise that does not change with time."""
+        if self.growth is None:
+            return 0.0
+        return _shift(jax.random.split(key)[1], latent, self._strength(key, latent) * self.growth(timestep)[1])
+
     def start(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
-        """What sampling starts from: the noise of the last time step, for a latent that is not known yet."""
+        """What sampling starts from: the noise of the last timestep, for a latent that is not known yet."""
         latent = jnp.zeros(shape)
         if self.adaptive_scale and self.data_mean is not None:  # its mean is then drawn from the data's
             mean, deviation = (jnp.asarray(value, jnp.float32)[:, None, None] for value in self.data_mean)
             latent = latent + mean + _shift(jax.random.fold_in(key, 4), latent, deviation)
-        return self.draw(key, latent, jnp.int32(-1))
+        return self.draw(key, latent)
 
     def inject(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
         """What one step of an ancestral sampler adds, before its scale.
@@ -122,21 +134,23 @@ class Noise:
         """
         if self.kind == "adjusted":
             return jax.random.normal(jax.random.split(key)[0], shape)
-        return self.draw(key, jnp.zeros(shape), jnp.int32(-1))
+        return self.draw(key, jnp.zeros(shape))
 
-    def power(self, height: int, width: int, timestep: int = -1) -> Float[np.ndarray, "c h w2"]:
-        """The expected power spectrum of `n_t`, a channel."""
+    def power(self, height: int, width: int, timestep: Any = None) -> Float[np.ndarray, "c h w2"]:
+        """The expected power spectrum of `n_t`, a channel; by default of the last timestep."""
         spectrum = np.ones((1, height, width // 2 + 1)) if self.spectrum is None else self.spectrum(height, width)
-        variance = self._shift_variance(height * width) * (1.0 if self.psi is None else self.psi[timestep] ** 2)
+        variance = self._shift_variance(height * width) * self._psi(timestep) ** 2
         power = np.repeat(spectrum, max(len(variance), len(spectrum)) // len(spectrum), 0)
         power[:, 0, 0] += variance * height * width
         return power
 
-    def variance(self, height: int, width: int) -> Float[np.ndarray, " T"]:
-        """The expected variance of a pixel at each time step (one entry where time does not matter), over channels."""
-        psi = np.ones(1) if self.psi is None else self.psi
+    def variance(self, height: int, width: int, timestep: Any = None) -> Any:
+        """The expected variance of a pixel of `n_t`, over channels; by default at the last timestep."""
         colours = 1.0 if self.spectrum is None else mean_power(self.spectrum(height, width), width).mean()
-        return colours + psi**2 * self._shift_variance(height * width).mean()
+        return colours + self._psi(timestep) ** 2 * self._shift_variance(height * width).mean()
+
+    def _psi(self, timestep: Any) -> Any:
+        return 1.0 if self.growth is None or timestep is None else self.growth(timestep)[0]
 
     def _coloured(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "c h w"]:
         white = jax.random.normal(key, shape)
@@ -175,7 +189,7 @@ class Noise:
 PLAIN = Noise("offset", np.zeros(1))
 
 
-def make_noise(config: ConfigDict, schedule: Schedule, downscale: int) -> Noise:
+def make_noise(config: ConfigDict, process: Process, downscale: int) -> Noise:
     """The noise of `config.noise`, whose fields have been checked.
 
     Args:
@@ -195,7 +209,7 @@ def make_noise(config: ConfigDict, schedule: Schedule, downscale: int) -> Noise:
         adaptive_scale=config.adaptive_scale,
         data_mean=(np.array(config.data_mean), np.array(config.data_mean_std)) if config.data_mean else None,
         spectrum=cache(spectrum) if spectrum else None,
-        psi=balanced_psi(schedule.alphas_cumprod) if config.kind == "adjusted" else None,
+        growth=process.growth if config.kind == "adjusted" else None,
     )
 
 
@@ -222,35 +236,3 @@ def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
         scale = noise.adaptive_scale * noise.scale_at(height * width)
         text += f", and {scale:.4g} times the absolute mean of a latent's channel"
     return text + perturbed
-
-
-def balanced_psi(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
-    """`ψ_t = σ_t / σ_T`, for which `φ_t = ψ_t`: noise and target of adjusted offset noise then agree."""
-    kept = np.asarray(alphas_cumprod, np.float64)
-    sigma = np.sqrt((1.0 - kept) / kept)
-    return sigma / sigma[-1]
-
-
-def balanced_gamma(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
-    """`γ_t`, the share of the shift that enters at step t, for the balanced form."""
-    kept = np.asarray(alphas_cumprod, np.float64)
-    before = np.concatenate([[1.0], kept[:-1]])
-    return np.sqrt(before) * (1.0 / kept - 1.0 / before) * np.sqrt(kept[-1] / (1.0 - kept[-1]))
-
-
-def adjusted_coefficients(
-    alphas_cumprod: Float[np.ndarray, " T"], gamma: Float[np.ndarray, " T"]
-) -> tuple[Float[np.ndarray, " T"], Float[np.ndarray, " T"]]:
-    r"""`ψ_t` and `φ_t` of the chain `x_t = √α_t (x_{t-1} + γ_t ξ) + √(1-α_t) ε_t`.
-
-        x_t = √ᾱ_t x0 + √(1-ᾱ_t) (ε + ψ_t ξ),    ψ_t = √ᾱ_t Σ_{i≤t} γ_i/√ᾱ_{i-1} / √(1-ᾱ_t)
-        target ε + φ_t ξ,                         φ_t = γ_t √α_t √(1-ᾱ_t) / (1-α_t)
-
-    Source: T. Kutsuna, arXiv 2412.03134.
-    """
-    kept = np.asarray(alphas_cumprod, np.float64)
-    before = np.concatenate([[1.0], kept[:-1]])
-    alpha = kept / before
-    psi = np.sqrt(kept) * np.cumsum(gamma / np.sqrt(before)) / np.sqrt(1.0 - kept)
-    phi = gamma * np.sqrt(alpha) * np.sqrt(1.0 - kept) / (1.0 - alpha)
-    return psi, phi

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from offsetjax.diffusion.process import make_process
 from offsetjax.errors import UserError
 from offsetjax.exporting.metadata import header
 from offsetjax.exporting.model_card import SPECTRUM_FILE, matched_sampler, model_card
@@ -118,9 +119,8 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
             )
     if is_diffusion:
         write_tokenizers(out, pipeline.tokenizers)
-        scheduler = files.scheduler_config(
-            config.schedule.to_dict(), matched_sampler(pipeline, config), config.sample.spacing
-        )
+        process, sampler = make_process(config.schedule), matched_sampler(pipeline, config)
+        scheduler = files.scheduler_config(process.scheduler(sampler, config.sample.spacing))
         files.write_scheduler(out, scheduler)
         (out / "README.md").write_text(model_card(pipeline, config, stored.step))
         write_spectrum(out, pipeline, config)
@@ -131,7 +131,7 @@ def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) 
     config = stored.config
     parts = {part: stored.part(part) for part in network_parts(config)}
     configs = {part: _torch_config(stored, part) for part in parts}
-    configs["scheduler"] = files.scheduler_config(config.schedule.to_dict(), "ddim", config.sample.spacing)
+    configs["scheduler"] = make_process(config.schedule).scheduler("ddim", config.sample.spacing)
     with _progress(title, parts) as parts:
         metadata = header(stored.pipeline, config, stored.step, "single_file", title)
         carried = carried_of(stored.frozen)

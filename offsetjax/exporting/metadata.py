@@ -8,6 +8,7 @@ import json
 
 from ml_collections import ConfigDict
 
+from offsetjax.diffusion.process import make_process
 from offsetjax.models.pipeline import Pipeline, family, training_noise
 
 _ORIGINAL = {
@@ -33,11 +34,9 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config.schedule.prediction_type],
+        **make_process(config.schedule).metadata(),
         "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
         **_noise_names(pipeline, config),
-        "ss_zero_terminal_snr": str(config.schedule.zero_terminal_snr),
-        "ss_v_parameterization": str(config.schedule.prediction_type == "v_prediction"),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
         "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
         "ss_learning_rate": repr(optimizer.learning_rate),

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import Noise, describe
+from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.sampler import ANCESTRAL
 from offsetjax.models.pipeline import Pipeline, training_noise
 
@@ -32,7 +33,7 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
         step=step,
         pipeline="StableDiffusionXLPipeline" if pipeline.is_conditioned_on_size else "StableDiffusionPipeline",
         resolution=config.data.resolution,
-        prediction={"epsilon": "ε", "v_prediction": "v"}[config.schedule.prediction_type],
+        prediction=make_process(config.schedule).predicts,
         noise=describe(noise, config.noise, size, size),
         latents="\n".join(f"    {line}" for line in _latents(noise, channels, size)),
         settings=", ".join(

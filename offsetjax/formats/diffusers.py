@@ -161,29 +161,9 @@ def write_part(
         raise NotFiniteError(f"{part}: {error}") from error
 
 
-# The PyTorch scheduler of each of our samplers, and what makes it follow the same table of coefficients.
-_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-}
-
-
-def scheduler_config(schedule: Mapping[str, Any], sampler: str, spacing: str) -> dict[str, Any]:
-    """`scheduler_config.json` of PyTorch diffusers' counterpart of `sampler`."""
-    name, settings = _SCHEDULERS[sampler]
-    return {
-        "_class_name": name,
-        "_diffusers_version": diffusers.__version__,
-        **{key: value for key, value in schedule.items() if key != "zero_terminal_snr"},
-        "rescale_betas_zero_snr": schedule["zero_terminal_snr"],
-        "beta_schedule": "scaled_linear",
-        "steps_offset": 1,
-        "timestep_spacing": spacing,
-        **settings,
-    }
+def scheduler_config(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """`scheduler_config.json` of a scheduler as a process gives it: its class and its settings."""
+    return {"_class_name": scheduler["_class_name"], "_diffusers_version": diffusers.__version__, **scheduler}
 
 
 def write_scheduler(directory: epath.PathLike, config: Mapping[str, Any]) -> None:

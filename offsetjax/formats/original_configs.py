@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from offsetjax.diffusion.variance_preserving import latent_side
 from offsetjax.formats.original_names import UNET, VAE
 from offsetjax.formats.tensors import Tensor
 
@@ -192,5 +193,5 @@ def latent_size(metadata: Mapping[str, str], prediction_type: str, family: str) 
     if match := re.fullmatch(r"(\d{2,5})x\d+", metadata.get("modelspec.resolution", "")):
         return int(match[1]) // 8
     if family == "sd2":
-        return 96 if prediction_type == "v_prediction" else 64
+        return latent_side(prediction_type)
     return {"sd1": 64, "sdxl": 128}[family]

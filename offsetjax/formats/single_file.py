@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from offsetjax.diffusion.variance_preserving import single_file_markers
 from offsetjax.errors import UserError
 from offsetjax.formats import original_configs as inferred
 from offsetjax.formats.diffusers import PARTS
@@ -38,7 +39,7 @@ FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl"
 
 # What training leaves in a checkpoint: tables of the schedule, averaged weights, losses.
 _LEFT_OVER = re.compile(
-    r"(model\.)?(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus\w+|posterior_\w+|lvlb_weights|logvar)"
+    r"(model\.)?(betas|alphas_\w+|sqrt_\w+|log_one_minus\w+|posterior_\w+|lvlb_weights|logvar)"
     r"|model_ema\..*|first_stage_model\.(loss|model_ema)\..*|denoiser\.(log_)?sigmas|scale_factor|global_step"
 )
 # What can be computed, what marks the kind of a model, and the projection of CLIP's first encoder, for which no model
@@ -205,9 +206,8 @@ def to_original(
         if not is_open_clip(part, family):
             positions = np.arange(config["max_position_embeddings"], dtype=np.int64)[None]
             found[f"{TEXT_PREFIXES[family][part]}text_model.embeddings.position_ids"] = of_array(positions)
-    scheduler = configs.get("scheduler", {})
-    if family == "sdxl" and scheduler.get("prediction_type") == "v_prediction":
-        markers = ["v_pred"] + ["ztsnr"] * bool(scheduler.get("rescale_betas_zero_snr"))
+    if family == "sdxl":
+        markers = single_file_markers(configs.get("scheduler", {}))
         found |= {name: of_array(np.zeros(0, np.float32)) for name in markers}
     return found
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
 from offsetjax.diffusion.noise import Noise, make_noise
-from offsetjax.diffusion.schedule import make_schedule
+from offsetjax.diffusion.process import make_process
 from offsetjax.errors import UserError
 from offsetjax.models import attention, lora
 from offsetjax.models.autoencoder import Autoencoder
@@ -163,7 +163,7 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shar
 
 def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
     """The noise that a config trains with."""
-    return make_noise(config.noise, make_schedule(**config.schedule), pipeline.vae.downscale)
+    return make_noise(config.noise, make_process(config.schedule), pipeline.vae.downscale)
 
 
 def adapter_scale(config: ConfigDict) -> float:

@@ -28,14 +28,13 @@ from offsetjax.diffusion.calibration import (
     Calibration,
     band_means,
     filled,
-    leak,
     recommended_strengths,
-    snrs,
     summarise,
+    terminal_snr,
     write_calibration,
 )
 from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
-from offsetjax.diffusion.schedule import Schedule, make_schedule
+from offsetjax.diffusion.process import Process, make_process, mode_snr
 from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, write_whole
@@ -45,7 +44,7 @@ from offsetjax.models.pipeline import Pipeline
 from offsetjax.parallel import sharding
 from offsetjax.prepare.latents import open_vae
 from offsetjax.progress import tracked
-from offsetjax.report.leak import leak_figure
+from offsetjax.report.mode_snr import mode_snr_figure
 from offsetjax.training.objective import Batch
 from offsetjax.training.setup import open_stream
 
@@ -91,15 +90,15 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         target_terminal_snr=target,
     )
     if jax.process_index() == 0:
-        schedule, downscale = make_schedule(**config.schedule), pipeline.vae.downscale
+        process, downscale = make_process(config.schedule), pipeline.vae.downscale
         noise = configured_noise(config, calibration, downscale)
-        strengths, _ = recommended_strengths(config, calibration, schedule, downscale)
-        for line in table(calibration, modes.variance, noise, strengths, schedule):
+        strengths, _ = recommended_strengths(config, calibration, process, downscale)
+        for line in table(calibration, modes.variance, noise, strengths, process):
             _log.info("%s", line)
         write_calibration(out, calibration)
         picture = out.parent / f"{out.stem}.png"
-        recommended = _with_strength(config, strengths.max(), schedule, downscale)
-        write_whole(picture, _png(leak_figure(calibration, noise, recommended, schedule)))
+        recommended = _with_strength(config, strengths.max(), process, downscale)
+        write_whole(picture, _png(mode_snr_figure(calibration, noise, recommended, process)))
         _log.info("%s: give it as noise.calibration; the figure is %s", out, picture)
     return calibration
 
@@ -164,25 +163,25 @@ def _jit_batch_modes(vae: Autoencoder, params: PyTree, mesh: Mesh) -> Callable[.
 
 def configured_noise(config: ConfigDict, calibration: Calibration, downscale: int) -> Noise:
     """The noise of a training with this config, whose `noise.calibration` will be this one."""
-    schedule = make_schedule(**config.schedule)
+    process = make_process(config.schedule)
     if config.noise.calibration:
         try:
             config = filled(config, calibration)
         except UserError as refusal:  # the training will say so too; what was measured is of use still
             _log.warning("%s; the tables show plain noise instead", refusal)
             return PLAIN
-    noise = make_noise(config.noise, schedule, downscale)
+    noise = make_noise(config.noise, process, downscale)
     if noise.adaptive_scale and noise.data_mean is None:
         noise = dataclasses.replace(noise, data_mean=(calibration.mean, np.sqrt(calibration.mean_variance)))
     return noise
 
 
-def _with_strength(config: ConfigDict, strength: float, schedule: Schedule, downscale: int) -> Noise:
+def _with_strength(config: ConfigDict, strength: float, process: Process, downscale: int) -> Noise:
     """The config's noise with another strength of its offset; plain noise with it where the kind has none."""
     noise = config.noise.copy_and_resolve_references()
     noise.update(offset_strength=float(strength), channel_strengths=(), adaptive_scale=0.0, spectrum=())
     noise.kind = "offset" if noise.kind == "spectral" else noise.kind
-    return make_noise(noise, schedule, downscale)
+    return make_noise(noise, process, downscale)
 
 
 def table(
@@ -190,20 +189,20 @@ def table(
     variance: Float[np.ndarray, "c h w2"],
     noise: Noise,
     strengths: Float[np.ndarray, " c"],
-    schedule: Schedule,
+    process: Process,
 ) -> Iterator[str]:
     """The lines to print: a channel each, what is recommended, and a band of frequencies each."""
-    height, width, snr = calibration.height, calibration.width, snrs(schedule)[-1]
+    height, width, snr = calibration.height, calibration.width, terminal_snr(process)
     target, pixels = calibration.target_terminal_snr, height * width
     yield (
         f"{calibration.num_examples} pictures of {calibration.resolution} px, latents of {height}x{width}; "
-        f"the last step has an SNR of {snr:.5f} a pixel"
+        f"the last timestep has an SNR of {snr:.5f} a pixel"
     )
     means = pixels * calibration.mean_variance
-    configured = leak(means, noise.power(height, width)[:, 0, 0], snr)
+    configured = mode_snr(means, noise.power(height, width)[:, 0, 0], snr)
     yield f"{'':9}{'variance of':>12}   {'terminal SNR of the mean':^28}{'offset strength for':>22}"
     yield f"{'channel':>9}{'the mean':>12}{'plain noise':>15}{'this config':>14}{f'an SNR of {target:g}':>22}"
-    rows = zip(calibration.mean_variance, leak(means, np.ones(1), snr), configured, strengths, strict=True)
+    rows = zip(calibration.mean_variance, mode_snr(means, np.ones(1), snr), configured, strengths, strict=True)
     for channel, (variance_of_mean, plain, present, strength) in enumerate(rows):
         yield f"{channel:9d}{variance_of_mean:12.4g}{plain:15.3g}{present:14.3g}{strength:22.4g}"
     if strengths.any():
@@ -212,7 +211,7 @@ def table(
         yield "recommended: noise.offset_strength = 0; without an offset the mean is below that SNR already"
     bands, names = octaves(height, width)
     power, noise_power = band_means(variance, bands, width), band_means(noise.power(height, width), bands, width)
-    ratios = leak(power, noise_power, snr)
+    ratios = mode_snr(power, noise_power, snr)
     yield f"{'wavelength in':>16}{'power of':>12}{'power of':>12}   {'terminal SNR, this config':^30}"
     yield f"{'latent pixels':>16}{'the data':>12}{'the noise':>12}{'mean of channels':>20}{'worst channel':>15}"
     octave_rows = zip(names, power.mean(0), noise_power.mean(0), ratios.mean(0), ratios.max(0), strict=True)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from offsetjax.config import validate
 from offsetjax.diffusion.noise import PLAIN, Noise
+from offsetjax.diffusion.process import Grid, make_process
 from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
-from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.encode import encode_captions
@@ -134,14 +134,13 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
 
     The keys are those of the noise that ancestral samplers inject; the others have no use for them.
     """
-    schedule, sample = make_schedule(**config.schedule), config.sample
+    process, sample = make_process(config.schedule), config.sample
     noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
     is_ancestral = sample.sampler in ANCESTRAL
-    table = coefficients(sample.sampler, schedule, sample.num_steps, sample.spacing)
-    mean_table = None
-    if noise.psi is not None and not is_ancestral:
-        power = np.stack([noise.power(*shape[1:], t)[:, 0, 0] for t in range(schedule.num_train_timesteps)])
-        mean_table = coefficients(sample.sampler, schedule, sample.num_steps, sample.spacing, np.sqrt(power))
+    grid = process.grid(sample.sampler, sample.num_steps, sample.spacing)
+    table, mean_table = coefficients(sample.sampler, grid), None
+    if noise.growth is not None and not is_ancestral and not process.includes_rate:
+        mean_table = coefficients(sample.sampler, grid, mean_deviations(noise, grid, shape))
 
     empty_ids = pipeline.tokenize([""])[0]
     # Micro-conditioning as of a picture that was trained on whole: its own size, nothing cropped.
@@ -175,11 +174,22 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
 
             return jax.vmap(draw_one)(keys)
 
-        latents = solve(denoiser, schedule, table, start, inject if is_ancestral else None, mean_table)
+        latents = solve(denoiser, process, table, start, inject if is_ancestral else None, mean_table)
         pixels = pipeline.vae.decode(params["vae"], latents / pipeline.vae.config["scaling_factor"])
         return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
 
     return draw
+
+
+def mean_deviations(
+    noise: Noise, grid: Grid, shape: tuple[int, int, int]
+) -> tuple[Float[np.ndarray, "n c"], Float[np.ndarray, "n c"]]:
+    """The standard deviation of f = 0 of the noise, a channel, where each step of a sampler begins and ends."""
+    at, after = (
+        np.stack([np.sqrt(noise.power(*shape[1:], timestep)[:, 0, 0]) for timestep in timesteps])
+        for timesteps in (grid.timesteps, grid.timesteps_after)
+    )
+    return at, after
 
 
 def _interleaved(first: Array, second: Array) -> Array:

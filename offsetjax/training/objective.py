@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion import loss as losses
-from offsetjax.diffusion.schedule import add_noise, make_schedule, target
+from offsetjax.diffusion.process import add_noise, make_process
 from offsetjax.models.encode import drop_captions, encode_batch, encode_captions, sample_latent, to_unit_range
 from offsetjax.models.pipeline import Pipeline, join, training_noise
 from offsetjax.rng import stream_key
@@ -27,14 +27,14 @@ def batch_keys(seed: int, name: str, step: Int[Array, ""], batch: Batch) -> Key[
 
 
 def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
-    """The weighted error of ε or v, with the noise of `config.noise`.
+    """The weighted error of what the process of `config.schedule` predicts, with the noise of `config.noise`.
 
     Each draw has a stream of its own: vae, caption_dropout, timestep, noise and input_perturbation.
 
     The batch holds `pixels` uint8 [b, H, W, 3] or, cached, `moments` float16 [b, 2, c, h, w]; `input_ids` int32
     [b, e, n] for e text encoders, `time_ids` float32 [b, 6] and `position` int32 [b].
     """
-    schedule = make_schedule(**config.schedule)
+    process = make_process(config.schedule)
     noises = training_noise(pipeline, config)
     empty_ids = pipeline.tokenize([""])[0]
 
@@ -52,22 +52,21 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         params = after(conditions, params)
         # noise
         # A picture's mean is decided at the noisy end; a short fine-tuning may look there alone.
-        first, last = config.loss.min_timestep, schedule.num_train_timesteps
-        timesteps = jax.vmap(lambda key: jax.random.randint(key, (), first, last))(keys("timestep"))
+        timesteps = jax.vmap(lambda key: process.draw_timestep(key, config.loss.min_timestep))(keys("timestep"))
         noise = jax.vmap(noises.draw)(keys("noise"), latents, timesteps)
+        rate = jax.vmap(noises.rate)(keys("noise"), latents, timesteps)
         # In the input alone (arXiv 2301.11706): the target stays the noise without it.
         perturbed = perturb(keys("input_perturbation"), noise, config.noise.input_perturbation)
-        variances = jnp.asarray(noises.variance(*latents.shape[2:]), jnp.float32)
         # loss
-        noisy = jax.vmap(lambda x, n, t: add_noise(schedule, x, n, t))(latents, perturbed, timesteps)
-        prediction = pipeline.unet.apply(params["unet"], noisy, timesteps, *conditions)
+        noisy = jax.vmap(lambda x, n, t: add_noise(process, x, n, t))(latents, perturbed, timesteps)
+        prediction = pipeline.unet.apply(params["unet"], noisy, process.network_timestep(timesteps), *conditions)
 
-        def example_loss(prediction, latent, noise, timestep):
-            error = losses.mean_squared_error(prediction, target(schedule, latent, noise, timestep))
-            variance = variances[jnp.minimum(timestep, len(variances) - 1)]
-            return losses.min_snr_weight(schedule, timestep, config.loss.min_snr_gamma, variance) * error
+        def example_loss(prediction, latent, noise, rate, timestep):
+            error = losses.mean_squared_error(prediction, process.target(latent, noise, rate, timestep))
+            variance = noises.variance(latent.shape[1], latent.shape[2], timestep)
+            return losses.min_snr_weight(process, timestep, config.loss.min_snr_gamma, variance) * error
 
-        return jax.vmap(example_loss)(prediction, latents, noise, timesteps)
+        return jax.vmap(example_loss)(prediction, latents, noise, rate, timesteps)
 
     return objective
 

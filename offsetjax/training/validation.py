@@ -1,4 +1,4 @@
-"""Validation losses that compare: fixed pictures, fixed time steps and fixed noise, whatever the training's noise is.
+"""Validation losses that compare: fixed pictures, fixed timesteps and fixed noise, whatever the training's noise is.
 
 `plain` is the unweighted error for plain noise, so that runs with different noise share one curve; `training` is that
 for the noise of the training. Both use the same draws for each pixel, at every step and in every run.
@@ -17,7 +17,7 @@ from offsetjax.data.source import Source
 from offsetjax.data.stream import Stream
 from offsetjax.diffusion.loss import mean_squared_error
 from offsetjax.diffusion.noise import PLAIN, Noise
-from offsetjax.diffusion.schedule import add_noise, make_schedule, target
+from offsetjax.diffusion.process import add_noise, make_process
 from offsetjax.errors import UserError
 from offsetjax.models.encode import batch_moments, encode_captions
 from offsetjax.models.pipeline import Pipeline, join, training_noise
@@ -25,7 +25,7 @@ from offsetjax.parallel import fsdp, sharding
 from offsetjax.rng import stream_key
 from offsetjax.training.objective import Batch, add_position
 
-# trained, frozen, batch, its number, count of examples → the sum over the batch, for each noise and time step
+# trained, frozen, batch, its number, count of examples → the sum over the batch, for each noise and timestep
 Losses = Callable[[PyTree, PyTree, Batch, Int[Array, ""], Int[Array, ""]], dict[str, Float[Array, " t"]]]
 
 
@@ -35,7 +35,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
     Args:
         mesh: each of its devices computes the losses of its own examples, as in training.
     """
-    schedule = make_schedule(**config.schedule)
+    process = make_process(config.schedule)
     empty_ids = pipeline.tokenize([""])[0]
     noises = {"plain": PLAIN}
     training = training_noise(pipeline, config)
@@ -52,14 +52,16 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
         conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
         places = number * config.train.global_batch_size + batch["position"]
 
-        def at(noise: Noise, timestep: Int[Array, ""]) -> Float[Array, ""]:
-            key = stream_key(0, "validation", timestep)
+        def at(noise: Noise, number: Int[Array, ""]) -> Float[Array, ""]:
+            key = stream_key(0, "validation", number)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-            timesteps = jnp.full(len(places), timestep)
-            drawn = jax.vmap(noise.draw)(keys, latents, timesteps)
-            noisy = jax.vmap(lambda x, n: add_noise(schedule, x, n, timestep))(latents, drawn)
-            prediction = pipeline.unet.apply(params["unet"], noisy, timesteps, *conditions)
-            wanted = jax.vmap(lambda x, n: target(schedule, x, n, timestep))(latents, drawn)
+            timestep = process.timestep_at(number)
+            drawn = jax.vmap(noise.draw, (0, 0, None))(keys, latents, timestep)
+            rate = jax.vmap(noise.rate, (0, 0, None))(keys, latents, timestep)
+            noisy = jax.vmap(lambda x, n: add_noise(process, x, n, timestep))(latents, drawn)
+            told = jnp.full(len(places), process.network_timestep(timestep))
+            prediction = pipeline.unet.apply(params["unet"], noisy, told, *conditions)
+            wanted = jax.vmap(lambda x, n, r: process.target(x, n, r, timestep))(latents, drawn, rate)
             return (jax.vmap(mean_squared_error)(prediction, wanted) * (places < count)).sum()
 
         timesteps = jnp.asarray(config.validation.timesteps, jnp.int32)
@@ -78,7 +80,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
 def validate(
     losses: Losses, config: ConfigDict, stream: Stream, mesh: Mesh, params: PyTree, frozen: PyTree
 ) -> dict[str, float]:
-    """The mean of each noise, over pictures and time steps, and at each time step: `validation_plain`, `…_t999`."""
+    """The mean of each noise, over pictures and timesteps, and at each timestep: `validation_plain`, `…_t999`."""
     count = num_examples(config, stream)
     host_batches = stream.iterator()
     try:

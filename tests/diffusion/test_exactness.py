@@ -21,8 +21,8 @@ import pytest
 from offsetjax.config.schema import default_config
 from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.sampler import ANCESTRAL, NAMES, Name, Table, coefficients, solve
-from offsetjax.diffusion.schedule import Schedule, make_schedule
 from offsetjax.diffusion.spectrum import pyramid_spectrum
+from offsetjax.diffusion.variance_preserving import VariancePreserving, variance_preserving
 from tests.tiny import quick_compilation
 
 SIDE, CHANNELS, COUNT = 16, 2, 512
@@ -64,15 +64,15 @@ def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @cache
-def schedule_of(kind: str, prediction_type: str = "epsilon") -> Schedule:
-    return make_schedule(1000, 0.00085, 0.012, prediction_type, zero_terminal_snr=kind == "zero terminal snr")
+def process_of(kind: str, prediction_type: str = "epsilon") -> VariancePreserving:
+    return variance_preserving(1000, 0.00085, 0.012, prediction_type, zero_terminal_snr=kind == "zero terminal snr")
 
 
 @cache
 def noise_of(kind: str) -> Noise:
     config = default_config().noise
     config.update(KINDS[kind])
-    return make_noise(config, schedule_of(kind), downscale=8)
+    return make_noise(config, process_of(kind), downscale=8)
 
 
 @cache
@@ -88,7 +88,7 @@ def noise_power(kind: str) -> np.ndarray:
     if kind == "spectral":
         power = power * np.where(RADIUS == 0, 1 + 0.16 * N, 0.7 + 0.02 / (RADIUS + 0.05) ** 2)
     if kind == "adjusted":
-        kept = np.asarray(schedule_of(kind).alphas_cumprod, np.float64)
+        kept = np.asarray(process_of(kind).alphas_cumprod, np.float64)
         power[..., 0, 0] += (STRENGTH**2 * N * (1 - kept) / kept / ((1 - kept[-1]) / kept[-1]))[:, None]
     return power
 
@@ -109,18 +109,19 @@ def data_mean() -> np.ndarray:
 
 def shrink(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`α`, `σ` `[T, 1, 1, 1]` and the gain `b` of `E[x0 | x_t] = μ + b (x_t - α μ)`."""
-    kept = np.asarray(schedule_of(kind).alphas_cumprod, np.float64)[:, None, None, None]
+    kept = np.asarray(process_of(kind).alphas_cumprod, np.float64)[:, None, None, None]
     alpha, sigma = np.sqrt(kept), np.sqrt(1 - kept)
     return alpha, sigma, alpha * POWER / (kept * POWER + (1 - kept) * noise_power(kind))
 
 
 def tables(name: Name, kind: str, num_steps: int, own_mean: bool = True) -> tuple[Table, Table | None]:
     """A sampler's table, and that of the mean where the noise of it changes with time."""
-    table = coefficients(name, schedule_of(kind), num_steps, "trailing")
+    grid = process_of(kind).grid(name, num_steps, "trailing")
+    table = coefficients(name, grid)
     if kind != "adjusted" or name in ANCESTRAL or not own_mean:
         return table, None
     root = np.sqrt(noise_power(kind)[:, :, 0, 0])
-    return table, coefficients(name, schedule_of(kind), num_steps, "trailing", root)
+    return table, coefficients(name, grid, (root[grid.timesteps], root[grid.timesteps_after]))
 
 
 def injected_power(kind: str) -> np.ndarray:
@@ -168,9 +169,8 @@ def test_power_is_that_of_the_formulas(kind: str) -> None:
     for timestep in (0, 1, 499, 899, 999):
         power = np.broadcast_to(noise_of(kind).power(SIDE, SIDE, timestep), POWER.shape)
         np.testing.assert_allclose(power, noise_power(kind)[timestep], rtol=1e-5)
-        variance = noise_of(kind).variance(SIDE, SIDE)
         mean = (power * TIMES).sum((1, 2)).mean() / N
-        assert variance[timestep if len(variance) > 1 else 0] == pytest.approx(mean, rel=1e-5)
+        assert noise_of(kind).variance(SIDE, SIDE, timestep) == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,9 +218,9 @@ def run(
         noise = (noisy - alpha * latent) / sigma
         return noise if prediction_type == "epsilon" else alpha * noise - sigma * latent
 
-    schedule = Schedule(alphas, prediction_type)
+    process = VariancePreserving(alphas, prediction_type)
     inject = None if injected is None else lambda index: injected[index]
-    return solve(denoiser, schedule, Table(**row), start, inject, mean_row and Table(**mean_row))
+    return solve(denoiser, process, Table(**row), start, inject, mean_row and Table(**mean_row))
 
 
 def sample(
@@ -233,7 +233,7 @@ def sample(
     )
     start, injected = start_of(start_kind), injected_of(inject_kind, num_steps) if name in ANCESTRAL else None
     gain = shrink(kind)[2].astype(np.float32)
-    alphas = schedule_of(kind).alphas_cumprod
+    alphas = process_of(kind).alphas_cumprod
     end = run(start, injected, alphas, gain, row, mean_row, prediction_type)
     return np.asarray(start, np.float64) * row["start"], np.asarray(end, np.float64)
 

@@ -13,7 +13,7 @@ import pytest
 from offsetjax.config import validate
 from offsetjax.data.stream import Stream, _flip, make_stream
 from offsetjax.diffusion.loss import min_snr_weight
-from offsetjax.diffusion.schedule import make_schedule
+from offsetjax.diffusion.variance_preserving import variance_preserving
 from offsetjax.errors import UserError
 from tests.tiny import quick_compilation
 from tests.training.test_objective import LATENT, _config, _look
@@ -89,7 +89,7 @@ def test_snr_based_weights_do_not_ignore_the_offset(kind: str, prediction_type: 
 @pytest.mark.parametrize("variance", [1.0, 1.25, 4.0])
 def test_min_snr_for_v_is_not_divided_as_for_epsilon(prediction_type: str, variance: float) -> None:
     """With any noise: the weight of an error of x0 is min(SNR, γ), with the SNR that a pixel has."""
-    schedule = make_schedule(1000, 0.00085, 0.012, prediction_type)
+    schedule = variance_preserving(1000, 0.00085, 0.012, prediction_type)
     for timestep in (0, 250, 500, 999):
         weight = float(min_snr_weight(schedule, timestep, 5.0, variance))
         moved = 1.0  # of the prediction; then of x̂0 = (x - σ n)/α or α x - σ v

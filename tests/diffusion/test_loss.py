@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offsetjax.diffusion.loss import kl_to_standard_normal, mean_squared_error, min_snr_weight
-from offsetjax.diffusion.schedule import make_schedule
+from offsetjax.diffusion.variance_preserving import variance_preserving
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -17,7 +17,7 @@ def test_min_snr_weights_are_those_of_the_paper(prediction_type: str, gamma: flo
     ratio = kept / (1 - kept)
     divisor = ratio if prediction_type == "epsilon" else ratio + 1
     expected = np.minimum(ratio, gamma) / divisor if gamma else np.ones(1000)
-    schedule = make_schedule(1000, 0.00085, 0.012, prediction_type)
+    schedule = variance_preserving(1000, 0.00085, 0.012, prediction_type)
     weights = [float(min_snr_weight(schedule, t, gamma)) for t in range(0, 1000, 37)]
     np.testing.assert_allclose(weights, expected[::37], rtol=3e-5)
 
@@ -25,10 +25,11 @@ def test_min_snr_weights_are_those_of_the_paper(prediction_type: str, gamma: flo
 def test_an_error_of_v_or_of_epsilon_weighs_the_same_once_it_is_one_of_x0() -> None:
     """`w · |Δ|²` is `min(SNR, γ) · |Δx0|²` in either parameterisation: what the weighting is made for."""
     for timestep in (3, 300, 900):
-        kept = float(make_schedule(1000, 0.00085, 0.012, "epsilon").alphas_cumprod[timestep])
+        kept = float(variance_preserving(1000, 0.00085, 0.012, "epsilon").alphas_cumprod[timestep])
         error_of_x0 = {"epsilon": (1 - kept) / kept, "v_prediction": 1 - kept}  # of a unit error of the prediction
         weighted = {
-            kind: float(min_snr_weight(make_schedule(1000, 0.00085, 0.012, kind), timestep, 5.0)) / error_of_x0[kind]
+            kind: float(min_snr_weight(variance_preserving(1000, 0.00085, 0.012, kind), timestep, 5.0))
+            / error_of_x0[kind]
             for kind in error_of_x0
         }
         assert weighted["epsilon"] == pytest.approx(weighted["v_prediction"], rel=1e-4)

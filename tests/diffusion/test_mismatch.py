@@ -10,7 +10,7 @@ import scipy.special
 
 from offsetjax.diffusion.noise import Noise
 from offsetjax.diffusion.sampler import ANCESTRAL, NAMES, Name, coefficients, solve
-from offsetjax.diffusion.schedule import make_schedule, signal_and_noise_scale
+from offsetjax.diffusion.variance_preserving import variance_preserving
 from tests.diffusion.test_exactness import (
     BRIGHTNESS_STD,
     COUNT,
@@ -110,11 +110,11 @@ def components(kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_ddim_takes_the_quantiles_of_a_mixture_to_those_of_the_data(kind: str, start_noise: str) -> None:
     """In one dimension the exact flow keeps the order: brightness is the quantile of the data that x_T is of p(x_T)."""
     weights, variances = components(kind)
-    schedule = make_schedule(1000, 0.00085, 0.012, "v_prediction")
+    process = variance_preserving(1000, 0.00085, 0.012, "v_prediction")
     log_weights, per_component = jnp.log(weights), jnp.asarray(variances)
 
     def denoiser(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
-        alpha, sigma = signal_and_noise_scale(schedule, timestep)
+        alpha, sigma = process.scales(timestep)
         mean = noisy.mean((2, 3), keepdims=True)
         centred = (mean - alpha * MEAN)[..., None]
         total = alpha**2 * STD**2 + sigma**2 * per_component
@@ -127,10 +127,10 @@ def test_ddim_takes_the_quantiles_of_a_mixture_to_those_of_the_data(kind: str, s
     noise = MIXTURES[kind] if start_noise == "matched" else Noise("offset", np.zeros(1))
     keys = jax.random.split(jax.random.key(8), 4096)
     start = jax.jit(jax.vmap(lambda key: noise.start(key, (1, SIDE, SIDE))))(keys)
-    table = coefficients("ddim", schedule, 200, "trailing")
-    latents = np.asarray(jax.jit(lambda start: solve(denoiser, schedule, table, start))(start), np.float64)
+    table = coefficients("ddim", process.grid("ddim", 200, "trailing"))
+    latents = np.asarray(jax.jit(lambda start: solve(denoiser, process, table, start))(start), np.float64)
 
-    kept = float(schedule.alphas_cumprod[-1])
+    kept = float(process.alphas_cumprod[-1])
     deviations = np.sqrt(kept * STD**2 + (1 - kept) * variances)
     place = np.asarray(start, np.float64).mean((1, 2, 3)) - np.sqrt(kept) * MEAN
     quantile = (weights * scipy.special.ndtr(place[:, None] / deviations)).sum(1)

@@ -15,14 +15,11 @@ from jax.sharding import PartitionSpec as P
 from offsetjax.config.schema import default_config
 from offsetjax.diffusion.noise import (
     Noise,
-    adjusted_coefficients,
-    balanced_gamma,
-    balanced_psi,
     make_noise,
     offset_noise,
 )
-from offsetjax.diffusion.schedule import make_schedule
 from offsetjax.diffusion.spectrum import pyramid_spectrum
+from offsetjax.diffusion.variance_preserving import variance_preserving
 from offsetjax.parallel.sharding import mesh_of
 from tests.tiny import quick_compilation
 
@@ -82,7 +79,7 @@ def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def noise_of(kind: str, **changes: Any) -> Noise:
     config = default_config().noise
     config.update(KINDS[kind] | changes)
-    return make_noise(config, make_schedule(1000, 0.00085, 0.012, "epsilon"), downscale=8)
+    return make_noise(config, variance_preserving(1000, 0.00085, 0.012, "epsilon"), downscale=8)
 
 
 def expected_power(kind: str, timestep: int) -> np.ndarray:
@@ -106,7 +103,7 @@ def test_the_covariance_is_that_of_theory(kind: str, timestep: int) -> None:
     noise = noise_of(kind)
     latent = jnp.asarray(ADAPTIVE_LATENT, jnp.float32)[:, None, None] + jnp.zeros((CHANNELS, SIDE, SIDE))
     keys = jax.random.split(jax.random.key(1), COUNT)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda key: noise.draw(key, latent, timestep)))(keys), np.float64)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: noise.draw(key, latent, jnp.int32(timestep))))(keys), np.float64)
     plane = np.fft.fft2(drawn)
     modes = ((plane.real - plane.imag) / SIDE).reshape(COUNT, -1)  # Hartley's: real, orthonormal
     expected = expected_power(kind, timestep).ravel()
@@ -121,8 +118,7 @@ def test_the_covariance_is_that_of_theory(kind: str, timestep: int) -> None:
     assert np.abs(pairs).max() < 5  # the largest of 8,128
     assert noise.is_plain == (kind == "plain")
     if "adaptive" not in kind:  # whose power depends on the latents
-        np.testing.assert_allclose(noise.variance(SIDE, SIDE)[timestep if kind == "adjusted" else 0], expected.mean(),
-                                   rtol=1e-5)  # fmt: skip
+        np.testing.assert_allclose(noise.variance(SIDE, SIDE, timestep), expected.mean(), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("_quickly")
@@ -231,10 +227,14 @@ def test_a_reference_resolution_keeps_the_strength_of_the_mean_at_any_size(kind:
 
 
 def test_adjusted_noise_is_that_of_a_chain_whose_shift_enters_step_by_step() -> None:
-    gamma = balanced_gamma(KEPT)
-    psi, phi = adjusted_coefficients(KEPT, gamma)
+    # T. Kutsuna, arXiv 2412.03134: x_t = √α_t (x_{t-1} + γ_t ξ) + √(1-α_t) ε_t, with the γ for which φ is ψ.
+    before = np.concatenate([[1.0], KEPT[:-1]])
+    gamma = np.sqrt(before) * (1 / KEPT - 1 / before) * np.sqrt(KEPT[-1] / (1 - KEPT[-1]))
+    psi = np.sqrt(KEPT) * np.cumsum(gamma / np.sqrt(before)) / np.sqrt(1 - KEPT)  # of the shift in x_t
+    phi = gamma * np.sqrt(KEPT / before) * np.sqrt(1 - KEPT) / (1 - KEPT / before)  # of the shift in the target
     np.testing.assert_allclose(psi, phi, rtol=1e-9)
-    np.testing.assert_allclose(psi, balanced_psi(KEPT), rtol=1e-9)
+    process = variance_preserving(1000, 0.00085, 0.012, "epsilon")
+    np.testing.assert_allclose(psi, process.growth(np.arange(1000))[0], rtol=2e-4)  # of ᾱ in float32
     assert psi[499] == pytest.approx(0.1104, abs=5e-5) and psi[899] == pytest.approx(0.568, abs=5e-4)
     assert psi[-1] == pytest.approx(1.0)
 
@@ -280,7 +280,7 @@ def test_the_bits_of_no_kind_depend_on_the_mesh(kind: str) -> None:
         np.testing.assert_array_equal(noise_there, alone)
 
 
-@pytest.mark.parametrize("name", ["noise", "schedule", "loss", "sampler", "spectrum"])
+@pytest.mark.parametrize("name", ["noise", "process", "variance_preserving", "loss", "sampler", "spectrum"])
 def test_the_examples_in_the_docstrings_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"offsetjax.diffusion.{name}"))
     assert result.failed == 0

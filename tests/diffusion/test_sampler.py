@@ -13,8 +13,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from offsetjax.config import default_config, validate
-from offsetjax.diffusion.sampler import NAMES, Name, Spacing, coefficients, guided, solve, timestep_grid
-from offsetjax.diffusion.schedule import Schedule, make_schedule
+from offsetjax.diffusion.sampler import NAMES, Name, Spacing, coefficients, guided, solve
+from offsetjax.diffusion.variance_preserving import VariancePreserving, timestep_grid, variance_preserving
 from offsetjax.errors import UserError
 from offsetjax.formats.diffusers import scheduler_config
 
@@ -72,7 +72,7 @@ class Problem:
         return [*path, sample.numpy()]
 
     def ours(self, name: Name, spacing: Spacing, schedule: Mapping[str, Any]) -> list[np.ndarray]:
-        made = make_schedule(**schedule)
+        process = variance_preserving(**schedule)
         path = []
 
         def denoiser(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
@@ -82,9 +82,9 @@ class Problem:
         def inject(index: jax.Array) -> jax.Array:
             return jnp.asarray(self.injected[int(index)])
 
-        table = coefficients(name, made, self.num_steps, spacing)
+        table = coefficients(name, process.grid(name, self.num_steps, spacing))
         with jax.disable_jit():  # the scan is then a loop, in which the values can be seen
-            end = solve(denoiser, made, table, self.start, inject)
+            end = solve(denoiser, process, table, self.start, inject)
         return [*path, np.asarray(end)]
 
 
@@ -112,7 +112,7 @@ def test_the_time_steps_are_those_of_diffusers(name: Name, spacing: Spacing) -> 
         scheduler.set_timesteps(num_steps)
         grid = timestep_grid(1000, num_steps, spacing, name)
         np.testing.assert_array_equal(grid, scheduler.timesteps)
-        table = coefficients(name, make_schedule(**schedule_of("epsilon")), num_steps, spacing)
+        table = coefficients(name, variance_preserving(**schedule_of("epsilon")).grid(name, num_steps, spacing))
         np.testing.assert_array_equal(table.timesteps, grid)
 
 
@@ -174,13 +174,14 @@ def test_every_step_from_a_zero_snr_is_that_of_diffusers(
         return
     # PyTorch's Euler and DPM-Solver++ need a last √ᾱ that is not 0, and set it to 2**-12: the first step then depends
     # on x_T and on x̂0 by as much more; an ancestral step, by 2**-12 / √ᾱ_s.
-    kept = np.asarray(make_schedule(**schedule_of("v_prediction", zero_terminal_snr=True)).alphas_cumprod)
+    kept = variance_preserving(**schedule_of("v_prediction", zero_terminal_snr=True)).alphas_cumprod
     after = np.sqrt(kept[scheduler.timesteps[1].int()]) if num_steps > 1 else 1.0
     bound = 2.0**-12 * (1 / after if name == "euler_ancestral" else 1.0)
     assert farthest(ours, theirs) < 4 * bound
     # With the same last value, the same steps, but for rounding: Euler's coordinates begin 4096 times as large.
     kept[-1] = 2.0**-24
-    monkeypatch.setattr("tests.diffusion.test_sampler.make_schedule", lambda **_: Schedule(kept, "v_prediction"))
+    clamped = VariancePreserving(kept, "v_prediction")
+    monkeypatch.setattr("tests.diffusion.test_sampler.variance_preserving", lambda **_: clamped)
     again = problem.ours(name, "trailing", {})
     assert farthest(again, theirs) < (2 * 4096 * 2.0**-24 if name.startswith("euler") else 1e-4)
 
@@ -195,7 +196,7 @@ def test_the_scheduler_that_an_export_writes_follows_our_table(
         pytest.skip("no config has them both")
     problem = Problem(10)
     schedule = schedule_of("v_prediction", zero_terminal_snr)
-    written = scheduler_config(schedule, name, spacing)
+    written = scheduler_config(variance_preserving(**schedule).scheduler(name, spacing))
     scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
     assert type(scheduler).__name__ == COUNTERPARTS[name][0]
     unknown = set(written) - set(scheduler.config) - {"_class_name", "_diffusers_version"}

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config, presets
-from offsetjax.diffusion.schedule import add_noise, make_schedule, target
+from offsetjax.diffusion.process import add_noise, make_process
 from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.text import TextEncoder
@@ -106,11 +106,9 @@ def test_the_denoiser_and_the_gradients_of_either_loss_are_pytorchs(family: str)
         return jax.grad(loss, has_aux=True)(params)
 
     for kind in ("epsilon", "v_prediction"):
-        schedule = make_schedule(**{**config.schedule, "prediction_type": kind})
-        noisy, wanted = (
-            np.array(jax.vmap(functools.partial(make, schedule))(latents, noise, timesteps))
-            for make in (add_noise, target)
-        )
+        process = make_process({**config.schedule, "prediction_type": kind})
+        noisy = np.array(jax.vmap(functools.partial(add_noise, process))(latents, noise, timesteps))
+        wanted = np.array(jax.vmap(process.target)(latents, noise, jnp.zeros(len(noise)), timesteps))
         gradients, ours = gradient(params_of(theirs, unet), noisy, wanted)
         theirs.zero_grad()
         prediction = torch_prediction(theirs, (noisy, timesteps, *conditions))

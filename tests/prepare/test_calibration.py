@@ -22,7 +22,6 @@ from offsetjax.diffusion.calibration import (
     Calibration,
     band_means,
     fill,
-    leak,
     noise_spectrum,
     offset_strengths,
     radial_bands,
@@ -31,7 +30,7 @@ from offsetjax.diffusion.calibration import (
     write_calibration,
 )
 from offsetjax.diffusion.noise import Noise, make_noise
-from offsetjax.diffusion.schedule import make_schedule
+from offsetjax.diffusion.process import make_process, mode_snr
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import UserError
 from offsetjax.models.workdir import read_config
@@ -43,7 +42,7 @@ from offsetjax.training.setup import open_run
 from tests.tiny import build_data, quick_compilation, tiny_config
 
 COUNT = 21  # no multiple of a batch of 8
-SCHEDULE = make_schedule(**default_config().schedule)
+SCHEDULE = make_process(default_config().schedule)
 TERMINAL_SNR = 0.0046817  # of Stable Diffusion's schedule: √ᾱ_T = 0.0682646
 TARGET = 2e-4  # below the leak of all four channels of a tiny autoencoder
 
@@ -132,7 +131,7 @@ def test_the_spectrum_brings_every_band_to_the_target() -> None:
     formulas = noise_spectrum(calibration, SCHEDULE, target)
     power = np.stack([formula_spectrum(formula, 16, 16) for formula in formulas])
     np.testing.assert_allclose(power[:3, 0, 0], TERMINAL_SNR * 256 * calibration.mean_variance[:3] / target, rtol=1e-4)
-    ratio = leak(calibration.power, band_means(power, bands, 16), TERMINAL_SNR)
+    ratio = mode_snr(calibration.power, band_means(power, bands, 16), TERMINAL_SNR)
     is_coloured = TERMINAL_SNR * calibration.power > target
     assert is_coloured.any() and not is_coloured.all()
     np.testing.assert_allclose(ratio[is_coloured], target, rtol=0.15)  # between bands the formula is linear
@@ -188,15 +187,15 @@ def test_the_data_mean_is_filled_in_for_an_adaptive_strength(file: pathlib.Path)
         ({}, 512),
     ],
 )
-def test_what_is_filled_in_brings_the_expected_leak_to_the_target(
+def test_what_is_filled_in_brings_the_expected_terminal_snr_to_the_target(
     file: pathlib.Path, changes: dict[str, Any], resolution: int
 ) -> None:
     config = fill(_config(file, data__resolution=resolution, **changes))
     validate(config)
-    schedule, side = make_schedule(**config.schedule), resolution // 8
+    schedule, side = make_process(config.schedule), resolution // 8
     power = make_noise(config.noise, schedule, downscale=8).power(side, side)[:3, 0, 0]
-    leaks = TERMINAL_SNR * side**2 * _calibration().mean_variance[:3] / power  # the last channel has none to mend
-    np.testing.assert_allclose(leaks, 0.1, rtol=1e-3)
+    snrs = TERMINAL_SNR * side**2 * _calibration().mean_variance[:3] / power  # the last channel has none to mend
+    np.testing.assert_allclose(snrs, 0.1, rtol=1e-3)
 
 
 def test_a_config_without_calibration_stays_as_it_is() -> None:
@@ -348,7 +347,7 @@ def test_one_device_measures_what_eight_do(data: pathlib.Path, measured: pathlib
     np.testing.assert_allclose(found.mean[:, 0, 0].real / 8, eight.mean, rtol=1e-5)
 
 
-def test_the_table_says_what_leaks_and_what_mends_it(
+def test_the_table_says_what_snrs_and_what_mends_it(
     data: pathlib.Path, measured: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "offsetjax"):

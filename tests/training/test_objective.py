@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
-from offsetjax.diffusion.schedule import make_schedule, signal_and_noise_scale
+from offsetjax.diffusion.process import make_process
 from offsetjax.rng import stream_key
 from offsetjax.training.objective import add_position, autoencoder_objective, diffusion_objective, make_objective
 from tests.tiny import quick_compilation
@@ -155,7 +155,7 @@ def test_the_offset_changes_nothing_else_that_is_drawn() -> None:
 def test_the_draws_of_one_example_are_uncorrelated() -> None:
     seen = _look(_config(encode__caption_dropout=0.5), MANY, (1, 1, 1), log_variance=0.0)
     noise = np.asarray(seen.target).ravel()
-    signal, sigma = signal_and_noise_scale(make_schedule(**default_config().schedule), seen.timesteps)
+    signal, sigma = make_process(default_config().schedule).scales(seen.timesteps)
     early = np.asarray(signal) > 0.5  # later the latent cannot be told from rounding
     latent = (np.asarray(seen.noisy).ravel() - np.asarray(sigma) * noise) / np.asarray(signal)
     dropped = np.asarray(seen.input_ids)[:, 0] == 0
@@ -215,8 +215,7 @@ def test_v_is_the_target_of_v_prediction() -> None:
     )
     # T. Salimans and J. Ho, arXiv 2202.00512: x = cos φ x0 + sin φ n, v = cos φ n - sin φ x0; so cos φ v = n - sin φ x.
     signal, sigma = (
-        np.asarray(scale)[:, None, None, None]
-        for scale in signal_and_noise_scale(make_schedule(**default_config().schedule), v.timesteps)
+        np.asarray(scale)[:, None, None, None] for scale in make_process(default_config().schedule).scales(v.timesteps)
     )
     noise = np.asarray(epsilon.target)
     assert signal * np.asarray(v.target) == pytest.approx(noise - sigma * np.asarray(v.noisy), abs=1e-5)

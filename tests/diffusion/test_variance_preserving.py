@@ -1,4 +1,4 @@
-"""The schedule is PyTorch diffusers' one, and predictions convert to x0 and n without loss."""
+"""The process is PyTorch diffusers' one, and predictions convert to x0 and n without loss."""
 
 import diffusers
 import jax
@@ -7,22 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from offsetjax.diffusion.schedule import (
-    Schedule,
-    add_noise,
-    make_schedule,
-    signal_and_noise_scale,
-    snr,
-    target,
-    to_latent_and_noise,
-)
+from offsetjax.diffusion.process import add_noise
+from offsetjax.diffusion.variance_preserving import VariancePreserving, variance_preserving
 
 STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 TIMESTEPS = (0, 1, 250, 500, 750, 998, 999)
 
 
-def stable_diffusion(prediction_type: str) -> Schedule:
-    return make_schedule(**STABLE_DIFFUSION, prediction_type=prediction_type)
+def stable_diffusion(prediction_type: str) -> VariancePreserving:
+    return variance_preserving(**STABLE_DIFFUSION, prediction_type=prediction_type)
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +28,15 @@ def latent_and_noise() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("num_train_timesteps", [1000, 100])
 def test_alphas_cumprod_are_those_of_diffusers(scheduler: type, num_train_timesteps: int) -> None:
     theirs = scheduler(num_train_timesteps, 0.00085, 0.012, "scaled_linear").alphas_cumprod
-    ours = make_schedule(num_train_timesteps, 0.00085, 0.012, "epsilon").alphas_cumprod
+    ours = variance_preserving(num_train_timesteps, 0.00085, 0.012, "epsilon").alphas_cumprod
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_the_last_step_of_stable_diffusion_still_shows_the_signal() -> None:
-    schedule = stable_diffusion("epsilon")
-    assert float(signal_and_noise_scale(schedule, 999)[0]) == pytest.approx(0.0683, abs=5e-5)
-    assert float(snr(schedule, 999)) == pytest.approx(0.00468, abs=5e-6)
+    process = stable_diffusion("epsilon")
+    assert float(process.scales(999)[0]) == pytest.approx(0.0683, abs=5e-5)
+    assert float(process.snr(999)) == pytest.approx(0.00468, abs=5e-6)
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
@@ -52,24 +45,25 @@ def test_noisy_latents_and_targets_are_those_of_diffusers(timestep: int, latent_
     arguments = [torch.from_numpy(x)[None] for x in latent_and_noise] + [torch.tensor([timestep])]
     noisy = add_noise(stable_diffusion("epsilon"), *latent_and_noise, timestep)
     np.testing.assert_allclose(noisy, theirs.add_noise(*arguments)[0], atol=2e-6)
-    velocity = target(stable_diffusion("v_prediction"), *latent_and_noise, timestep)
+    velocity = stable_diffusion("v_prediction").target(*latent_and_noise, 0.0, timestep)
     np.testing.assert_allclose(velocity, theirs.get_velocity(*arguments)[0], atol=2e-6)
-    np.testing.assert_array_equal(target(stable_diffusion("epsilon"), *latent_and_noise, timestep), latent_and_noise[1])
+    epsilon = stable_diffusion("epsilon").target(*latent_and_noise, 0.0, timestep)
+    np.testing.assert_array_equal(epsilon, latent_and_noise[1])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_gives_back_the_latent_and_the_noise(prediction_type: str) -> None:
-    schedule = stable_diffusion(prediction_type)
+    process = stable_diffusion(prediction_type)
 
     def example(key: jax.Array) -> tuple[jax.Array, ...]:
         time_key, latent_key, noise_key, scale_key = jax.random.split(key, 4)
         timestep = jax.random.randint(time_key, (), 0, 1000)
         scale = jnp.exp(2 * jax.random.normal(scale_key))
         latent, noise = scale * jax.random.normal(latent_key, (4, 3, 5)), jax.random.normal(noise_key, (4, 3, 5))
-        noisy = add_noise(schedule, latent, noise, timestep)
-        found = to_latent_and_noise(schedule, noisy, target(schedule, latent, noise, timestep), timestep)
+        noisy = add_noise(process, latent, noise, timestep)
+        found = process.to_latent_and_noise(noisy, process.target(latent, noise, 0.0, timestep), timestep)
         # An error of rounding of x_t is divided by √ᾱ_t where ε is predicted.
-        gain = 1 / signal_and_noise_scale(schedule, timestep)[0] if prediction_type == "epsilon" else 1.0
+        gain = 1 / process.scales(timestep)[0] if prediction_type == "epsilon" else 1.0
         bound = 1e-6 * (1 + jnp.abs(latent).max() + jnp.abs(noise).max()) * gain
         return jnp.abs(found[0] - latent).max() / bound, jnp.abs(found[1] - noise).max() / bound
 
@@ -80,7 +74,7 @@ def test_a_perfect_prediction_gives_back_the_latent_and_the_noise(prediction_typ
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_both_parameterisations_stand_for_the_same_estimates(timestep: int, latent_and_noise: tuple) -> None:
     noisy, velocity = latent_and_noise  # any two arrays: a wrong prediction, too, has one meaning
-    latent, noise = to_latent_and_noise(stable_diffusion("v_prediction"), noisy, velocity, timestep)
-    again = to_latent_and_noise(stable_diffusion("epsilon"), noisy, noise, timestep)
+    latent, noise = stable_diffusion("v_prediction").to_latent_and_noise(noisy, velocity, timestep)
+    again = stable_diffusion("epsilon").to_latent_and_noise(noisy, noise, timestep)
     np.testing.assert_allclose(again[0], latent, atol=2e-5)
     np.testing.assert_allclose(add_noise(stable_diffusion("epsilon"), latent, noise, timestep), noisy, atol=2e-6)

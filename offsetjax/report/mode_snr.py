@@ -1,4 +1,4 @@
-"""The figure of a calibration: how much of the data is legible in noisy latents, by wavelength and time step."""
+"""The figure of a calibration: how much of the data is legible in noisy latents, by wavelength and timestep."""
 
 import math
 from typing import Any
@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from offsetjax.diffusion.calibration import Calibration, band_means, leak, radial_bands, snrs
+from offsetjax.diffusion.calibration import Calibration, band_means, radial_bands
 from offsetjax.diffusion.noise import PLAIN, Noise
-from offsetjax.diffusion.schedule import Schedule
+from offsetjax.diffusion.process import Process, mode_snr
 from offsetjax.report.figures import style
 
 # Of the figure, at an SNR of 1 and at the target.
@@ -23,21 +23,21 @@ _LINES: tuple[dict[str, Any], ...] = (
 
 
 @style
-def leak_figure(calibration: Calibration, noise: Noise, recommended: Noise, schedule: Schedule) -> Figure:
-    """The leak by wavelength and time step of the channel with the largest: plain, configured, recommended noise."""
+def mode_snr_figure(calibration: Calibration, noise: Noise, recommended: Noise, process: Process) -> Figure:
+    """The SNR by wavelength and timestep of the channel where it is largest: plain, configured, recommended noise."""
     noises = {"plain noise": PLAIN}
     if not noise.is_plain:
         noises[f"this config's noise ({noise.kind})"] = noise
     if recommended.strengths.any():
         kind = "" if recommended.kind == "offset" else f"{recommended.kind}, "
         noises[f"recommended: {kind}offset strength {recommended.strengths.max():.3g}"] = recommended
-    steps = np.unique(np.linspace(0, schedule.num_train_timesteps - 1, 201).round().astype(int))
+    steps = np.unique(np.linspace(0, process.num_train_timesteps - 1, 201).round().astype(int))
     canvas = Figure(figsize=(1.2 + 3.2 * len(noises), 4.2), layout="constrained")
     panels = canvas.subplots(1, len(noises), sharey=True, squeeze=False)[0]
     for axes, (name, each) in zip(panels, noises.items(), strict=True):
-        filling = _leak_panel(axes, calibration, _leaks(calibration, each, schedule, steps), steps)
+        filling = _panel(axes, calibration, _log_snrs(calibration, each, process, steps), steps)
         axes.set(title=name, xlabel="wavelength (latent pixels)")
-    panels[0].set_ylabel("time step")
+    panels[0].set_ylabel("timestep")
     bar = canvas.colorbar(
         filling, ax=panels, pad=0.02, ticks=[-4, -2, 0, 2, 4], format=lambda x, _: f"$10^{{{x:.0f}}}$"
     )
@@ -49,23 +49,25 @@ def leak_figure(calibration: Calibration, noise: Noise, recommended: Noise, sche
     return canvas
 
 
-def _leaks(
-    calibration: Calibration, noise: Noise, schedule: Schedule, steps: Int[np.ndarray, " t"]
+def _log_snrs(
+    calibration: Calibration, noise: Noise, process: Process, steps: Int[np.ndarray, " t"]
 ) -> Float[np.ndarray, "t k"]:
-    """The logarithm to base 10 of the largest channel's leak."""
+    """The logarithm to base 10 of the SNR of the channel where it is largest."""
     height, width = calibration.height, calibration.width
     bands, _ = radial_bands(height, width)
-    noise_power = np.stack([band_means(noise.power(height, width, int(step)), bands, width) for step in steps])
-    ratios = leak(calibration.power, noise_power, snrs(schedule)[steps, None, None]).max(1)
+    timesteps = [process.timestep_at(int(step)) for step in steps]
+    noise_power = np.stack([band_means(noise.power(height, width, each), bands, width) for each in timesteps])
+    snrs = np.array([process.snr(each) for each in timesteps])
+    ratios = mode_snr(calibration.power, noise_power, snrs[:, None, None]).max(1)
     return np.log10(np.maximum(ratios, 1e-12))
 
 
-def _leak_panel(axes: Axes, calibration: Calibration, leaks: Float[np.ndarray, "t k"], steps: np.ndarray) -> Any:
+def _panel(axes: Axes, calibration: Calibration, log_snrs: Float[np.ndarray, "t k"], steps: np.ndarray) -> Any:
     """Draws the whole picture as a column of its own left of the bands; returns what a colour bar needs."""
     places = np.log2(calibration.frequency[1:])
     gap = 0.12 * (places[-1] - places[0])
     column = np.array([places[0] - 2 * gap, places[0] - 0.5 * gap])
-    for x, z in ((column, np.repeat(leaks[:, :1], 2, 1)), (places, leaks[:, 1:])):
+    for x, z in ((column, np.repeat(log_snrs[:, :1], 2, 1)), (places, log_snrs[:, 1:])):
         filling = axes.contourf(x, steps, z, np.linspace(-4, 4, 17), cmap="RdBu_r", extend="both")
         for level, line in zip((0.0, math.log10(calibration.target_terminal_snr)), _LINES, strict=True):
             if z.min() < level < z.max():
