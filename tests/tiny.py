@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -92,8 +93,12 @@ def build_data(folder: pathlib.Path, count: int = 16, seed: int = 0) -> pathlib.
 
 @contextlib.contextmanager
 def quick_compilation(base: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Compiles quickly inside, with a cache in `base`; gives the environment in which another process does the same."""
-    options = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(base / "compiled")}
+    """Compiles quickly inside, with a cache in `base`; gives the environment in which another process does the same.
+
+    JAX_COMPILATION_CACHE_DIR names another place for the cache, which then lasts from one run of the tests to the next.
+    """
+    cache_dir = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(base / "compiled")
+    options = {**QUICK_COMPILATION, "jax_compilation_cache_dir": cache_dir}
     before = {name: jax.config.values[name] for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
