@@ -31,6 +31,7 @@ class Registry(Generic[T]):
     def __init__(self, field: str, group: str, own: Mapping[str, str]) -> None:
         self._field, self._group, self._own = field, group, dict(own)
         self._registered: dict[str, T] = {}
+        self._points: dict[str, Any] | None = None
 
     def register(self, name: str, value: T) -> None:
         """Adds one for this program, or replaces one that was added before.
@@ -70,4 +71,6 @@ class Registry(Generic[T]):
         )
 
     def _installed(self) -> dict[str, Any]:
-        return {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
+        if self._points is None:  # read once: it takes milliseconds, and what is installed stays
+            self._points = {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
+        return self._points

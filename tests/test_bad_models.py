@@ -333,8 +333,16 @@ def test_a_bad_lora_is_refused(
             ("model.family=sd2",),
             "model.family = 'sd2', but .*sdxl.safetensors is a Stable Diffusion",
         ),
-        ("sd1", ("model.unet.block_out_channels=(8,16)",), r"but .* has \(16, 32\); leave it out, or add unet to"),
-        ("sd1", ("schedule.prediction_type=v_prediction",), "but .* has 'epsilon'; leave it out, or add unet to"),
+        (
+            "sd1",
+            ("model.unet.block_out_channels=(8,16)",),
+            r"but .* has \(16, 32\); set it to that, or leave it out, or add unet to",
+        ),
+        (
+            "sd1",
+            ("schedule.prediction_type=v_prediction",),
+            "but .* has 'epsilon'; set it to that, or leave it out, or add unet to",
+        ),
         ("sd1", ("model.variant=fp16",), "has no weights 'fp16'; it has the plain files"),
         ("sd1.safetensors", ("model.variant=fp16",), "'fp16' cannot apply to .*, which is one file; leave it out"),
         (
@@ -389,7 +397,7 @@ def test_a_loras_own_rank_is_not_contradicted(
 ) -> None:
     more = (f"--config.lora.pretrained={base}/sd1_lora.safetensors", "--config.lora.rank=3")
     line = refused(capsys, *command("train", base, tmp_path, base / "sd1", *more))
-    assert "lora.rank = 3, but " in line and "has 2; leave it out" in line
+    assert "lora.rank = 3, but " in line and "has 2; set it to that" in line
 
 
 HEADERS = {

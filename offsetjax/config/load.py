@@ -1,37 +1,29 @@
-"""Configurations: typed defaults, files of `get_config()`, and `--config.path=value` on the command line.
+"""Configs in files of `get_config()`, in `--config.path=value` on the command line, and as JSON in a work directory.
 
 A config file is Python that starts from `default_config()` and changes what it needs. The dictionary is locked and
-typed, so that a mistyped key or a wrong type fails where it is written. The path of a field is the name of the
-module that reads it: `noise.offset_strength` is read by `offsetjax.diffusion.noise`.
+typed, so that a mistyped key or a wrong type fails where it is written.
 """
 
 import ast
-import difflib
 import hashlib
 import json
 import re
 import runpy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from offsetjax.config.checks import validate
-from offsetjax.config.schema import FOREIGN_NAMES, default_config, flatten
+from offsetjax.config.checks import check, example, shown, validate
+from offsetjax.config.field import Field
+from offsetjax.config.names import suggestion
+from offsetjax.config.schema import default_config, fields
+from offsetjax.config.settings import assign, explicit_paths, flatten
 from offsetjax.errors import UserError
 
-__all__ = [
-    "default_config",
-    "digest",
-    "flatten",
-    "from_json",
-    "load_config",
-    "override",
-    "run_file",
-    "to_json",
-    "validate",
-]
+_EXPLICIT = "explicit"  # beside the fields in config.json: those that were set
+_EXAMPLES = {"get_config": "configs/stamps.py", "get_grid": "configs/sweeps/sd15_strength.py"}
 
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -45,7 +37,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
         UserError: a missing or broken file, an unknown key, a wrong type, a value out of range.
     """
     config = run_file(path, "get_config")
-    if not isinstance(config, ConfigDict) or dict(flatten(config)).keys() != dict(flatten(default_config())).keys():
+    if not isinstance(config, ConfigDict) or dict(flatten(config)).keys() != fields().keys():
         raise UserError(f"config: {path}: get_config() must return the ConfigDict of default_config()")
     for key, text in overrides:
         override(config, key, text)
@@ -59,8 +51,14 @@ def run_file(path: str, function: str) -> Any:
     Raises:
         UserError: a missing or broken file, or one without that function.
     """
-    if "://" in path or not epath.Path(path).is_file():
+    file = epath.Path(path)
+    if "://" in path or not file.is_file():
         raise UserError(f"config: {path} is not a local file; give a path such as configs/stamps.py")
+    if file.suffix.lower() in (".toml", ".yaml", ".yml", ".json"):
+        raise UserError(
+            f"config: {path} is {file.suffix[1:].upper()}; a config is a Python file with {function}(), see "
+            f"{_EXAMPLES[function]}; `offsetjax config NAME` says what a setting of another trainer is called here"
+        )
     try:
         names = runpy.run_path(path)
         if function not in names:
@@ -70,14 +68,13 @@ def run_file(path: str, function: str) -> Any:
         raise
     except Exception as error:  # a config file is the user's own Python: anything may be raised
         raise UserError(f"config: {path}: {_describe(error)}") from error
-
-
-_EXAMPLES = {"get_config": "configs/stamps.py", "get_grid": "configs/sweeps/sd15_strength.py"}
+    except SystemExit as error:
+        raise UserError(f"config: {path} ends the program (SystemExit: {error}); let get_config() return") from error
 
 
 def _describe(error: Exception) -> str:
     if key := _unknown_key(error):
-        return f"unknown key {key!r}; {_nearest(key)}"
+        return f"unknown key {key!r}; {suggestion(key)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -88,84 +85,113 @@ def _unknown_key(error: Exception) -> str | None:
     return error.name if isinstance(error, AttributeError) and isinstance(error.obj, ConfigDict) else None
 
 
-def _nearest(key: str) -> str:
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf in FOREIGN_NAMES:
-        return f"it is called {FOREIGN_NAMES[leaf]} here"
-    paths = [path for path, _ in flatten(default_config())]
-    sections = {section: section for path in paths for section in path.split(".")[:-1]}
-    by_leaf = sections | {path.rsplit(".", 1)[-1]: path for path in paths}
-    by_name = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
-    by_path = difflib.get_close_matches(key, paths, 1, 0.5)
-    near = by_path + by_name if "." in key else by_name + by_path
-    return f"did you mean {near[0]}?" if near else "see offsetjax/config/schema.py for the list"
-
-
 def override(config: ConfigDict, key: str, text: str) -> None:
     """Sets one field from text, keeping its type.
 
     Raises:
         UserError: an unknown key, with the nearest valid one, or text that is not of the field's type.
     """
-    values = dict(flatten(config))
-    if key not in values:
-        raise UserError(f"config: unknown key {key!r}; {_nearest(key)}")
-    old = values[key]
+    field = fields().get(key)
+    if field is None:
+        raise UserError(f"config: unknown key {shown(key)}; {suggestion(key)}")
     try:
-        new = _parse(text, old)
-    except (ValueError, TypeError, SyntaxError):
-        raise UserError(f"config: {key} = {text!r} is not of type {type(old).__name__}, such as {old!r}") from None
-    section, _, leaf = key.rpartition(".")
-    node = config
-    for name in section.split(".") if section else ():
-        node = node[name]
-    with node.ignore_type():
-        node[leaf] = new
+        value = _parse(text, field)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise UserError(f"config: {key} = {shown(text)} is not of type {_kind(field)}, {_how(field)}") from None
+    assign(config, key, value)
 
 
-def _parse(text: str, like: Any) -> Any:
-    if isinstance(like, bool):
+def _parse(text: str, field: Field) -> Any:
+    if field.type is bool:
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
-    if isinstance(like, int):
-        return int(text)
-    if isinstance(like, float):
-        return float(text)
-    if isinstance(like, tuple):
-        value = ast.literal_eval(text)
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    if field.type in (int, float):
+        return field.type(text)
+    if get_origin(field.type) is tuple:
+        return _parse_tuple(text, get_args(field.type)[0])
     return text
+
+
+def _parse_tuple(text: str, item: type) -> tuple[Any, ...]:
+    """A tuple as Python writes it; one item may stand alone, and a text without quotes."""
+    if item is str and text.strip()[:1] not in ("(", "[", "{", "'", '"', ""):
+        return (text,) if text not in ("None", "True", "False") else _fail(text)
+    value = ast.literal_eval(text)
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    is_right = all(isinstance(each, str if item is str else int | float) for each in values)
+    return values if is_right else _fail(text)
 
 
 def _fail(text: str) -> Any:
     raise ValueError(text)
 
 
+def _kind(field: Field) -> str:
+    return "tuple" if get_origin(field.type) is tuple else field.type.__name__
+
+
+def _how(field: Field) -> str:
+    """How a value is written on a command line."""
+    if get_origin(field.type) is tuple and get_args(field.type)[0] is str:
+        return """such as 'one text' or '("one text", "another")', brackets and quotes closed"""
+    return example(field)
+
+
 def to_json(config: ConfigDict) -> str:
-    """The config as indented JSON, the form kept in a work directory."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+    """The config as indented JSON, the form kept in a work directory, with the names of the fields that were set."""
+    return json.dumps({**config.to_dict(), _EXPLICIT: explicit_paths(config)}, indent=2) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote.
+    """The config that `to_json` wrote; fields that are newer than the text have their defaults.
 
     Raises:
-        UserError: a field that this version does not know.
+        UserError: a field that this version does not know, or a value that is not of its type.
         ValueError: it is no JSON, or no object.
     """
-    config, stored = default_config(), json.loads(text)
+    config, declared = default_config(), fields()
+    values, explicit = read_json(text)
+    for path, value in values.items():
+        if path not in declared:
+            raise UserError(f"config: unknown key {shown(path)} in a stored config.json; {suggestion(path)}")
+        value = tuple(value) if isinstance(value, list) else value
+        if declared[path].type is float and type(value) is int:
+            value = _as_float(value)
+        if not declared[path].has_type(value):
+            check(f"a stored {path}", declared[path], value)
+        assign(config, path, value, explicit=path in explicit)
+    return config
+
+
+def _as_float(value: int) -> float | int:
+    try:
+        return float(value)
+    except OverflowError:
+        return value
+
+
+def read_json(text: str) -> tuple[dict[str, Any], frozenset[str]]:
+    """The values of a stored config by their paths, whichever version wrote them, and which of them were set.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
+    try:
+        stored = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(stored, dict):
         raise ValueError(f"it is a {type(stored).__name__}, not an object")
-    known = dict(flatten(config))
-    for path, value in flatten(ConfigDict(stored, convert_dict=True)):
-        if path not in known:
-            raise UserError(f"config: unknown key {path!r} in a stored config.json; {_nearest(path)}")
-        section, _, leaf = path.rpartition(".")
-        node = config
-        for name in section.split(".") if section else ():
-            node = node[name]
-        with node.ignore_type():
-            node[leaf] = tuple(value) if isinstance(value, list) else value
-    return config
+    explicit = stored.pop(_EXPLICIT, [])
+    if not isinstance(explicit, list) or not all(isinstance(path, str) for path in explicit):
+        raise ValueError(f"its {_EXPLICIT!r} is no list of fields")
+    return _by_path(stored, ""), frozenset(explicit)
+
+
+def _by_path(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= _by_path(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
 
 def digest(path: str) -> str:

@@ -6,7 +6,8 @@ A combination that makes none is refused with the reason, and so is a setting th
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from offsetjax.config.schema import default_config, flatten
+from offsetjax.config.schema import default_config
+from offsetjax.config.settings import flatten
 from offsetjax.diffusion.process import PROCESSES
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import one_line

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from offsetjax.config import default_config
+from offsetjax.config import assign, default_config, is_explicit
 from offsetjax.errors import UserError
 from offsetjax.formats.lora import LoadedLora, read_lora
 from offsetjax.formats.names import flax_tensors, torch_tensors
@@ -172,11 +172,12 @@ def adopt_lora(config: ConfigDict) -> None:
         found["text_encoder_targets"] = loaded.targets(*text)
     for key, value in found.items():
         is_same = config.lora[key] == value or (isinstance(value, tuple) and set(config.lora[key]) == set(value))
-        if not is_same and config.lora[key] != defaults[key]:
+        is_stated = is_explicit(config, f"lora.{key}") or config.lora[key] != defaults[key]
+        if not is_same and is_stated:
             raise UserError(
-                f"config: lora.{key} = {config.lora[key]!r}, but {config.lora.pretrained} has {value!r}; leave it out"
+                f"config: lora.{key} = {config.lora[key]!r}, but {config.lora.pretrained} has {value!r}; set it to that"
             )
-        config.lora[key] = value
+        assign(config, f"lora.{key}", value, explicit=False)
 
 
 def _read_lora(config: ConfigDict) -> LoadedLora:

@@ -5,7 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from offsetjax.config import default_config, flatten
+from offsetjax.config import assign, default_config, flatten, is_explicit
+from offsetjax.config.schema import default
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
 from offsetjax.models.pipeline import FAMILIES, family, network_parts, text_parts
@@ -80,7 +81,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         _adopt(config, open_pretrained(config.model.pretrained, config.model.variant))
     elif config.model.from_scratch:
         raise UserError("config: model.from_scratch cannot apply without model.pretrained: all is drawn at random")
-    config.model.family = family(config)
+    assign(config, "model.family", family(config), explicit=False)
     check_architecture(config)
     return config
 
@@ -92,7 +93,7 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
             f"model ({pretrained.family}); give another model.pretrained, or leave model.family out"
         )
     if config.task == "diffusion" and pretrained.family:
-        config.model.family = pretrained.family
+        assign(config, "model.family", pretrained.family, explicit=False)
     sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config, part)}
     if config.task == "diffusion" and not is_from_scratch(config, "unet"):
         sections["scheduler"] = config.schedule
@@ -110,18 +111,30 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
                     f"model.pretrained: {pretrained.path}: {part} has {key} = {stored[key]!r}, where others have such "
                     f"as {defaults[prefix + key]!r}; fetch it again"
                 )
-            if section[key] not in (value, defaults[prefix + key]) and prefix + key not in _WITHOUT_EFFECT:
-                raise UserError(
-                    f"config: {prefix}{key} = {section[key]!r}, but {pretrained.path} has {value!r}; leave it out, or "
-                    f"add {'unet' if part == 'scheduler' else part} to model.from_scratch"
-                )
-            with section.ignore_type():
-                section[key] = value
+            _adopt_value(config, prefix + key, value, pretrained, "unet" if part == "scheduler" else part)
         if part == "scheduler" and stored.get("rescale_betas_zero_snr"):
-            section.zero_terminal_snr = True
+            _adopt_value(config, "schedule.zero_terminal_snr", True, pretrained, "unet")
     if config.task == "diffusion" and pretrained.has("model_index"):
-        zeros = pretrained.read_config("model_index").get("force_zeros_for_empty_prompt", False)
-        config.model.force_zeros_for_empty_prompt = bool(zeros)
+        path, index = "model.force_zeros_for_empty_prompt", pretrained.read_config("model_index")
+        zeros = bool(index.get("force_zeros_for_empty_prompt", False))
+        if "force_zeros_for_empty_prompt" in index or not is_explicit(config, path):
+            _adopt_value(config, path, zeros, pretrained)
+
+
+def _adopt_value(config: ConfigDict, path: str, value: Any, pretrained: Pretrained, part: str = "") -> None:
+    """Fills in what a checkpoint says of a field.
+
+    Raises:
+        UserError: the config says otherwise.
+    """
+    given = dict(flatten(config))[path]
+    is_stated = is_explicit(config, path) or given != default(path)
+    if is_stated and given != value and path not in _WITHOUT_EFFECT:
+        anew = f", or add {part} to model.from_scratch" if part else ""
+        raise UserError(
+            f"config: {path} = {given!r}, but {pretrained.path} has {value!r}; set it to that, or leave it out{anew}"
+        )
+    assign(config, path, value, explicit=False)
 
 
 def _require(part: str, stored: dict[str, Any], directory: str) -> None:

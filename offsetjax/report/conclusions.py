@@ -5,8 +5,9 @@ Every function takes the summary of `numbers.summarise` and yields plain text.
 
 from collections.abc import Iterator, Sequence
 
+from offsetjax.config import is_indifferent
 from offsetjax.report import article
-from offsetjax.report.numbers import INDIFFERENT, Numbers, prompt_range
+from offsetjax.report.numbers import Numbers, prompt_range
 
 GREY_RANGE = 0.2  # brightest minus darkest prompt: up to this, the prompts come out alike
 WIDE_RANGE = 0.5  # from this, a prompt decides on the brightness
@@ -73,7 +74,7 @@ def _controlled(numbers: Numbers) -> Iterator[str]:
             if plain["noise"] != "plain noise" or offset["noise"] == "plain noise" or trained_on_black(plain):
                 continue
             fields = [field for field, values in differences.items() if values[i] != values[j]]
-            others = [field for field in fields if not field.startswith((*INDIFFERENT, "noise."))]
+            others = [field for field in fields if not is_indifferent(field) and not field.startswith("noise.")]
             ranges = [
                 found[2] for arm in (plain, offset) if arm["after"] and (found := prompt_range(arm["after"]["prompts"]))
             ]

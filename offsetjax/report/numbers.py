@@ -10,18 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from offsetjax.config.schema import INDIFFERENT_FIELDS, INDIFFERENT_SECTIONS
 from offsetjax.report import article
 from offsetjax.report.read import Arm, Data, Samples
 
 Numbers = dict[str, Any]
-
-# How fields begin that do not bear on what is learned: arms that differ in them are still a controlled comparison.
-INDIFFERENT = (
-    *INDIFFERENT_FIELDS,
-    *(f"{section}." for section in INDIFFERENT_SECTIONS),
-    *("sample.every_steps", "validation.every_steps", "probe.every_steps"),
-)
 
 
 def summarise(arms: Sequence[Arm]) -> Numbers:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from offsetjax.report.numbers import INDIFFERENT
+from offsetjax.config import is_indifferent
 from offsetjax.report.read import Arm, Samples
 
 
@@ -53,7 +53,7 @@ def pool(arms: Sequence[Arm]) -> list[Pool]:
     """The arms in their order, those that differ in the config's `seed` alone (and in what is indifferent) together."""
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
-        fields = [(field, value) for field, value in arm.config.items() if not field.startswith(("seed", *INDIFFERENT))]
+        fields = [each for each in arm.config.items() if each[0] != "seed" and not is_indifferent(each[0])]
         groups.setdefault(repr(sorted(fields)), []).append(arm)
     pools = []
     for runs in groups.values():

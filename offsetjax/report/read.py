@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from offsetjax.config.load import read_json
 from offsetjax.data.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError, one_line
@@ -148,19 +149,11 @@ def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, i
     )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _read_config(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"report: {path} is missing; give the --workdir of a training, or of a sweep, that has begun")
     try:
-        config = dict(_flatten(json.loads(path.read_text())))
+        config, _ = read_json(path.read_text())
     except (ValueError, AttributeError) as error:
         raise UserError(f"report: {path} is not a JSON config ({error}); restore it from a backup") from error
     for field in ("noise.offset_strength", "data.path", "data.split"):

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from offsetjax.config import is_indifferent
 from offsetjax.report.figures import colour, facets, in_order, prompt_label, style
-from offsetjax.report.numbers import INDIFFERENT, config_differences, noise_name, prompt_range, prompts_in_data, spread
+from offsetjax.report.numbers import config_differences, noise_name, prompt_range, prompts_in_data, spread
 from offsetjax.report.pool import Pool
 
 _LOGARITHMIC = 10  # times as large: from here on the values are spread by their logarithm
@@ -35,7 +36,7 @@ def find_series(pools: Sequence[Pool]) -> list[Series]:
     last = max((each.arm.steps[-1].step for each in sampled), default=0)
     sampled = [each for each in sampled if each.arm.steps[-1].step == last]
     differences = config_differences([each.arm for each in sampled])
-    differences = {field: each for field, each in differences.items() if not field.startswith((*INDIFFERENT, "seed"))}
+    differences = {field: each for field, each in differences.items() if field != "seed" and not is_indifferent(field)}
     numeric = [field for field, values in differences.items() if all(_is_number(value) for value in values)]
     found = [_series_of(field, differences, sampled) for field in numeric]
     return max(found, key=lambda each: sum(len(series.pools) for series in each), default=[])

@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 from transformers import CLIPTokenizer
 
-from offsetjax.config import default_config, flatten, validate
-from offsetjax.config.schema import INDIFFERENT_FIELDS, INDIFFERENT_SECTIONS
+from offsetjax.config import assign, default_config, flatten, is_explicit, may_change_on_resume, validate
 from offsetjax.data.source import captions
 from offsetjax.data.stream import Stream, check_fingerprint, make_stream
 from offsetjax.diffusion.calibration import FILLED, fill
@@ -53,18 +52,6 @@ from offsetjax.training.step import TrainState, init_state
 _log = logging.getLogger("offsetjax")
 
 Statistics = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]  # the mean and the deviation of each channel
-
-# What may change when a run resumes: nothing that the losses depend on, but for the number of steps and of devices.
-RESUMABLE_CHANGES = (
-    *INDIFFERENT_FIELDS,
-    "train.steps",
-    "data.path",
-    "model.pretrained",
-    "model.variant",
-    "lora.pretrained",  # read before the first step alone
-    "noise.calibration",  # what it filled in is compared
-)
-RESUMABLE_SECTIONS = (*INDIFFERENT_SECTIONS, "sample", "validation", "probe")
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
         vae = _vae_params(tensors["vae"], pipeline)
         mean, std = latent_statistics(config, pipeline, vae, source)
         tensors["vae"] = torch_tensors(standardised(vae, mean, std))
-        config.model.vae.scaling_factor = 1.0
+        assign(config, "model.vae.scaling_factor", 1.0, explicit=False)
         pipeline = build(config, tokenizers)
         _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
     if config.data.cached_latents:
@@ -166,22 +153,20 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
         given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
     for path, value in flatten(stored):
-        may_change = path in RESUMABLE_CHANGES or path.split(".")[0] in RESUMABLE_SECTIONS
         # Where model.pretrained, lora.pretrained or noise.calibration is gone, what it said cannot be read again.
         section = path.split(".")[0]
         was_read = (is_gone and section in ("model", "schedule")) or (is_lora_gone and section == "lora")
-        was_read = (was_read or (is_uncalibrated and path in FILLED)) and given[path] == defaults[path]
-        if given[path] != value and not may_change and not was_read:
+        is_left_open = given[path] == defaults[path] and not is_explicit(config, path)
+        was_read = (was_read or (is_uncalibrated and path in FILLED)) and is_left_open
+        if given[path] != value and not may_change_on_resume(path) and not was_read:
             raise UserError(
                 f"config: {path} = {given[path]!r}, but {workdir} was begun with {value!r}; "
                 "set it back, or give another --workdir"
             )
-    for section in ("train", "data", *RESUMABLE_SECTIONS):
-        stored[section].update(config[section])
     # Before its first checkpoint a run reads its model again, from where that is now.
-    changed = [path.split(".") for path in RESUMABLE_CHANGES if path.startswith(("model.", "lora."))]
-    for section, name in changed:
-        stored[section][name] = config[section][name]
+    for path, value in flatten(config):
+        if may_change_on_resume(path):
+            assign(stored, path, value, explicit=is_explicit(config, path))
     validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
     return stored
 

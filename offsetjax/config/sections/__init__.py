@@ -1,0 +1,1 @@
+"""The declarations of all fields, by subject; `schema.py` puts them together."""

@@ -1,0 +1,73 @@
+"""The pictures and captions, and what becomes of them before the denoiser."""
+
+from offsetjax.config.field import Change, Field, Section
+from offsetjax.config.ranges import ANY, FRACTION, count, one_of
+
+DATA = Section(
+    "data",
+    "The pictures that are trained on.",
+    (
+        Field(
+            "path",
+            str,
+            "",
+            ANY,
+            "a data set of `offsetjax data build` or of TFDS: a folder, or gs://",
+            elsewhere={"train_data_dir": "kohya, diffusers", "instance_data_dir": "diffusers"},
+            change=Change.RESUME,
+        ),
+        Field("split", str, "train", ANY, "of the data set, such as train[:95%]"),
+        Field("resolution", int, 512, count(8, 65_536), "side of the square that pictures are cut to", "pixels"),
+        Field(
+            "random_flip",
+            bool,
+            True,
+            ANY,
+            "half of the pictures are mirrored",
+            elsewhere={"flip_aug": "kohya", "enable_random_flip": "OneTrainer"},
+        ),
+        Field(
+            "cached_latents",
+            bool,
+            False,
+            ANY,
+            "data.path holds latents, from `offsetjax data encode`, not pictures",
+            elsewhere={"cache_latents": "kohya", "cache_latents_to_disk": "kohya", "latent_caching": "OneTrainer"},
+        ),
+        Field(
+            "num_workers",
+            int,
+            0,
+            count(0, 1024),
+            "processes that read and decode; 0: threads",
+            elsewhere={"max_data_loader_n_workers": "kohya", "dataloader_num_workers": "diffusers"},
+            change=Change.FREELY,
+        ),
+    ),
+)
+
+ENCODE = Section(
+    "encode",
+    "How pictures and captions become what the denoiser reads.",
+    (
+        Field(
+            "caption_dropout",
+            float,
+            0.1,
+            FRACTION,
+            "the fraction of captions that are replaced by the empty one, which guidance needs",
+            elsewhere={
+                "caption_dropout_rate": "kohya",
+                "caption_dropout_probability": "SimpleTuner",
+                "proportion_empty_prompts": "diffusers",
+            },
+        ),
+        Field(
+            "long_captions",
+            str,
+            "truncate",
+            one_of("truncate", "refuse"),
+            "what happens to captions that are longer than the text encoder reads",
+        ),
+    ),
+)

@@ -1,0 +1,163 @@
+"""How a run goes: steps, optimizer, devices, checkpoints."""
+
+from offsetjax.config.field import Change, Field, Integers, Section
+from offsetjax.config.ranges import DEVICES, STEPS_TO_TRACE, above, at_least, count, from_up_to, one_of
+
+TOP = Section(
+    "",
+    "The training as a whole.",
+    (
+        Field(
+            "seed",
+            int,
+            0,
+            count(0, 2**32 - 1),
+            "of everything that is random: two runs with one seed draw the same",
+            elsewhere={"manual_seed": "others"},
+        ),
+        Field("task", str, "diffusion", one_of("diffusion", "autoencoder"), "what is trained"),
+    ),
+)
+
+TRAIN = Section(
+    "train",
+    "How long is trained, and what is reported meanwhile.",
+    (
+        Field(
+            "steps",
+            int,
+            1000,
+            count(1),
+            "updates of the parameters in all, those before a resume included",
+            elsewhere={"max_train_steps": "kohya, diffusers, SimpleTuner", "num_iterations": "others"},
+            change=Change.RESUME,
+        ),
+        Field(
+            "global_batch_size",
+            int,
+            8,
+            count(1),
+            "examples of an update, over all devices and parts",
+            elsewhere={"train_batch_size": "kohya, diffusers: for one device and part", "batch_size": "OneTrainer"},
+        ),
+        Field(
+            "accumulate_steps",
+            int,
+            1,
+            count(1),
+            "parts that a batch is computed in, one after the other, to save memory",
+            elsewhere={"gradient_accumulation_steps": "kohya, diffusers, OneTrainer"},
+        ),
+        Field("log_every_steps", int, 50, count(1), "how often losses are written", "steps", change=Change.FREELY),
+        Field("profile_steps", Integers, (), STEPS_TO_TRACE, "what is traced for xprof", "steps", change=Change.FREELY),
+        Field(
+            "stall_seconds",
+            int,
+            1800,
+            count(0),
+            "a run without progress for so long is ended: more than any compilation, evaluation or save; 0: never",
+            change=Change.FREELY,
+        ),
+    ),
+)
+
+OPTIMIZER = Section(
+    "optimizer",
+    "AdamW, its learning rate over the steps, and the average of the weights.",
+    (
+        Field("learning_rate", float, 1e-5, above(0), "the highest, after the warm-up", elsewhere={"unet_lr": "kohya"}),
+        Field(
+            "text_encoder_learning_rate",
+            float,
+            0.0,
+            at_least(0),
+            "0: the text encoders are frozen",
+            elsewhere={"text_encoder_lr": "kohya", "train_text_encoder": "diffusers"},
+        ),
+        Field(
+            "warmup_steps",
+            int,
+            100,
+            count(0),
+            "over which the learning rate rises from 0; cut to train.steps, so that short trials reach it too",
+            elsewhere={"lr_warmup_steps": "kohya, diffusers", "learning_rate_warmup_steps": "OneTrainer"},
+        ),
+        Field(
+            "decay",
+            str,
+            "cosine",
+            one_of("cosine", "linear", "constant"),
+            "how the learning rate falls to 0 at train.steps, or does not",
+            elsewhere={"lr_scheduler": "kohya, diffusers", "learning_rate_scheduler": "OneTrainer"},
+        ),
+        Field(
+            "b1", float, 0.9, from_up_to(0, 1), "decay of the gradient's average", elsewhere={"adam_beta1": "diffusers"}
+        ),
+        Field("b2", float, 0.999, from_up_to(0, 1), "decay of its square's", elsewhere={"adam_beta2": "diffusers"}),
+        Field(
+            "eps", float, 1e-8, above(1e-30, at_most=1), "added to the root", elsewhere={"adam_epsilon": "diffusers"}
+        ),
+        Field(
+            "weight_decay",
+            float,
+            0.01,
+            at_least(0),
+            "times the learning rate, is the part of the weights that each step takes away",
+            elsewhere={"adam_weight_decay": "diffusers"},
+        ),
+        Field(
+            "max_grad_norm",
+            float,
+            1.0,
+            above(0),
+            "longer gradients are cut to this length",
+            elsewhere={"clip_grad_norm": "OneTrainer"},
+        ),
+        Field(
+            "ema_decay",
+            float,
+            0.9999,
+            from_up_to(0, 1),
+            "of the average of the weights over the steps; 0: no average is kept",
+            elsewhere={"use_ema": "diffusers, SimpleTuner"},
+        ),
+    ),
+)
+
+MESH = Section(
+    "mesh",
+    "How the devices are arranged, and what each holds; -1: all devices that are left.",
+    (
+        Field("data", int, -1, DEVICES, "copies of the weights, each with its part of the batch", "devices"),
+        Field(
+            "fsdp", int, 1, DEVICES, "devices over which a copy's weights, moments and averages are split", "devices"
+        ),
+        Field("tensor", int, 1, DEVICES, "devices over which heads and feed-forward layers are split", "devices"),
+    ),
+    change=Change.FREELY,
+)
+
+CHECKPOINT = Section(
+    "checkpoint",
+    "What is kept of a run, to resume from.",
+    (
+        Field(
+            "every_steps",
+            int,
+            500,
+            count(1),
+            "between two checkpoints",
+            "steps",
+            elsewhere={"save_every_n_steps": "kohya", "checkpointing_steps": "diffusers, SimpleTuner"},
+        ),
+        Field(
+            "max_to_keep",
+            int,
+            3,
+            count(1),
+            "the newest checkpoints",
+            elsewhere={"save_last_n_steps": "kohya", "checkpoints_total_limit": "diffusers, SimpleTuner"},
+        ),
+    ),
+    change=Change.FREELY,
+)
