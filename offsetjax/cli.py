@@ -192,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, help="FILE.html")
 
+    sub = command("config", _config, "show the fields of a config: what they are, and what other trainers call them")
+    sub.add_argument(
+        "name", nargs="?", default="", help="a section, a field, or a setting of another trainer; all without it"
+    )
+    sub.add_argument("--markdown", action="store_true", help="all of them as a page, offsetjax/config/REFERENCE.md")
+
     sub = command("demo", _demo, "re-enact the article's experiment")
     sub.add_argument("--out", default="demo", help="a folder for its runs and its report")
     return parser
@@ -361,6 +367,21 @@ def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.report import report
 
     report(options.workdir, options.out)
+
+
+def _config(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from rich.console import Console
+
+    from offsetjax.config import reference
+    from offsetjax.config.schema import sections
+
+    if options.markdown:
+        if options.name:
+            raise UserError("config: --markdown is of all fields; leave the name out")
+        sys.stdout.write(reference.page(sections()))
+    else:
+        reference.show(options.name, Console(highlight=False))
 
 
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:

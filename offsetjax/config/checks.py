@@ -32,9 +32,14 @@ def validate(config: ConfigDict) -> None:
 def check(path: str, field: Field, value: Any) -> None:
     """Raises a UserError unless a value is of its field's type and in its range."""
     if not field.has_type(value):
-        raise UserError(f"config: {path} = {shown(value)} must be of type {field.type_name}, {example(field)}")
+        raise UserError(f"config: {path} = {shown(value)} {must_be(field)}")
     if not field.holds(value):
         raise UserError(f"config: {path} = {shown(value)} must be {field.range.words}")
+
+
+def must_be(field: Field) -> str:
+    """What type a value has to be of, with one such."""
+    return f"must be of type {field.type_name}, {example(field)}"
 
 
 def example(field: Field) -> str:

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 from etils import epath
 from ml_collections import ConfigDict
 
-from offsetjax.config.checks import check, example, shown, validate
+from offsetjax.config.checks import example, must_be, shown, validate
 from offsetjax.config.field import Field
 from offsetjax.config.names import suggestion
 from offsetjax.config.schema import default_config, fields
@@ -51,8 +51,7 @@ def run_file(path: str, function: str) -> Any:
     Raises:
         UserError: a missing or broken file, or one without that function.
     """
-    file = epath.Path(path)
-    if "://" in path or not file.is_file():
+    if "://" in path or not (file := epath.Path(path)).is_file():
         raise UserError(f"config: {path} is not a local file; give a path such as configs/stamps.py")
     if file.suffix.lower() in (".toml", ".yaml", ".yml", ".json"):
         raise UserError(
@@ -154,19 +153,11 @@ def from_json(text: str) -> ConfigDict:
         if path not in declared:
             raise UserError(f"config: unknown key {shown(path)} in a stored config.json; {suggestion(path)}")
         value = tuple(value) if isinstance(value, list) else value
-        if declared[path].type is float and type(value) is int:
-            value = _as_float(value)
-        if not declared[path].has_type(value):
-            check(f"a stored {path}", declared[path], value)
+        is_of_type = declared[path].has_type(value) and (type(value) is not int or abs(value) < 2**63)
+        if not is_of_type:
+            raise UserError(f"config: a stored {path} = {shown(value)} {must_be(declared[path])}")
         assign(config, path, value, explicit=path in explicit)
     return config
-
-
-def _as_float(value: int) -> float | int:
-    try:
-        return float(value)
-    except OverflowError:
-        return value
 
 
 def read_json(text: str) -> tuple[dict[str, Any], frozenset[str]]:
@@ -177,19 +168,21 @@ def read_json(text: str) -> tuple[dict[str, Any], frozenset[str]]:
     """
     try:
         stored = json.loads(text)
+        if not isinstance(stored, dict):
+            raise ValueError(f"it is a {type(stored).__name__}, not an object")
+        explicit = stored.pop(_EXPLICIT, [])
+        if not isinstance(explicit, list) or not all(isinstance(path, str) for path in explicit):
+            raise ValueError(f"its {_EXPLICIT!r} is no list of fields")
+        return _by_path(stored, ""), frozenset(explicit)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"it is a {type(stored).__name__}, not an object")
-    explicit = stored.pop(_EXPLICIT, [])
-    if not isinstance(explicit, list) or not all(isinstance(path, str) for path in explicit):
-        raise ValueError(f"its {_EXPLICIT!r} is no list of fields")
-    return _by_path(stored, ""), frozenset(explicit)
 
 
 def _by_path(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in tree.items():
+        if "." in key:
+            raise ValueError(f"it has the key {shown(key)}, which is no name")
         values |= _by_path(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return values
 

@@ -1,6 +1,7 @@
 """Names that are not ours: what was meant, from what other trainers call it or from the nearest of ours."""
 
 import difflib
+import re
 
 from offsetjax.config.schema import fields, sections
 
@@ -27,4 +28,7 @@ def nearest(key: str) -> list[str]:
     by_leaf = inner | {path.rsplit(".", 1)[-1]: path for path in sorted(paths)}
     by_name = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
     by_path = difflib.get_close_matches(key, paths, 1, 0.5)
-    return by_path + by_name if "." in key else by_name + by_path
+    section = key.rpartition(".")[0]
+    words = {word: path for path in paths if path.rpartition(".")[0] == section for word in re.split(r"[._]", path)}
+    by_word = [words[word] for word in difflib.get_close_matches(leaf, words, 1, 0.75)] if section else []
+    return by_word + by_path + by_name if section else by_name + by_path

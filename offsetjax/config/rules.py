@@ -36,9 +36,10 @@ def _training(values: Values) -> Wrongs:
         [values[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")].count(-1) > 1,
         "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (all devices that are left)",
     )
-    watches = any(values[f"{section}.every_steps"] for section in ("sample", "validation", "probe"))
+    is_sampled = values["sample.every_steps"] and values["sample.prompts"]
+    is_evaluated = is_sampled or values["validation.every_steps"] or values["probe.every_steps"]
     yield (
-        values["sample.params"] == "ema" and values["optimizer.ema_decay"] == 0 and watches,
+        values["sample.params"] == "ema" and values["optimizer.ema_decay"] == 0 and is_evaluated,
         "sample.params = 'ema' needs optimizer.ema_decay above 0; or set sample.params = 'raw'",
     )
     yield (

@@ -16,36 +16,38 @@ from offsetjax.config.settings import Settings
 from offsetjax.registry import Registry
 
 _HERE = "offsetjax.config.sections"
-SECTIONS: Registry[Section] = Registry(
-    "section",
-    "offsetjax.sections",
-    {
-        "": f"{_HERE}.training:TOP",
-        "train": f"{_HERE}.training:TRAIN",
-        "data": f"{_HERE}.data:DATA",
-        "encode": f"{_HERE}.data:ENCODE",
-        "model": f"{_HERE}.model:MODEL",
-        "model.unet": f"{_HERE}.architectures:UNET",
-        "model.vae": f"{_HERE}.architectures:AUTOENCODER",
-        "model.text_encoder": f"{_HERE}.architectures:TEXT_ENCODER",
-        "model.text_encoder_2": f"{_HERE}.architectures:TEXT_ENCODER_2",
-        "lora": f"{_HERE}.model:LORA",
-        "noise": f"{_HERE}.noise:NOISE",
-        "schedule": f"{_HERE}.noise:SCHEDULE",
-        "loss": f"{_HERE}.noise:LOSS",
-        "optimizer": f"{_HERE}.training:OPTIMIZER",
-        "mesh": f"{_HERE}.training:MESH",
-        "checkpoint": f"{_HERE}.training:CHECKPOINT",
-        "sample": f"{_HERE}.evaluation:SAMPLE",
-        "validation": f"{_HERE}.evaluation:VALIDATION",
-        "probe": f"{_HERE}.evaluation:PROBE",
-    },
-)
+_OWN = {
+    "": f"{_HERE}.training:TOP",
+    "train": f"{_HERE}.training:TRAIN",
+    "data": f"{_HERE}.data:DATA",
+    "encode": f"{_HERE}.data:ENCODE",
+    "model": f"{_HERE}.model:MODEL",
+    "model.unet": f"{_HERE}.architectures:UNET",
+    "model.vae": f"{_HERE}.architectures:AUTOENCODER",
+    "model.text_encoder": f"{_HERE}.architectures:TEXT_ENCODER",
+    "model.text_encoder_2": f"{_HERE}.architectures:TEXT_ENCODER_2",
+    "lora": f"{_HERE}.model:LORA",
+    "noise": f"{_HERE}.noise:NOISE",
+    "schedule": f"{_HERE}.noise:SCHEDULE",
+    "loss": f"{_HERE}.noise:LOSS",
+    "optimizer": f"{_HERE}.training:OPTIMIZER",
+    "mesh": f"{_HERE}.training:MESH",
+    "checkpoint": f"{_HERE}.training:CHECKPOINT",
+    "sample": f"{_HERE}.evaluation:SAMPLE",
+    "validation": f"{_HERE}.evaluation:VALIDATION",
+    "probe": f"{_HERE}.evaluation:PROBE",
+}
+SECTIONS: Registry[Section] = Registry("section", "offsetjax.sections", _OWN)
 
 
 def sections() -> tuple[Section, ...]:
     """All sections: ours, those that were registered, those of installed packages."""
     return tuple(SECTIONS[name] for name in SECTIONS.names)
+
+
+def own_sections() -> tuple[Section, ...]:
+    """Ours alone."""
+    return tuple(SECTIONS[name] for name in _OWN)
 
 
 def fields() -> dict[str, Field]:

@@ -19,6 +19,9 @@ class Settings(ConfigDict):
         super().__init__(*arguments, **options)
 
     def __setitem__(self, key: str, value: Any) -> None:
+        old = self._fields.get(key)
+        if self.is_type_safe and isinstance(value, bool) and type(old) in (int, float):  # Python takes True for 1
+            raise TypeError(f"Could not override field {key!r}: it is a number, such as {old!r}, not {value}")
         super().__setitem__(key, value)
         if self.is_locked:
             self._explicit.add(key)

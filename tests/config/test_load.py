@@ -160,7 +160,11 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ({"train.profile_steps": (9, 12), "train.steps": 10}, ("train.profile_steps = (9, 12)", "train.steps = 10")),
         ({"mesh.data": -1, "mesh.fsdp": -1}, ("only one of mesh.data, mesh.fsdp and mesh.tensor",)),
         ({"schedule.beta_start": 0.02, "schedule.beta_end": 0.01}, ("beta_start must be below",)),
-        ({"optimizer.ema_decay": 0.0}, ("sample.params = 'ema'", "sample.params = 'raw'")),
+        (
+            {"optimizer.ema_decay": 0.0, "sample.prompts": ("a cat",)},
+            ("sample.params = 'ema'", "sample.params = 'raw'"),
+        ),
+        ({"optimizer.ema_decay": 0.0, "probe.every_steps": 5}, ("sample.params = 'ema'", "sample.params = 'raw'")),
         ({"task": "autoencoder", "noise.offset_strength": 0.1}, ("noise.offset_strength", "set it back")),
         ({"schedule.num_train_timesteps": 40}, ("sample.num_steps = 50", "at most 40", "trailing")),
         ({"loss.min_timestep": 1000}, ("loss.min_timestep = 1000", "below", "1000")),
@@ -273,6 +277,20 @@ def test_an_autoencoder_is_trained_by_the_presets_of_whole_models(preset: Callab
     validate(config)
 
 
+def test_no_average_is_needed_where_nothing_is_drawn() -> None:
+    """`sample.every_steps` is set by default; without prompts it draws nothing."""
+    config = default_config()
+    config.optimizer.ema_decay = 0.0
+    validate(config)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", "steps = [1]"), ("a.yaml", "a: 1"), ("a.json", "{}")])
+def test_a_file_of_another_trainer_is_named_as_what_it_is(tmp_path: pathlib.Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name} is {name[2:].upper()}; a config is a Python file with get_config"):
+        load_config(str(tmp_path / name))
+
+
 def test_an_autoencoder_of_the_smallest_model_is_accepted() -> None:
     changes = {"task": "autoencoder", "noise__offset_strength": 0.0, "loss__kl_weight": 1e-5}
     validate(tiny_config(**changes))
@@ -288,7 +306,7 @@ def test_an_autoencoder_of_the_smallest_model_is_accepted() -> None:
         ("config.nosie.offset_strength = 0.1", "unknown key 'nosie'; did you mean noise?"),
         ("config.noise_offset = 0.1", "it is called noise.offset_strength here"),
         ("config.train.max_train_steps = 3", "it is called train.steps here"),
-        ("config.zzzzzzzz = 1", "unknown key 'zzzzzzzz'; see offsetjax/config/schema.py"),
+        ("config.zzzzzzzz = 1", "unknown key 'zzzzzzzz'; `offsetjax config` lists the fields"),
         ("config.train.steps = 'ten'", "'steps'"),
         ("config.train.steps = 1.5", "'steps'"),
         ("config.train.steps = 0", "train.steps = 0 must be at least 1"),
@@ -314,7 +332,14 @@ def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path: pathlib.Path, l
         ("train.steps", "1e3", "train.steps = '1e3' is not of type int, such as 1000"),
         ("optimizer.learning_rate", "fast", "is not of type float, such as 1e-05"),
         ("data.random_flip", "yes", "data.random_flip = 'yes' is not of type bool, such as True"),
-        ("sample.prompts", "a cat", "sample.prompts = 'a cat' is not of type tuple"),
+        (
+            "sample.prompts",
+            "('a cat'",
+            "such as 'one text' or '(\"one text\", \"another\")', brackets and quotes closed",
+        ),
+        ("sample.prompts", "(1, 2)", "is not of type tuple"),
+        ("sample.prompts", "None", "is not of type tuple"),
+        ("noise.channel_strengths", "a", "is not of type tuple, such as (0.1,)"),
         ("sample.prompts", "{[]: 1}", "is not of type tuple"),
         ("noise.offset_strength", "nan", "noise.offset_strength = nan must be at least 0"),
     ],
@@ -338,6 +363,9 @@ def test_a_mistake_in_an_override_is_one_line_that_names_it(
         ("sample.prompts", '("a cat", "a dog, running")', ("a cat", "a dog, running")),
         ("sample.prompts", "['a cat']", ("a cat",)),
         ("sample.prompts", "'a cat'", ("a cat",)),
+        ("sample.prompts", "a cat", ("a cat",)),
+        ("sample.prompts", "a cat, a dog (asleep)", ("a cat, a dog (asleep)",)),
+        ("noise.channel_strengths", "0.1, 0.2", (0.1, 0.2)),
         ("sample.prompts", "()", ()),
         ("model.unet.block_out_channels", "(8, 16)", (8, 16)),
     ],

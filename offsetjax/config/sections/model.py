@@ -102,7 +102,7 @@ LORA = Section(
             0,
             count(0, 65_536),
             "of the adapters; 0: the weights themselves are trained",
-            elsewhere={"network_dim": "kohya", "lora_rank": "SimpleTuner, OneTrainer", "lora_r": "others"},
+            elsewhere={"network_dim": "kohya", "lora_rank": "SimpleTuner, OneTrainer"},
         ),
         Field(
             "alpha",

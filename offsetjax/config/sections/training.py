@@ -13,7 +13,6 @@ TOP = Section(
             0,
             count(0, 2**32 - 1),
             "of everything that is random: two runs with one seed draw the same",
-            elsewhere={"manual_seed": "others"},
         ),
         Field("task", str, "diffusion", one_of("diffusion", "autoencoder"), "what is trained"),
     ),
@@ -29,7 +28,7 @@ TRAIN = Section(
             1000,
             count(1),
             "updates of the parameters in all, those before a resume included",
-            elsewhere={"max_train_steps": "kohya, diffusers, SimpleTuner", "num_iterations": "others"},
+            elsewhere={"max_train_steps": "kohya, diffusers, SimpleTuner"},
             change=Change.RESUME,
         ),
         Field(
