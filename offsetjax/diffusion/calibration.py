@@ -179,10 +179,7 @@ def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
             "leave one of the two out"
         )
     config = config.copy_and_resolve_references()
-    with (
-        config.noise.unlocked(),
-        config.noise.ignore_type(),
-    ):  # what is filled in unlocked is no statement of the user's
+    with config.noise.unlocked(), config.noise.ignore_type():  # unlocked: what is filled in is no statement
         for name, value in fields.items():
             config.noise[name] = value
     return config
