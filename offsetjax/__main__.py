@@ -1,6 +1,28 @@
-"""`python -m offsetjax`: the same as the command `offsetjax`."""
+"""The command `offsetjax`, and `python -m offsetjax`: signals are heard before anything else is imported."""
 
-from offsetjax.cli import main
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> int:
+    """Runs the command line; see `cli.main`."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+    from offsetjax.cli import main
+
+    return main()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Nothing is begun yet. `parallel.signals` takes over as soon as it is there."""
+    try:
+        os.write(2, f"offsetjax: ended by {signal.Signals(number).name}, with nothing to save\n".encode())
+    finally:
+        os._exit(130 if number == signal.SIGINT else 143)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,74 +1,118 @@
-"""The command `offsetjax`: one command, sub-commands; a user's mistake is one line and exit status 2."""
+"""The command `offsetjax`: one command, sub-commands; a user's mistake is one line and exit status 2.
+
+Nothing large is imported at the top: signals are heard from the first lines of the program on.
+"""
 
 import argparse
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
-from etils import epath
-
-from offsetjax.errors import PreemptedError, UserError, one_line
+from offsetjax import log
+from offsetjax.errors import PreemptedError, Status, StorageError, TransientError, UserError, kind_of, one_line
+from offsetjax.parallel import signals
 
 Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
-# A mistake of the user's, which no other try will mend.
-_MISTAKES = (
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-)
 _OVERRIDES = "--config.path=value changes one field of the config, such as --config.noise.offset_strength=0.1"
+_REMEDIES = {
+    Status.MISTAKE: "see to it and try again",
+    Status.STORAGE: "see to the storage, then the same command tries again",
+    Status.TRANSIENT: "it may pass by itself: the same command tries again",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns the exit status: 0; 2, a user's mistake; 130, Ctrl-C; 143, SIGTERM."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Runs one sub-command and returns the exit status, one of `errors.Status`.
+
+    Without arguments this is the program itself: its signals are heard until Python has ended.
+    """
+    is_program = arguments is None
+    if is_program:
+        log.guard_streams()
+    with signals.heard(signals.listener(signals.end), to_the_end=is_program):
+        status = _run(list(sys.argv[1:] if arguments is None else arguments), is_program)
+    log.close_output()
+    return status
+
+
+def _run(arguments: Sequence[str], is_program: bool) -> int:
+    logging.basicConfig(level=logging.WARNING, handlers=[log.Handler()])
     logging.getLogger("offsetjax").setLevel(logging.INFO)
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    logging.captureWarnings(is_program)  # what Python writes to a reader that has stopped would wait for it
+    options, rest = _parser().parse_known_args(arguments)
     try:
         _check_paths(options)
-        options.run(options, rest)
+        if options.run in _TOGETHER:  # these have listeners of their own
+            log.never_wait()
+            options.run(options, rest)
+        else:
+            with signals.raised():  # what is half written is cleared away
+                options.run(options, rest)
     except (Exception, KeyboardInterrupt) as error:
-        return _explain(error, resumes=_RESUMES.get(options.run, ""))
-    return 0
+        return _explain(error, options)
+    return Status.DONE
 
 
-def _explain(error: BaseException, resumes: str = "") -> int:
-    """Tells the user of an error, and returns the exit status; what is a fault of the program is raised again.
+def _explain(error: BaseException, options: argparse.Namespace | None = None) -> int:
+    """Reports an error to the user, and returns the exit status.
 
     Args:
-        resumes: from where the same command does, if it does.
+        options: of the command line.
     """
+    from offsetjax import faults
+
+    options = options or argparse.Namespace()
+    status, resumes = kind_of(error), _RESUMES.get(getattr(options, "run", _train), "")
     match error:
-        case UserError():
-            status, text = 2, f"error: {error}"
-        # A bucket's errors have no number, and a name that is not resolved a negative one; what else says neither a
-        # file nor a mistake may be a fault of the program. A disk or a network may do better the next time.
-        case OSError() if error.filename or error.errno in _MISTAKES or (error.errno or -1) < 0:
-            is_mistake = error.errno in _MISTAKES or isinstance(error, FileNotFoundError | PermissionError)
-            what = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
-            status, text = 2 if is_mistake else 1, f"error: {what}; see to it and try again"
+        case UserError() | StorageError() | TransientError():
+            text = f"error: {error}"
         case PreemptedError():
-            status, text = 143, f"ended by SIGTERM {error}; the same command resumes from there"
+            text = f"ended by {signals.name(error.number)} {error}; the same command resumes from there"
+        case signals.Interrupted() if status == Status.PREEMPTED:
+            text = f"ended by {signals.name(error.number)}"
         case KeyboardInterrupt():
-            status, text = 130, "interrupted" + (f"; the same command resumes {resumes}" if resumes else "")
+            text = "interrupted" + (f"; the same command resumes {resumes}" if resumes else "")
+        case OSError() if status in _REMEDIES:
+            what = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+            text = f"error: {what}; {_REMEDIES[status]}"
+        case _ if status in _REMEDIES:
+            text = f"error: {type(error).__name__}: {one_line(error)}; {_REMEDIES[status]}"
         case _:
-            raise error
-    print(f"offsetjax: {text}", file=sys.stderr)
+            text = f"error: a fault of offsetjax: {type(error).__name__}: {one_line(error)}"
+    # A number of the system's says enough; where else an error came from, only the stack trace does.
+    is_expected = isinstance(error, UserError | StorageError | TransientError | PreemptedError | KeyboardInterrupt)
+    is_expected |= isinstance(error, OSError) and not isinstance(error, ConnectionError) and status != Status.FAULT
+    if getattr(options, "debug", False) or not is_expected:
+        log.write(faults.trace(error))
+    if status == Status.FAULT and (report := faults.write_report(error, sys.argv[1:], _folder(options))):
+        text += f"; all that a report needs is in {report}"
+    log.say(text)
     return status
+
+
+def _folder(options: argparse.Namespace) -> str:
+    """Of the run that a command works on; "" where it is none."""
+    workdir = getattr(options, "workdir", "")
+    return workdir if isinstance(workdir, str) else ""
 
 
 def _parser() -> argparse.ArgumentParser:
     # Abbreviations would let --config.x and --config collide.
-    parser = argparse.ArgumentParser(prog="offsetjax", description=__doc__, allow_abbrev=False)
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="print the stack trace of any error"
+    )
+    description = "Trains latent diffusion models, and prepares, samples, compares and exports what it trains."
+    parser = argparse.ArgumentParser(prog="offsetjax", description=description, allow_abbrev=False, parents=[debug])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Command | None, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+        about = f"{help[0].upper()}{help[1:]}."
+        sub = commands.add_parser(name, help=help, description=about, allow_abbrev=False, parents=[debug])
         sub.set_defaults(run=run)
         return sub
 
@@ -170,17 +214,18 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("data", None, "build, encode or inspect a data set")
     data = sub.add_subparsers(required=True, metavar="build|encode|inspect")
-    sub = data.add_parser("build", help="a folder of captioned images → ArrayRecord", allow_abbrev=False)
+    common: dict[str, Any] = {"allow_abbrev": False, "parents": [debug]}
+    sub = data.add_parser("build", help="a folder of captioned images → ArrayRecord", **common)
     sub.set_defaults(run=_data_build)
     sub.add_argument("--images", required=True, help="images with metadata.jsonl, or name.txt beside name.png")
     sub.add_argument("--out", required=True)
     sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken images that is accepted")
-    sub = data.add_parser("encode", help="the latents of a data set, to train from", allow_abbrev=False)
+    sub = data.add_parser("encode", help="the latents of a data set, to train from", **common)
     sub.set_defaults(run=_data_encode)
     sub.add_argument("--config", required=True, help="the config file of the training to be")
     sub.add_argument("--out", required=True, help="a folder for data.path, with data.cached_latents=True, or gs://…")
     sub.epilog = f"What was interrupted goes on with the parts that are missing. {_OVERRIDES}"
-    sub = data.add_parser("inspect", help="what a data set holds", allow_abbrev=False)
+    sub = data.add_parser("inspect", help="what a data set holds", **common)
     sub.set_defaults(run=_data_inspect)
     sub.add_argument("--data", required=True)
     sub.add_argument("--split", default="train", help="of the data set, such as test or train[:10%%]; %(default)s")
@@ -243,7 +288,7 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
-    with processes.together(partial(_explain, resumes=_RESUMES[_train])):
+    with processes.together(partial(_explain, options=options)):
         from offsetjax.config import digest, load_config
 
         config = load_config(options.config, _overrides(rest))
@@ -273,13 +318,15 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.prepare.sweep import listing
 
-    print("\n".join(listing(options.config, options.workdir, _overrides(rest))))
+    print("\n".join(listing(options.config, options.workdir, _overrides(rest))), flush=True)
+    if log.has_lost_output():
+        raise StorageError("sweep: its list cannot be written to standard output; see where that goes")
 
 
 def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
-    with processes.together(_explain):
+    with processes.together(partial(_explain, options=options)):
         from offsetjax.config import load_config
 
         config = load_config(options.config, _overrides(rest))
@@ -346,7 +393,7 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
-    with processes.together(partial(_explain, resumes=_RESUMES[_data_encode])):
+    with processes.together(partial(_explain, options=options)):
         from offsetjax.config import load_config
 
         config = load_config(options.config, _overrides(rest))
@@ -387,9 +434,12 @@ def _config(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
     _alone("demo")
+    from etils import epath
+
     from offsetjax.article.demo import demo
 
     demo(epath.Path(options.out))
 
 
 _RESUMES: dict[Command, str] = {_train: "from the last checkpoint", _data_encode: "with the parts that are missing"}
+_TOGETHER = (_train, _calibrate, _data_encode)

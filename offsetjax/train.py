@@ -19,7 +19,6 @@ from orbax.checkpoint import CheckpointManager
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_source
 from offsetjax.data.stream import Stream
-from offsetjax.errors import PreemptedError
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import fsdp, sharding
 from offsetjax.parallel.preemption import Preemption
@@ -40,7 +39,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     Raises:
         UserError: a mistake in the config, the data, the checkpoint or the work directory.
-        PreemptedError: SIGTERM came; what was trained is saved.
+        PreemptedError: a signal came; what was trained is saved.
     """
     with Watchdog(config.train.stall_seconds) as watchdog, Preemption() as preemption:
         source = open_source(config.data.path, config.data.split, config.data.cached_latents)
@@ -100,7 +99,7 @@ def _loop(
     last: Any = None
     try:
         if preemption.reached():
-            raise PreemptedError(f"before step {start + 1}")
+            raise preemption.stopped(f"before step {start + 1}")
         if start == 0:
             _evaluate(evaluators, state, 0, metrics, clock, watchdog)
         for step in range(start + 1, train.steps + 1):
@@ -129,7 +128,7 @@ def _loop(
                 checkpoint.save(manager, step, state, _position(stream, step))
                 watchdog.progressed()
             if is_preempted and step < train.steps:
-                raise PreemptedError(f"after step {step}")
+                raise preemption.stopped(f"after step {step}")
         if skipped := int(state.skipped):
             _log.warning("%d steps changed nothing: their loss or gradient was not finite", skipped)
         if cut := int(state.truncated):

@@ -191,20 +191,43 @@ def test_help_comes_at_once() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (FileNotFoundError(2, "No such file or directory", "a.py"), 2, "a.py: No such file or directory"),
-        (FileNotFoundError("Bucket does not exist: b"), 2, "Bucket does not exist: b"),
-        (OSError("Cannot connect to\nhost storage.googleapis.com"), 1, "Cannot connect to host storage.googleapis.com"),
-        (socket.gaierror(-2, "Name or service not known"), 1, "[Errno -2] Name or service not known"),
-        (OSError(5, "Input/output error", "a"), 1, "a: Input/output error"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.py"),
+            2,
+            "a.py: No such file or directory; see to it and try again",
+        ),
+        (FileNotFoundError("Bucket does not exist: b"), 2, "Bucket does not exist: b; see to it and try again"),
+        (
+            OSError("Cannot connect to\nhost storage.googleapis.com"),
+            75,
+            "Cannot connect to host storage.googleapis.com; it may pass by itself: the same command tries again",
+        ),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            75,
+            "[Errno -2] Name or service not known; it may pass by itself: the same command tries again",
+        ),
+        (
+            OSError(5, "Input/output error", "a"),
+            75,
+            "a: Input/output error; it may pass by itself: the same command tries again",
+        ),
+        (
+            OSError(28, "No space left on device", "a"),
+            74,
+            "a: No space left on device; see to the storage, then the same command tries again",
+        ),
     ],
 )
 def test_what_a_disk_or_a_network_refuses_is_one_line(
     capsys: pytest.CaptureFixture[str], error: OSError, status: int, text: str
 ) -> None:
     assert _explain(error) == status
-    assert capsys.readouterr().err == f"offsetjax: error: {text}; see to it and try again\n"
+    assert capsys.readouterr().err == f"offsetjax: error: {text}\n"
 
 
-def test_a_connection_that_a_part_of_the_program_broke_keeps_its_traceback() -> None:
-    with pytest.raises(ConnectionResetError):
-        _explain(ConnectionResetError(104, "Connection reset by peer"))
+def test_a_connection_that_a_part_of_the_program_broke_keeps_its_stack_trace(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _explain(ConnectionResetError(104, "Connection reset by peer")) == 75
+    assert "ConnectionResetError: [Errno 104]" in capsys.readouterr().err.splitlines()[0]

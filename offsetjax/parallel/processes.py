@@ -2,30 +2,24 @@
 
 On TPUs JAX finds the processes by itself. Elsewhere three variables of the environment name them:
 JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them a process trains
-alone. Whoever fails tells all, through the store of JAX's coordination service, and they end with the same status: none
-waits for one that is gone.
+alone. Whoever fails broadcasts that through the store of JAX's coordination service, and all end with the same status:
+none waits for one that is gone. Each acts first and prints afterwards: what is printed may be lost.
 """
 
 import contextlib
-import faulthandler
-import multiprocessing
 import os
-import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax._src import cloud_tpu_init  # no public module says whether JAX is to look for other hosts,
-from jax._src.distributed import global_state  # nor gives its client of the coordination service
 from jax.experimental import multihost_utils
 
-from offsetjax.errors import PreemptedError, UserError, one_line
+from offsetjax import log
+from offsetjax.errors import PreemptedError, TransientError, UserError, one_line
+from offsetjax.parallel import private, signals
 
-STALLED = 75  # exit status: EX_TEMPFAIL of sysexits.h, to be tried again
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _HEARTBEAT_SECONDS = 100  # JAX's own: whoever is silent for as long is lost, and JAX aborts the others
 _JOINING_HEARTBEATS = 3  # JAX's own: for as many of them the others are waited for at the start
@@ -38,33 +32,17 @@ _DAY_MS, _BARRIER_MS = 86_400_000, 60_000
 def together(report: Callable[[BaseException], int]) -> Iterator[None]:
     """Inside, all processes work as one; to be entered before anything else of JAX is used.
 
-    An exception in one of them ends all, with the status that `report` makes of it after it has told the user.
+    An exception in one of them ends all, with the status that `report` makes of it. A signal ends all too, where no
+    other listener saves something first.
 
     Raises:
         UserError: variables that name no processes.
-        RuntimeError: the others are not there.
+        TransientError: the others are not there.
     """
     _join()
-    with _ended_by_sigterm(), _ended_together(report):
+    # Without a handler a container's process 1 would not hear SIGTERM.
+    with signals.heard(signals.listener(abort)), _ended_together(report):
         yield
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends all while nothing is to be saved. Without a handler a container's process 1 would not hear it."""
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
-        yield
-        return
-
-    def end_by(number: int, frame: Any) -> None:
-        print("offsetjax: ended by SIGTERM, with nothing to save", file=sys.stderr)
-        abort(128 + number, "SIGTERM, with nothing to save")
-
-    before = signal.signal(signal.SIGTERM, end_by)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -79,22 +57,22 @@ def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
         _leave()
         raise
     except BaseException as error:
-        try:
-            status = report(error)
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        abort(status, one_line(error, most=2000))
+        status = report(error)
+        abort(status, one_line(error, most=2000), is_said=True)
     _leave()
 
 
 def are_several() -> bool:
     """Whether this process works with others."""
-    return global_state.client is not None and global_state.num_processes > 1
+    return private.distributed().client is not None and private.distributed().num_processes > 1
 
 
 def _client() -> Any:
-    return global_state.client
+    return private.distributed().client
+
+
+def _index() -> int:
+    return private.distributed().process_id
 
 
 def subscribe(key: str, action: Callable[[str], None]) -> None:
@@ -120,7 +98,7 @@ def broadcast(key: str, value: str) -> None:
 
 def gather(key: str, value: str) -> list[str]:
     """The values of all processes, once all have given theirs."""
-    broadcast(f"{key}/{global_state.process_id}", value)
+    broadcast(f"{key}/{_index()}", value)
     _client().wait_at_barrier(key, _BARRIER_MS)
     return [value for _, value in _client().key_value_dir_get(key)]
 
@@ -131,39 +109,38 @@ def barrier(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def abort(status: int, why: str) -> None:
-    """Ends all processes at once; what is not written yet is lost."""
+def abort(status: int, why: str, *, is_said: bool = False, shows_stacks: bool = False) -> None:
+    """Ends all processes at once; what is not written yet is lost.
+
+    Args:
+        is_said: the user knows why.
+        shows_stacks: each prints what all of its threads do.
+    """
     if are_several():
-        text = f"{global_state.process_id} {status} {why}"
-        telling = threading.Thread(target=broadcast, args=(_ENDED, text), daemon=True)
+        text = f"{_index()} {int(status)} {int(shows_stacks)} {why}"
+        telling = threading.Thread(target=_broadcast_quietly, args=(_ENDED, text), daemon=True)
         telling.start()
         telling.join(5)  # the service may be what is gone
-    end(status)
+    end(status, "" if is_said else why, shows_stacks)
 
 
-def end(status: int) -> None:
+def _broadcast_quietly(key: str, value: str) -> None:
+    with contextlib.suppress(Exception):
+        broadcast(key, value)
+
+
+def end(status: int, why: str = "", shows_stacks: bool = False) -> None:
     """Ends this process at once: what Python does at its end would wait for the others."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    if global_state.service is not None:
+    stacks = log.stacks() if shows_stacks else ""
+    if private.distributed().service is not None:
         time.sleep(1)  # the store ends with this process: the others have to read it, and to end, first
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    signals.end(status, why, stacks)
 
 
 def _end_too(told: str) -> None:
-    index, status, why = told.split(" ", 2)
-    if int(index) != global_state.process_id:
-        print(f"offsetjax: ended, as process {index} was: {why}", file=sys.stderr, flush=True)
-        if int(status) == STALLED:  # all wait for the one that hangs, which need not be the first to notice
-            dump_stacks()
-        end(int(status))
-
-
-def dump_stacks() -> None:
-    """Prints what every thread of this process does, on standard error."""
-    faulthandler.dump_traceback(all_threads=True)
+    index, status, shows_stacks, why = told.split(" ", 3)
+    if int(index) != _index():
+        end(int(status), f"ended, as process {index} was: {why}", bool(int(shows_stacks)))
 
 
 def _leave() -> None:
@@ -178,14 +155,16 @@ def _join() -> None:
     settings = _settings()
     if settings is None:
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `parallel.signals`
     seconds = int(os.environ.get("OFFSETJAX_HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS))  # for tests
     try:
         jax.distributed.initialize(
             **settings, heartbeat_timeout_seconds=seconds, initialization_timeout=_JOINING_HEARTBEATS * seconds
         )
     except Exception as error:  # JAX raises several kinds
-        raise RuntimeError(
-            "the other processes are not there; to train on this machine alone, set JAX_NUM_PROCESSES=1"
+        raise TransientError(
+            f"the other processes are not there ({one_line(error)}); to train on this machine alone, set "
+            "JAX_NUM_PROCESSES=1"
         ) from error
 
 
@@ -195,7 +174,7 @@ def _settings() -> dict[str, Any] | None:
         return None
     given = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if not given:
-        is_tpu = cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+        is_tpu = private.is_cloud_tpu_vm() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
         return {} if is_tpu else None
     for name in _VARIABLES:
         if name not in given:

@@ -1,11 +1,11 @@
 """A training that hangs is ended, with what every thread was doing: the scheduler can start it again."""
 
 import math
-import sys
 import threading
 import time
 from typing import Any
 
+from offsetjax.errors import Status
 from offsetjax.parallel import processes
 
 
@@ -32,7 +32,5 @@ class Watchdog:
         while (left := self._went_on + self._seconds - time.monotonic()) > 0:
             if self._closed.wait(left):
                 return
-        why = f"nothing went on for {self._seconds:g} s (train.stall_seconds)"
-        print(f"offsetjax: error: stalled: {why}; this is what every thread does:", file=sys.stderr, flush=True)
-        processes.dump_stacks()
-        processes.abort(processes.STALLED, f"stalled: {why}")
+        why = f"error: stalled: nothing went on for {self._seconds:g} s (train.stall_seconds); what every thread does:"
+        processes.abort(Status.TRANSIENT, why, shows_stacks=True)

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from offsetjax import log
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, write_whole
 from offsetjax.plan.compile import Compiled, Request, check_topology, compile_step
@@ -58,10 +59,10 @@ def plan(
         if searches:
             found["largest_batch"] = _search(request, found)
         plans.append(found)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(show(plans))
     if out:
         write_whole(out, json.dumps(plans, indent=2) + "\n")
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(show(plans))
     return plans
 
 
@@ -69,7 +70,7 @@ def _compile(request: Request) -> Compiled:
     """Compiles with a line that says what is done and since when; where nobody looks on, with a line for each."""
     slices = f"{request.num_slices} x " if request.num_slices > 1 else ""
     where = f"{slices}{request.topology}, batch {request.config.train.global_batch_size}"
-    console, begin, last = Console(stderr=True), time.monotonic(), ""
+    console, begin, last = Console(file=log.stream), time.monotonic(), ""
     if console.is_terminal:
         with console.status(where) as status:
             return compile_step(
@@ -79,7 +80,7 @@ def _compile(request: Request) -> Compiled:
     def once(phase: str) -> None:
         nonlocal last
         if phase != last:
-            print(f"{where}: {phase}", file=sys.stderr, flush=True)
+            log.write(f"{where}: {phase}\n")
         last = phase
 
     return compile_step(request, once)

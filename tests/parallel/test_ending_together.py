@@ -42,11 +42,11 @@ def train(config, workdir):
                     print("hangs", flush=True)
                     time.sleep(1000)
             assert total(ones, step) == jax.device_count() + step
-            guard.goes_on()
+            guard.progressed()
             print("step", step, flush=True)
             time.sleep(0.05)
             if preemption.reached():
-                raise PreemptedError(f"after step {step}")
+                raise preemption.stopped(f"after step {step}")
 
 stand_in = types.ModuleType("offsetjax.train")
 stand_in.train = train
