@@ -119,7 +119,7 @@ def _kind_of_os_error(error: OSError) -> Status | None:
     if number is None:  # a bucket's, which say it in words; Pillow's too, of a picture that is broken
         if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | NotADirectoryError):
             return Status.MISTAKE
-        if isinstance(error, ConnectionError):
+        if isinstance(error, ConnectionError | TimeoutError):
             return Status.TRANSIENT
         return _kind_of_words(str(error))
     if number in _STORAGE:

@@ -11,13 +11,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
 from offsetjax import log
-from offsetjax.errors import PreemptedError, TransientError, UserError, one_line
+from offsetjax.errors import PreemptedError, TransientError, UserError, kind_of, one_line
 from offsetjax.parallel import private, signals
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -25,15 +26,16 @@ _HEARTBEAT_SECONDS = 100  # JAX's own: whoever is silent for as long is lost, an
 _JOINING_HEARTBEATS = 3  # JAX's own: for as many of them the others are waited for at the start
 _ENDED = "offsetjax/ended"
 _LISTENER = "offsetjax listener"
+_ending = threading.Lock()  # whoever has it ends this process
 _DAY_MS, _BARRIER_MS = 86_400_000, 60_000
 
 
 @contextlib.contextmanager
-def together(report: Callable[[BaseException], int]) -> Iterator[None]:
+def together(report: Callable[[BaseException], object]) -> Iterator[None]:
     """Inside, all processes work as one; to be entered before anything else of JAX is used.
 
-    An exception in one of them ends all, with the status that `report` makes of it. A signal ends all too, where no
-    other listener saves something first.
+    An exception in one of them ends all, with the status of its kind; `report` tells the user of it. A signal ends all
+    too, where no other listener saves something first.
 
     Raises:
         UserError: variables that name no processes.
@@ -46,7 +48,7 @@ def together(report: Callable[[BaseException], int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
+def _ended_together(report: Callable[[BaseException], object]) -> Iterator[None]:
     if not are_several():
         yield
         return
@@ -57,8 +59,7 @@ def _ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
         _leave()
         raise
     except BaseException as error:
-        status = report(error)
-        abort(status, one_line(error, most=2000), is_said=True)
+        abort(kind_of(error), one_line(error, most=2000), report=partial(report, error))
     _leave()
 
 
@@ -109,19 +110,24 @@ def barrier(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def abort(status: int, why: str, *, is_said: bool = False, shows_stacks: bool = False) -> None:
-    """Ends all processes at once; what is not written yet is lost.
+def abort(status: int, why: str, *, report: Callable[[], object] | None = None, shows_stacks: bool = False) -> NoReturn:
+    """Ends all processes at once; what is not written yet is lost. Who calls it first decides how.
 
     Args:
-        is_said: the user knows why.
+        report: tells the user, in the place of a line that says why.
         shows_stacks: each prints what all of its threads do.
     """
+    if not _ending.acquire(blocking=False):
+        threading.Event().wait()
     if are_several():
         text = f"{_index()} {int(status)} {int(shows_stacks)} {why}"
         telling = threading.Thread(target=_broadcast_quietly, args=(_ENDED, text), daemon=True)
         telling.start()
         telling.join(5)  # the service may be what is gone
-    end(status, "" if is_said else why, shows_stacks)
+    if report:
+        with contextlib.suppress(BaseException):
+            report()
+    _end(status, "" if report else why, shows_stacks)
 
 
 def _broadcast_quietly(key: str, value: str) -> None:
@@ -129,7 +135,7 @@ def _broadcast_quietly(key: str, value: str) -> None:
         broadcast(key, value)
 
 
-def end(status: int, why: str = "", shows_stacks: bool = False) -> None:
+def _end(status: int, why: str, shows_stacks: bool) -> NoReturn:
     """Ends this process at once: what Python does at its end would wait for the others."""
     stacks = log.stacks() if shows_stacks else ""
     if private.distributed().service is not None:
@@ -139,8 +145,8 @@ def end(status: int, why: str = "", shows_stacks: bool = False) -> None:
 
 def _end_too(told: str) -> None:
     index, status, shows_stacks, why = told.split(" ", 3)
-    if int(index) != _index():
-        end(int(status), f"ended, as process {index} was: {why}", bool(int(shows_stacks)))
+    if int(index) != _index() and _ending.acquire(blocking=False):
+        _end(int(status), f"ended, as process {index} was: {why}", bool(int(shows_stacks)))
 
 
 def _leave() -> None:

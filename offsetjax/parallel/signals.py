@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from offsetjax import log
 from offsetjax.errors import Status
@@ -82,7 +82,7 @@ def status_of(number: int) -> Status:
     return Status.INTERRUPTED if number == signal.SIGINT else Status.PREEMPTED
 
 
-def end(status: int, why: str, stacks: str = "") -> None:
+def end(status: int, why: str, stacks: str = "") -> NoReturn:
     """Ends this process at once, its children too: what Python does at its end might wait for others."""
     import multiprocessing  # not at the top: signals are heard before anything large is imported
 
@@ -105,7 +105,7 @@ def listener(end: Callable[[int, str], None], first: Callable[[int], None] | Non
         end(status_of(number), ended_with_nothing(number))
 
     def end_at_once(number: int) -> None:
-        end(status_of(number), f"{name(number)} for the second time: ended at once, nothing more is saved")
+        end(status_of(number), "a second signal: ended at once, nothing more is saved")
 
     return Listener(first or end_with_nothing, end_at_once)
 
