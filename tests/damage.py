@@ -68,7 +68,7 @@ def write_adapters(directory: pathlib.Path, file: pathlib.Path) -> None:
     config = default_config()
     config.model.pretrained = str(directory)
     config = resolve(config)
-    like = abstract_params(build(config).unet)
+    like = abstract_params(build(config).denoiser)
     adapters = init_adapters(stream_key(0, "test"), like, ("to_q",), 2)
     write_lora(file, {"unet": adapters}, base_like={"unet": like}, family=config.model.family, rank=2, alpha=2.0)
 

@@ -65,8 +65,7 @@ def pipeline(config: ConfigDict, dtype: torch.dtype = torch.float32) -> diffuser
     """PyTorch's pipeline of a config's architecture, with random weights."""
     parts = build(config)
     modules: dict[str, Any] = {
-        part: _module(getattr(parts, part), seed).to(dtype)
-        for seed, part in enumerate(("unet", "vae", *parts.text_encoders))
+        part: _module(parts.parts[part], seed).to(dtype) for seed, part in enumerate(parts.family.parts)
     }
     pads = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}[config.model.family]
     for place, pad in enumerate(pads):

@@ -16,7 +16,7 @@ from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
 from offsetjax.models.initial import abstract_trained, initial_trained
-from offsetjax.models.pipeline import build, family, network_parts
+from offsetjax.models.pipeline import build, network_parts
 from offsetjax.models.tokenizer import train_tokenizer
 from offsetjax.models.weights import abstract_params, write_tokenizers
 from offsetjax.parallel import sharding
@@ -64,15 +64,16 @@ def write_model(directory: pathlib.Path, config: ConfigDict, dtype: str = "float
 
     pipeline = build(config)
     for part in network_parts(config):
-        model = getattr(pipeline, part)
+        model = pipeline.parts[part]
         tensors = torch_tensors(jax.tree.map(random, abstract_params(model)))
         files.write_part(directory, part, model.torch_config(), tensors, dtype=dtype)
     text = config.model.text_encoder
     tokenizer = train_tokenizer(tiny.CAPTIONS, text.vocab_size, text.max_position_embeddings)
-    write_tokenizers(directory, (tokenizer,) * len(pipeline.text_encoders))
+    write_tokenizers(directory, pipeline.family, dict.fromkeys(pipeline.family.encoders, tokenizer))
     scheduler = files.scheduler_config(make_process(config.schedule).scheduler("ddim", "trailing"))
     files.write_scheduler(directory, scheduler)
-    files.write_index(directory, scheduler["_class_name"], family(config), config.model.force_zeros_for_empty_prompt)
+    zeros = config.model.force_zeros_for_empty_prompt
+    files.write_index(directory, scheduler["_class_name"], pipeline.family.name, zeros)
 
 
 def run_config(model: pathlib.Path, **changes: Any) -> ConfigDict:

@@ -32,7 +32,7 @@ def on_devices(
         return jax.make_array_from_callback((global_batch_size, *field.shape[1:]), sharding, part)
 
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {name: whole(field) for name, field in batch.items() if name not in HOST_FIELDS}
+        return {name: jax.tree.map(whole, field) for name, field in batch.items() if name not in HOST_FIELDS}
 
     queue: deque[dict[str, jax.Array]] = deque()
     for batch in batches:

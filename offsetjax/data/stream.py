@@ -8,7 +8,7 @@ another number of processes or workers and still see the same global batches.
 
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -31,8 +31,8 @@ _CONFIG_NAMES = {
     "random_flip": "data.random_flip",
 }
 
-# A caption's ids for each of e text encoders, and how many tokens it had before it was cut to n.
-Tokenize = Callable[[str], tuple[Int[np.ndarray, "e n"], int]]
+# A caption's ids by text encoder, how many tokens it had before it was cut, and how many are read.
+Tokenize = Callable[[str], tuple[Mapping[str, Int[np.ndarray, " n"]], int, int]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Stream:
     num_workers: int = 0
     rows: tuple[int, ...] = ()  # of each global batch, those of this process
 
-    def iterator(self, start_batch: int = 0) -> Generator[dict[str, np.ndarray], None, None]:
+    def iterator(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
         """The batches of this process from number `start_batch` on; close it when done.
 
         Yields:
             `pixels` uint8 `[b, resolution, resolution, 3]`, or of a cache `moments` float16 `[b, 2, c, h, w]`, the mean
-            and the log-variance of their latents; `input_ids` int32 `[b, e, n]`, for each of e text encoders;
+            and the log-variance of their latents; `input_ids` by text encoder, int32 `[b, n]`;
             `time_ids` float32 `[b, 6]`, SDXL's micro-conditioning (see `offsetjax.data.images.time_ids`);
             `is_truncated` bool `[b]`, whose captions were cut; `index` int64 `[b]`, the number of each example in
             the source. b is the number of this process's rows.
@@ -197,16 +197,16 @@ def _first_view(example: dict[str, Any]) -> dict[str, Any]:
     return {"moments": example["views"][0], **others}
 
 
-def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, Any]:
     tokens = [stream.tokenize(str(caption)) for caption in batch["caption"]]
-    input_ids = np.stack([np.asarray(ids, np.int32) for ids, _ in tokens])
-    num_tokens, limit = np.array([count for _, count in tokens]), input_ids.shape[-1]
-    is_truncated = num_tokens > limit
+    rows = [ids for ids, *_ in tokens]
+    input_ids = {part: np.stack([np.asarray(ids[part], np.int32) for ids in rows]) for part in rows[0]}
+    is_truncated = np.array([count > limit for _, count, limit in tokens])
     if stream.long_captions == "refuse" and is_truncated.any():
         first = int(is_truncated.argmax())
         raise UserError(
-            f"data: the caption of {stream.source.describe(batch['index'][first])} has {num_tokens[first]} tokens, but "
-            f"the text encoders read {limit}; shorten it, or set encode.long_captions='truncate'"
+            f"data: the caption of {stream.source.describe(batch['index'][first])} has {tokens[first][1]} tokens, but "
+            f"the text encoders read {tokens[first][2]}; shorten it, or set encode.long_captions='truncate'"
         )
     own = {name: _own(field) for name, field in batch.items() if name != "caption"}
     return {**own, "input_ids": input_ids, "is_truncated": is_truncated}

@@ -30,7 +30,7 @@ from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.single_file import write_single_file
 from offsetjax.formats.tensors import Tensor, inspected
-from offsetjax.models.pipeline import Pipeline, family, network_parts, trained_parts, training_noise
+from offsetjax.models.pipeline import Pipeline, network_parts, trained_parts, training_noise
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.models.workdir import Stored, open_stored
 
@@ -107,7 +107,8 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
     parts = {part: stored.part(part) for part in network_parts(config)}
     with _progress(out.name, parts) as parts:
         for part, tensors in parts.items():
-            metadata = header(pipeline, config, stored.step, "diffusers", title) if part == "unet" else {}
+            is_denoiser = part == pipeline.family.denoiser
+            metadata = header(pipeline, config, stored.step, "diffusers", title) if is_denoiser else {}
             files.write_part(
                 out,
                 part,
@@ -118,13 +119,14 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
                 max_shard_bytes=max_shard_bytes,
             )
     if is_diffusion:
-        write_tokenizers(out, pipeline.tokenizers)
+        write_tokenizers(out, pipeline.family, pipeline.tokenizers)
         process, sampler = make_process(config.schedule), matched_sampler(pipeline, config)
         scheduler = files.scheduler_config(process.scheduler(sampler, config.sample.spacing))
         files.write_scheduler(out, scheduler)
         (out / "README.md").write_text(model_card(pipeline, config, stored.step))
         write_spectrum(out, pipeline, config)
-        files.write_index(out, scheduler["_class_name"], family(config), pipeline.force_zeros_for_empty_prompt)
+        zeros = pipeline.settings["force_zeros_for_empty_prompt"]
+        files.write_index(out, scheduler["_class_name"], pipeline.family.name, zeros)
 
 
 def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) -> None:
@@ -135,7 +137,7 @@ def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) 
     with _progress(title, parts) as parts:
         metadata = header(stored.pipeline, config, stored.step, "single_file", title)
         carried = carried_of(stored.frozen)
-        write_single_file(out, parts, configs, family(config), carried, dtype=dtype, metadata=metadata)
+        write_single_file(out, parts, configs, stored.pipeline.family.name, carried, dtype=dtype, metadata=metadata)
 
 
 def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_keys: str) -> None:
@@ -143,9 +145,9 @@ def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_ke
     write_lora(
         out,
         {part: stored.adapters(part) for part in trained_parts(config)},
-        base_like={part: abstract_params(getattr(pipeline, part)) for part in trained_parts(config)},
+        base_like={part: abstract_params(pipeline.parts[part]) for part in trained_parts(config)},
         keys=lora_keys,
-        family=family(config),
+        family=pipeline.family.name,
         rank=config.lora.rank,
         alpha=config.lora.alpha or config.lora.rank,
         dtype=dtype,
@@ -156,9 +158,9 @@ def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_ke
 def _torch_config(stored: Stored, part: str) -> dict[str, Any]:
     """The part's `config.json`; the size that a pipeline draws unless told otherwise is that of training."""
     config, pipeline = stored.config, stored.pipeline
-    torch_config = getattr(pipeline, part).torch_config()
-    if part == "unet":
-        torch_config["sample_size"] = config.data.resolution // pipeline.vae.downscale
+    torch_config = pipeline.parts[part].torch_config()
+    if part == pipeline.family.denoiser:
+        torch_config["sample_size"] = config.data.resolution // pipeline.autoencoder.downscale
     return torch_config
 
 
@@ -188,7 +190,7 @@ def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator
 
 def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:
     """The deviation of each mode of coloured noise, which the card's recipe reads; an offset comes on top."""
-    noise, size = training_noise(pipeline, config), config.data.resolution // pipeline.vae.downscale
+    noise, size = training_noise(pipeline, config), config.data.resolution // pipeline.autoencoder.downscale
     if noise.spectrum is None:
         return
     root = np.ascontiguousarray(np.sqrt(noise.spectrum(size, size)), np.float32)

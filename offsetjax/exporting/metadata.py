@@ -9,7 +9,7 @@ import json
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.process import make_process
-from offsetjax.models.pipeline import Pipeline, family, training_noise
+from offsetjax.models.pipeline import Pipeline, training_noise
 
 _ORIGINAL = {
     "sd1": "https://github.com/CompVis/stable-diffusion",
@@ -29,8 +29,8 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
     optimizer = config.optimizer
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(config) + ("/lora" if form == "lora" else ""),
-        "modelspec.implementation": _ORIGINAL[family(config)] if form == "single_file" else "diffusers",
+        "modelspec.architecture": _architecture(pipeline, config) + ("/lora" if form == "lora" else ""),
+        "modelspec.implementation": _ORIGINAL[pipeline.family.name] if form == "single_file" else "diffusers",
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{side}x{side}",
@@ -51,7 +51,7 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
 
 def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
     """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None."""
-    noise, side = config.noise, config.data.resolution // pipeline.vae.downscale
+    noise, side = config.noise, config.data.resolution // pipeline.autoencoder.downscale
     strength = float(f"{training_noise(pipeline, config).strengths_at(side * side).max():.6g}")
     return {
         "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
@@ -63,9 +63,9 @@ def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
     }
 
 
-def _architecture(config: ConfigDict) -> str:
-    if family(config) == "sd2":
+def _architecture(pipeline: Pipeline, config: ConfigDict) -> str:
+    if pipeline.family.name == "sd2":
         return {"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"}[
             config.schedule.prediction_type
         ]
-    return {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[family(config)]
+    return {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[pipeline.family.name]

@@ -27,11 +27,11 @@ def matched_sampler(pipeline: Pipeline, config: ConfigDict) -> str:
 def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
     """The text of README.md, with a recipe in PyTorch that runs in the model's folder."""
     noise = training_noise(pipeline, config)
-    size = config.data.resolution // pipeline.vae.downscale
-    channels = pipeline.vae.config["latent_channels"]
+    size = config.data.resolution // pipeline.autoencoder.downscale
+    channels = pipeline.autoencoder.latent_channels
     return _CARD.format(
         step=step,
-        pipeline="StableDiffusionXLPipeline" if pipeline.is_conditioned_on_size else "StableDiffusionPipeline",
+        pipeline="StableDiffusionXLPipeline" if pipeline.family.name == "sdxl" else "StableDiffusionPipeline",
         resolution=config.data.resolution,
         prediction=make_process(config.schedule).predicts,
         noise=describe(noise, config.noise, size, size),

@@ -30,6 +30,15 @@ class Autoencoder:
         """Pixels a latent pixel, on a side."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
+    @property
+    def latent_channels(self) -> int:
+        return self.config["latent_channels"]
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by for the denoiser; 0 where that is to be found out from the data."""
+        return self.config["scaling_factor"]
+
     def _module(self) -> FlaxAutoencoderKL:
         fields = {key: value for key, value in self.config.items() if key != "mid_block_add_attention"}
         return FlaxAutoencoderKL(**fields, dtype=jnp.dtype(self.dtype))

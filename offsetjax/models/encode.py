@@ -5,15 +5,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
 from offsetjax.models.autoencoder import Autoencoder
+from offsetjax.models.family import Captions, Conditions, Ids
 from offsetjax.models.pipeline import Pipeline
 
 _FEW_PIXELS, _MANY_PIXELS = 2**18, 2**21  # one picture of 512 px, eight of them
-
-# The hidden states [b, n, d]; SDXL's pooled text and micro-conditioning, `text_embeds` [b, p] and `time_ids` [b, 6].
-Conditions = tuple[Float[Array, "b n d"], Mapping[str, Array] | None]
 
 
 def to_unit_range(pixels: UInt8[Array, "b h w 3"]) -> Float[Array, "b 3 h w"]:
@@ -32,7 +30,7 @@ def encode_batch(
     vae: Autoencoder, params: PyTree, batch: Mapping[str, Array], keys: Key[Array, " b"]
 ) -> Float[Array, "b c h w"]:
     """Scaled latents, drawn from the posterior with one key an example; the arguments are those of `batch_moments`."""
-    return jax.vmap(sample_latent)(keys, *batch_moments(vae, params, batch)) * vae.config["scaling_factor"]
+    return jax.vmap(sample_latent)(keys, *batch_moments(vae, params, batch)) * vae.scaling_factor
 
 
 def batch_moments(
@@ -74,39 +72,28 @@ def _at_once(count: int, pixels: int) -> int:
     return 8 if count % 8 == 0 and 8 * pixels <= _MANY_PIXELS else 1
 
 
-def drop_captions(
-    keys: Key[Array, " b"], input_ids: Int[Array, "b e n"], empty_ids: Int[Array, "e n"], probability: float
-) -> Int[Array, "b e n"]:
+def drop_captions(keys: Key[Array, " b"], input_ids: Ids, empty_ids: Ids, probability: float) -> Ids:
     """Replaces a share of the captions by the empty one, for classifier-free guidance (arXiv 2207.12598)."""
     dropped: Bool[Array, " b"] = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
-    return jnp.where(dropped[:, None, None], empty_ids, input_ids)
+    return {part: jnp.where(dropped[:, None], empty_ids[part], ids) for part, ids in input_ids.items()}
 
 
 def encode_captions(
     pipeline: Pipeline,
     params: Mapping[str, PyTree],
-    input_ids: Int[Array, "b e n"],
+    input_ids: Ids,
     time_ids: Float[Array, "b 6"],
-    empty_ids: Int[Array, "e n"],
+    empty_ids: Ids,
 ) -> Conditions:
-    """What the denoiser is told of the captions and, in SDXL, of the pictures' sizes.
-
-    The hidden states of several text encoders stand side by side; an empty caption is zeros where the model was trained
-    so (`force_zeros_for_empty_prompt`).
+    """What the denoiser is told beside latents and timesteps, of the captions and of the pictures' sizes.
 
     Args:
         params: of each part, as its `apply` takes them.
+        input_ids: by text encoder, [b, n].
         time_ids: original height and width, crop's top and left, target height and width (arXiv 2307.01952, 2.2).
+        empty_ids: of the empty caption, [n].
     """
-    encoded = [
-        model.apply(params[part], input_ids[:, place])
-        for place, (part, model) in enumerate(pipeline.text_encoders.items())
-    ]
-    hidden, pooled = jnp.concatenate([each for each, _ in encoded], axis=-1), encoded[-1][1]
-    if pipeline.force_zeros_for_empty_prompt:
-        is_empty = (input_ids == empty_ids).all((1, 2))
-        hidden = jnp.where(is_empty[:, None, None], 0.0, hidden)
-        pooled = None if pooled is None else jnp.where(is_empty[:, None], 0.0, pooled)
-    if pooled is None or not pipeline.is_conditioned_on_size:
-        return hidden, None
-    return hidden, {"text_embeds": pooled, "time_ids": time_ids}
+    are_empty = [(ids == empty_ids[part]).all(1) for part, ids in input_ids.items()]
+    is_empty = jnp.stack(are_empty).all(0) if are_empty else jnp.zeros(len(time_ids), bool)
+    captions = Captions(input_ids, is_empty, time_ids)
+    return pipeline.family.condition(pipeline.parts, params, captions, pipeline.settings)

@@ -1,5 +1,6 @@
 """The weights before the first step: a pretrained model's, a LoRA's, or drawn at random."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,7 +8,6 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
-from transformers import CLIPTokenizer
 
 from offsetjax.config import assign, default_config, is_explicit
 from offsetjax.errors import UserError
@@ -15,10 +15,11 @@ from offsetjax.formats.lora import LoadedLora, read_lora
 from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
 from offsetjax.formats.tensors import Tensor, inspected
+from offsetjax.models.family import family_of
 from offsetjax.models.lora import init_adapters
-from offsetjax.models.pipeline import Pipeline, build, family, text_parts, trained_parts
+from offsetjax.models.pipeline import Pipeline, build, trained_parts
 from offsetjax.models.resolve import is_from_scratch
-from offsetjax.models.tokenizer import clip_tokenizer, load_tokenizer
+from offsetjax.models.tokenizer import clip_tokenizer, load_tokenizer, train_tokenizer
 from offsetjax.models.weights import abstract_params, load, on_host
 from offsetjax.parallel.sharding import path_name
 from offsetjax.rng import stream_key
@@ -82,20 +83,21 @@ def left_out_tensors(config: ConfigDict) -> tuple[str, ...]:
     return tuple(open_pretrained(config.model.pretrained, config.model.variant).ignored())
 
 
-def pretrained_tokenizers(config: ConfigDict) -> tuple[CLIPTokenizer, ...] | None:
+def pretrained_tokenizers(config: ConfigDict) -> dict[str, Any] | None:
     """The tokenizers that come with the weights; None where captions have to teach one.
 
     Single files have none: every family's is CLIP's, and OpenCLIP pads with "!". So has a text encoder that is drawn at
     random, if it knows as many tokens as CLIP's.
     """
-    parts = text_parts(config)
+    family = family_of(config)
+    parts = family.encoders
     is_learned = is_from_scratch(config, "tokenizer")
     if is_learned and any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):
         return None
     folder = epath.Path(config.model.pretrained)
     if not is_learned and folder.is_dir():
-        tokenizers = tuple(load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts)
-        for part, tokenizer in zip(parts, tokenizers, strict=True):  # some files do not say how long a caption may be
+        tokenizers = {part: load_tokenizer(folder / family.tokenizer_folders[part]) for part in parts}
+        for part, tokenizer in tokenizers.items():  # some files do not say how long a caption may be
             known, length = config.model[part].vocab_size, config.model[part].max_position_embeddings
             if len(tokenizer) > known:
                 raise UserError(
@@ -110,13 +112,22 @@ def pretrained_tokenizers(config: ConfigDict) -> tuple[CLIPTokenizer, ...] | Non
             f"{config.model.text_encoder.vocab_size} tokens where CLIP's has {CLIP_VOCABULARY}; give a diffusers "
             "directory"
         )
-    is_open_clip = {"sd1": (False,), "sd2": (True,), "sdxl": (False, True)}[family(config)]
-    return tuple(clip_tokenizer("!" if each else "<|endoftext|>") for each in is_open_clip)
+    is_open_clip = {"sd1": (False,), "sd2": (True,), "sdxl": (False, True)}[family.name]
+    pads = ["!" if each else "<|endoftext|>" for each in is_open_clip]
+    return {part: clip_tokenizer(pad) for part, pad in zip(parts, pads, strict=True)}
+
+
+def new_tokenizers(config: ConfigDict, captions: Sequence[str]) -> dict[str, Any]:
+    """One tokenizer for all text encoders, which has learnt its words from captions."""
+    parts = family_of(config).encoders
+    texts = [config.model[part] for part in parts]
+    words, length = min(text.vocab_size for text in texts), texts[0].max_position_embeddings
+    return dict.fromkeys(parts, train_tokenizer(captions, words, length))
 
 
 def abstract_trained(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]:
     """The shapes of what a run trains, by part: whole parts, or their adapters."""
-    models = {part: getattr(pipeline, part) for part in trained_parts(config)}
+    models = {part: pipeline.parts[part] for part in trained_parts(config)}
     if not config.lora.rank:
         return {part: abstract_params(model) for part, model in models.items()}
     return jax.eval_shape(lambda: {part: _new_adapters(config, part, model) for part, model in models.items()})
@@ -128,7 +139,7 @@ def initial_trained(config: ConfigDict, pipeline: Pipeline, shardings: dict[str,
     Raises:
         UserError: the model or the LoRA to start from cannot be read, or is another architecture's.
     """
-    models = {part: getattr(pipeline, part) for part in trained_parts(config)}
+    models = {part: pipeline.parts[part] for part in trained_parts(config)}
     if config.lora.rank:
         new = {part: _new_adapters(config, part, model) for part, model in models.items()}
         loaded = _read_lora(config).adapters if config.lora.pretrained else {}
@@ -141,12 +152,12 @@ def check_initial(config: ConfigDict, pipeline: Pipeline) -> None:
     abstract_trained(config, pipeline)
     for part in trained_parts(config):
         if not config.lora.rank and not is_from_scratch(config, part):
-            initial_tensors(config, part, getattr(pipeline, part))
+            initial_tensors(config, part, pipeline.parts[part])
 
 
 def _new_adapters(config: ConfigDict, part: str, model: Any) -> PyTree:
     key = stream_key(config.seed, f"init/{part}/adapters")
-    field = "targets" if part == "unet" else "text_encoder_targets"
+    field = "targets" if part == family_of(config).denoiser else "text_encoder_targets"
     return init_adapters(key, abstract_params(model), config.lora[field], config.lora.rank, f"lora.{field}")
 
 
@@ -161,8 +172,9 @@ def adopt_lora(config: ConfigDict) -> None:
     loaded = _read_lora(config)
     defaults = default_config().lora
     found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}
-    found |= {"targets": loaded.targets("unet")} if "unet" in loaded.adapters else {}
-    text = [part for part in text_parts(config) if part in loaded.adapters]
+    family = family_of(config)
+    found |= {"targets": loaded.targets(family.denoiser)} if family.denoiser in loaded.adapters else {}
+    text = [part for part in family.encoders if part in loaded.adapters]
     if text and not config.optimizer.text_encoder_learning_rate:
         raise UserError(
             f"lora.pretrained: {config.lora.pretrained} adapts {text[0]}, which is frozen; set "
@@ -184,5 +196,5 @@ def _read_lora(config: ConfigDict) -> LoadedLora:
     plain = config.copy_and_resolve_references()
     plain.lora.rank = 0
     bare = build(plain)
-    bases = {part: abstract_params(getattr(bare, part)) for part in ("unet", *bare.text_encoders)}
-    return read_lora(config.lora.pretrained, bases, family(config))
+    bases = {part: abstract_params(bare.parts[part]) for part in bare.parts if part != bare.family.autoencoder}
+    return read_lora(config.lora.pretrained, bases, bare.family.name)

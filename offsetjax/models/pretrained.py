@@ -5,7 +5,6 @@ import re
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -22,7 +21,7 @@ from offsetjax.models.initial import (
 )
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts, network_parts
 from offsetjax.models.resolve import resolve
-from offsetjax.models.weights import load
+from offsetjax.models.weights import load, stored_dtype
 from offsetjax.models.workdir import Trained, load_trained, read_config
 from offsetjax.parallel import sharding
 
@@ -49,8 +48,7 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
     place = partial(sharding.shardings, mesh)
     weights = {}
     for part, tree in tensors.items():
-        dtype = jnp.float32 if part == "vae" else jnp.dtype(config.model.dtype)
-        weights[part] = load(tree, place(tree), dtype)
+        weights[part] = load(tree, place(tree), stored_dtype(pipeline, part))
     frozen = {part: weights.pop(part) for part in frozen_parts(config)}
     if lora:
         weights = initial_trained(config, pipeline, place(abstract_trained(config, pipeline)))
@@ -82,18 +80,17 @@ def _open(path: epath.PathLike, variant: str = "", lora: str = "") -> tuple[Conf
     config.optimizer.text_encoder_learning_rate = config.optimizer.learning_rate if lora else 0.0
     config = resolve(config)
     adopt_lora(config)
-    _describe(config, pretrained)
-    pipeline = build(config, pretrained_tokenizers(config) or ())
+    pipeline = build(config, pretrained_tokenizers(config))
+    _describe(config, pipeline, pretrained)
     parts = network_parts(config)
-    return config, pipeline, {part: part_tensors(pretrained, part, getattr(pipeline, part)) for part in parts}
+    return config, pipeline, {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in parts}
 
 
-def _describe(config: ConfigDict, pretrained: Pretrained) -> None:
+def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) -> None:
     """Sets the noise and the size of the training, as far as the model's header tells."""
     header = pretrained.metadata()
-    downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)
     size = re.fullmatch(r"(\d{1,5})x\d+", header.get("modelspec.resolution", ""))
-    own = config.model.unet.sample_size * downscale
+    own = pipeline.denoiser.config["sample_size"] * pipeline.autoencoder.downscale
     config.data.resolution = int(size[1]) if size and "offsetjax.noise" in header else own
     try:
         noise = json.loads(header.get("offsetjax.noise", "{}"))

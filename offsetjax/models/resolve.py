@@ -9,7 +9,8 @@ from offsetjax.config import assign, default_config, flatten, is_explicit
 from offsetjax.config.schema import default
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
-from offsetjax.models.pipeline import FAMILIES, family, network_parts, text_parts
+from offsetjax.models.family import FAMILIES, family_of
+from offsetjax.models.pipeline import network_parts
 
 _ACTIVATIONS = ("quick_gelu", "gelu")
 
@@ -81,23 +82,24 @@ def resolve(config: ConfigDict) -> ConfigDict:
         _adopt(config, open_pretrained(config.model.pretrained, config.model.variant))
     elif config.model.from_scratch:
         raise UserError("config: model.from_scratch cannot apply without model.pretrained: all is drawn at random")
-    assign(config, "model.family", family(config), explicit=False)
+    assign(config, "model.family", family_of(config).name, explicit=False)
     check_architecture(config)
     return config
 
 
 def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
     if pretrained.family and config.task == "diffusion" and config.model.family not in ("", pretrained.family):
+        title = FAMILIES[pretrained.family].title
         raise UserError(
-            f"config: model.family = {config.model.family!r}, but {pretrained.path} is a {FAMILIES[pretrained.family]} "
+            f"config: model.family = {config.model.family!r}, but {pretrained.path} is a {title} "
             f"model ({pretrained.family}); give another model.pretrained, or leave model.family out"
         )
     if config.task == "diffusion" and pretrained.family:
         assign(config, "model.family", pretrained.family, explicit=False)
     sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config, part)}
-    if config.task == "diffusion" and not is_from_scratch(config, "unet"):
+    if config.task == "diffusion" and not is_from_scratch(config, family_of(config).denoiser):
         sections["scheduler"] = config.schedule
-    defaults = dict(flatten(default_config()))
+    defaults, denoiser = dict(flatten(default_config())), family_of(config).denoiser
     for part, section in sections.items():
         stored = pretrained.read_config(part)
         _require(part, stored, str(pretrained.path))
@@ -111,9 +113,9 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
                     f"model.pretrained: {pretrained.path}: {part} has {key} = {stored[key]!r}, where others have such "
                     f"as {defaults[prefix + key]!r}; fetch it again"
                 )
-            _adopt_value(config, prefix + key, value, pretrained, "unet" if part == "scheduler" else part)
+            _adopt_value(config, prefix + key, value, pretrained, denoiser if part == "scheduler" else part)
         if part == "scheduler" and stored.get("rescale_betas_zero_snr"):
-            _adopt_value(config, "schedule.zero_terminal_snr", True, pretrained, "unet")
+            _adopt_value(config, "schedule.zero_terminal_snr", True, pretrained, denoiser)
     if config.task == "diffusion" and pretrained.has("model_index"):
         path, index = "model.force_zeros_for_empty_prompt", pretrained.read_config("model_index")
         zeros = bool(index.get("force_zeros_for_empty_prompt", False))
@@ -166,7 +168,8 @@ def _is_like(value: Any, default: Any) -> bool:
 
 def check_architecture(config: ConfigDict) -> None:
     """Raises a UserError unless the autoencoder takes pictures, and the denoiser what the other networks give."""
-    model, is_sdxl = config.model, family(config) == "sdxl"
+    model, family = config.model, family_of(config)
+    is_sdxl = family.name == "sdxl"
     if (model.vae.in_channels, model.vae.out_channels) != (3, 3):
         raise UserError("config: model.vae.in_channels and model.vae.out_channels must be 3: red, green and blue")
     if config.task != "diffusion":
@@ -177,11 +180,11 @@ def check_architecture(config: ConfigDict) -> None:
             f"config: model.unet.in_channels = {model.unet.in_channels} and model.unet.out_channels = "
             f"{model.unet.out_channels} must be {channels}, the model.vae.latent_channels"
         )
-    hidden = sum(model[part].hidden_size for part in text_parts(config))
+    hidden = sum(model[part].hidden_size for part in family.encoders)
     if model.unet.cross_attention_dim != hidden:
         raise UserError(
             f"config: model.unet.cross_attention_dim = {model.unet.cross_attention_dim} must be {hidden}, the hidden "
-            f"size of {' and '.join(text_parts(config))}"
+            f"size of {' and '.join(family.encoders)}"
         )
     if is_sdxl != (model.unet.addition_embed_type == "text_time"):
         raise UserError(
@@ -198,7 +201,8 @@ def check_architecture(config: ConfigDict) -> None:
 
 def check_resolution(config: ConfigDict) -> None:
     """Raises a UserError unless pictures of `data.resolution` can be halved as often as the networks do."""
-    networks = ("vae", "unet") if config.task == "diffusion" else ("vae",)
+    family = family_of(config)
+    networks = (family.autoencoder, family.denoiser) if config.task == "diffusion" else (family.autoencoder,)
     unit = 2 ** sum(len(config.model[part].block_out_channels) - 1 for part in networks)
     if config.data.resolution % unit:
         raise UserError(

@@ -51,6 +51,10 @@ class UNet:
         """Whether `apply` needs `added_conditions`."""
         return self.config.get("addition_embed_type") == "text_time"
 
+    def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:
+        """The positions that attend to each other in the blocks, for latents of so many pixels."""
+        return tuple(latent_pixels // 4**halvings for halvings in range(len(self.config["block_out_channels"])))
+
     def _fields(self) -> dict[str, Any]:
         """The config as diffusers, Flax and PyTorch, takes it."""
         fields = dict(self.config)

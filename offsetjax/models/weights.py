@@ -17,14 +17,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
-from transformers import CLIPTokenizer
 
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
 from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_tensors
 from offsetjax.formats.tensors import Tensor, inspected
+from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
 from offsetjax.storage import checksums
@@ -125,25 +124,25 @@ def write_frozen(
     for part, named in tensors.items():
         named = {name: summed(f"{part}/{name}", tensor) for name, tensor in named.items()}
         try:
-            files.write_part(directory, part, getattr(pipeline, part).torch_config(), named)
+            files.write_part(directory, part, pipeline.parts[part].torch_config(), named)
         except NotFiniteError as error:
             raise UserError(f"model.pretrained: {error}; give another model, or another copy of it") from error
     (directory / _CHECKSUMS_FILE).write_text(json.dumps(sums, indent=0) + "\n")
-    write_tokenizers(directory, pipeline.tokenizers)
+    write_tokenizers(directory, pipeline.family, pipeline.tokenizers)
     if carried:
         write_tensors(directory / CARRIED_FILE, carried, metadata={"format": "pt"})
 
 
-def write_tokenizers(directory: epath.PathLike, tokenizers: Sequence[CLIPTokenizer]) -> None:
-    """Writes `tokenizer/`, and for a second text encoder `tokenizer_2/`."""
-    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False):
-        save_tokenizer(tokenizer, epath.Path(directory) / name)
+def write_tokenizers(directory: epath.PathLike, family: Family, tokenizers: Mapping[str, Any]) -> None:
+    """Writes the tokenizer of each text encoder into the folder that its family has for it."""
+    for part, tokenizer in tokenizers.items():
+        save_tokenizer(tokenizer, epath.Path(directory) / family.tokenizer_folders[part])
 
 
-def read_tokenizers(directory: epath.PathLike) -> tuple[CLIPTokenizer, ...]:
+def read_tokenizers(directory: epath.PathLike, family: Family) -> dict[str, Any]:
     """What `write_tokenizers` wrote."""
-    folders = [epath.Path(directory) / name for name in ("tokenizer", "tokenizer_2")]
-    return tuple(load_tokenizer(folder) for folder in folders if folder.exists())
+    folders = {part: epath.Path(directory) / name for part, name in family.tokenizer_folders.items()}
+    return {part: load_tokenizer(folder) for part, folder in folders.items() if folder.exists()}
 
 
 def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str, Tensor]:
@@ -178,23 +177,27 @@ def carried_of(directory: epath.PathLike) -> dict[str, Tensor]:
     return open_tensors([file], "workdir") if file.exists() else {}
 
 
+def stored_dtype(pipeline: Pipeline, part: str) -> Any:
+    """The type of a part's frozen weights on the devices: float32 of the autoencoder, else that it computes in."""
+    return jnp.dtype(jnp.float32 if part == pipeline.family.autoencoder else pipeline.parts[part].dtype)
+
+
 def load_frozen(
     directory: epath.PathLike,
-    config: ConfigDict,
     pipeline: Pipeline,
     parts: Sequence[str],
     shardings_of: Callable[[PyTree], PyTree],
 ) -> dict[str, PyTree]:
-    """The frozen parts of a work directory in their shards: the autoencoder in float32, the others in `model.dtype`.
+    """The frozen parts of a work directory in their shards.
 
     Args:
         shardings_of: abstract parameters → their shardings.
     """
     loaded = {}
     for part in parts:
-        model = getattr(pipeline, part)
+        model = pipeline.parts[part]
         like, where = abstract_params(model), f"workdir: {directory}/{part}"
         tensors = flax_tensors(frozen_tensors(directory, part, model), like, where)
-        dtype = np.float32 if part == "vae" else jnp.dtype(config.model.dtype)
+        dtype = stored_dtype(pipeline, part)
         loaded[part] = load(tensors, shardings_of(like), dtype)
     return loaded

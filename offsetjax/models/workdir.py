@@ -15,6 +15,7 @@ from offsetjax.errors import UserError
 from offsetjax.files import write_whole
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
+from offsetjax.models.family import family_of
 from offsetjax.models.initial import abstract_trained
 from offsetjax.models.lora import merged_tensors
 from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_parts
@@ -51,7 +52,7 @@ class Stored:
         """A part as it draws, by PyTorch's names: adapters are merged into their base."""
         if part in self.params and not self.config.lora.rank:
             return torch_tensors(self.params[part])
-        tensors = frozen_tensors(self.frozen, part, getattr(self.pipeline, part))
+        tensors = frozen_tensors(self.frozen, part, self.pipeline.parts[part])
         if part not in self.params:
             return tensors
         return merged_tensors(tensors, self.adapters(part), adapter_scale(self.config))
@@ -98,7 +99,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)
         params = checkpoint.restore_part(manager, _FIELD[which], checkpoint.abstract(like, place(like)), step)
-    frozen = load_frozen(epath.Path(workdir) / "frozen", config, pipeline, frozen_parts(config), place)
+    frozen = load_frozen(epath.Path(workdir) / "frozen", pipeline, frozen_parts(config), place)
     return Trained(config, pipeline, params, frozen, step, which, mesh)
 
 
@@ -125,7 +126,7 @@ def _open(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipel
     if not (folder / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
-    pipeline = build(config, read_tokenizers(folder / "frozen"))
-    if config.task == "diffusion" and len(pipeline.tokenizers) != len(pipeline.text_encoders):
+    pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config)))
+    if config.task == "diffusion" and len(pipeline.tokenizers) != len(pipeline.family.encoders):
         raise UserError(f"workdir: {folder / 'frozen'} lacks a tokenizer; restore it from a copy")
     return config, pipeline, which

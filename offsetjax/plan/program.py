@@ -12,8 +12,9 @@ from offsetjax.config import default_config, flatten
 from offsetjax.config.presets import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
 from offsetjax.diffusion.calibration import fill
 from offsetjax.errors import UserError
+from offsetjax.models.family import family_of
 from offsetjax.models.initial import adopt_lora
-from offsetjax.models.pipeline import Pipeline, text_parts
+from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.resolve import check_resolution, is_from_scratch, resolve
 from offsetjax.parallel import sharding
 from offsetjax.train import jit_train_step
@@ -43,7 +44,7 @@ def make_program(config: ConfigDict, devices: list[Any]) -> Program:
     mesh = sharding.make_mesh(config, devices)
     pipeline = abstract_pipeline(config)
     run = Run(config, epath.Path("."), mesh, pipeline, abstract_frozen(config, pipeline))
-    state, frozen, batch = abstract_state(config, pipeline), run.step_frozen, abstract_batch(config)
+    state, frozen, batch = abstract_state(config, pipeline), run.step_frozen, abstract_batch(config, pipeline)
     places = sharding.shardings(mesh, state), sharding.shardings(mesh, frozen)
     over_devices = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.BATCH), batch)
     step = jit_train_step(run, places[0])
@@ -61,8 +62,9 @@ def architecture(config: ConfigDict) -> ConfigDict:
         adopt_lora(config)
     else:
         config = fill(_of_preset(config))
-    if config.model.vae.scaling_factor == 0:  # a training standardises the latents before its first step
-        config.model.vae.scaling_factor = 1.0
+    vae = config.model[family_of(config).autoencoder]
+    if vae.scaling_factor == 0:  # a training standardises the latents before its first step
+        vae.scaling_factor = 1.0
     check_resolution(config)
     return config
 
@@ -74,7 +76,7 @@ def _of_preset(config: ConfigDict) -> ConfigDict:
             f"config: the rank of lora.pretrained = {config.lora.pretrained!r} is not read without model.pretrained, "
             f"and {config.model.pretrained} is not there; give it as lora.rank"
         )
-    parts = [part for part in ("unet", "vae", *text_parts(config)) if not is_from_scratch(config, part)]
+    parts = [part for part in family_of(config).parts if not is_from_scratch(config, part)]
     if config.model.family:
         preset, defaults = default_config(), dict(flatten(default_config()))
         _PRESETS[config.model.family](preset)

@@ -83,14 +83,14 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
     calibration = summarise(
         modes.mean,
         modes.variance,
-        config.data.resolution // pipeline.vae.downscale,
+        config.data.resolution // pipeline.autoencoder.downscale,
         num_examples=len(source),
         resolution=config.data.resolution,
         schedule=config.schedule.to_dict(),
         target_terminal_snr=target,
     )
     if jax.process_index() == 0:
-        process, downscale = make_process(config.schedule), pipeline.vae.downscale
+        process, downscale = make_process(config.schedule), pipeline.autoencoder.downscale
         noise = configured_noise(config, calibration, downscale)
         strengths, _ = recommended_strengths(config, calibration, process, downscale)
         for line in table(calibration, modes.variance, noise, strengths, process):
@@ -121,7 +121,7 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     size, total = config.train.global_batch_size, len(source)
     params = jax.device_put(params, sharding.shardings(mesh, params))
-    batch_modes = _jit_batch_modes(pipeline.vae, params, mesh)
+    batch_modes = _jit_batch_modes(pipeline.autoencoder, params, mesh)
     host_batches = open_stream(config, pipeline, source, mesh).iterator(0)
     batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH), size)
     mean, squares = np.complex128(0), np.float64(0)
@@ -148,7 +148,7 @@ def _jit_batch_modes(vae: Autoencoder, params: PyTree, mesh: Mesh) -> Callable[.
             means = batch["moments"][:, 0].astype(jnp.float32)
         else:  # all at once: each device then encodes its own
             means = vae.encode(params, to_unit_range(batch["pixels"]))[0]
-        modes = jnp.fft.rfft2(means * vae.config["scaling_factor"], norm="ortho")
+        modes = jnp.fft.rfft2(means * vae.scaling_factor, norm="ortho")
         counts = (jnp.arange(len(modes)) < count)[:, None, None, None]
         mean = jnp.where(counts, modes, 0).sum(0) / count
         return mean, jnp.where(counts, jnp.abs(modes - mean) ** 2, 0).sum(0)

@@ -62,7 +62,7 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         raise UserError("data: `data encode` reads pictures: give their data.path, and data.cached_latents=False")
     config, pipeline, params, statistics = open_vae(config, open_source(config.data.path, config.data.split))
     sources = _whole_splits(config)
-    cache = _describe(config, pipeline.vae, params, statistics, sources)
+    cache = _describe(config, pipeline.autoencoder, params, statistics, sources)
     finished = caches.is_finished(out, cache)
     shards = caches.missing_shards(out, cache, shard_size)
     barrier("the cache is looked at")  # the first process must not write before the others have looked
@@ -79,7 +79,7 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         if is_first:
             _log.info("%s: encoded already; give it as data.path, with data.cached_latents=True", out)
         return cache
-    encode = _jit_encode(pipeline.vae, params, cache.random_flip)
+    encode = _jit_encode(pipeline.autoencoder, params, cache.random_flip)
     own = shards[jax.process_index() :: jax.process_count()]
     for number, shard in enumerate(own, start=1):
         records = _records(sources[shard.split], shard, cache.resolution, encode)
@@ -106,11 +106,11 @@ def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, 
     validate(config)  # what was read may not go with what was set
     check_resolution(config)
     pipeline, statistics = build(config), None
-    params = jax.device_get(initial_params(config, "vae", pipeline.vae))
-    if config.model.vae.scaling_factor == 0:
+    params = jax.device_get(initial_params(config, pipeline.family.autoencoder, pipeline.autoencoder))
+    if pipeline.autoencoder.scaling_factor == 0:
         statistics = latent_statistics(config, pipeline, params, source)
         params = standardised(params, *statistics)
-        config.model.vae.scaling_factor = 1.0
+        config.model[pipeline.family.autoencoder].scaling_factor = 1.0
         pipeline = build(config)
     check_cache(config, source, params)
     return config, pipeline, params, statistics
@@ -139,10 +139,10 @@ def _describe(
     side = config.data.resolution // vae.downscale
     return Cache(
         encoder=encoder_checksum(params),
-        scaling_factor=vae.config["scaling_factor"],
+        scaling_factor=vae.scaling_factor,
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
-        latent_shape=(vae.config["latent_channels"], side, side),
+        latent_shape=(vae.latent_channels, side, side),
         resolution=config.data.resolution,
         random_flip=config.data.random_flip,
         source=next(iter(sources.values())).path,

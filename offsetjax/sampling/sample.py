@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -22,6 +22,7 @@ from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.encode import encode_captions
+from offsetjax.models.family import Ids
 from offsetjax.models.pipeline import Pipeline, join, training_noise
 from offsetjax.models.resolve import check_resolution
 from offsetjax.models.workdir import Trained, load_trained
@@ -37,7 +38,10 @@ PixelSampler = Callable[..., Float[Array, "b 3 H W"]]
 
 @dataclass(frozen=True)
 class Sampler:
-    """`draw(params, frozen, input_ids [b, e, n], negative_ids [e, n], keys [b], shifts [b]) → uint8 [b, H, W, 3]`."""
+    """`draw(params, frozen, input_ids, negative_ids, keys [b], shifts [b]) → uint8 [b, H, W, 3]`.
+
+    Ids are by text encoder: those of the prompts [b, n], the negative prompt's [n].
+    """
 
     draw: Callable[..., UInt8[Array, "b H W 3"]]
     batch_size: int  # pictures drawn at once
@@ -62,15 +66,15 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
     def draw(
         params: PyTree,
         frozen: PyTree,
-        input_ids: Array,
-        negative_ids: Array,
+        input_ids: Ids,
+        negative_ids: Ids,
         keys: Key[Array, " b"],
         shifts: Float[Array, " b"],
     ) -> UInt8[Array, "b H W 3"]:
         start = start_noise(pipeline, config, keys)
         if config.sample.brightness:
-            start = set_brightness(pipeline, config, frozen["vae"], start, shifts)
-        pixels = split(pixels_of(params, frozen, split(input_ids), negative_ids, split(start), keys))
+            start = set_brightness(pipeline, config, frozen[pipeline.family.autoencoder], start, shifts)
+        pixels = split(pixels_of(params, frozen, jax.tree.map(split, input_ids), negative_ids, split(start), keys))
         return jnp.transpose(jnp.round(pixels * 255.0).astype(jnp.uint8), (0, 2, 3, 1))
 
     # What a device can decode at once shrinks fast as pictures grow: 16 of 512 px, one of 1024 px.
@@ -91,8 +95,8 @@ def sampling_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
 
 def latent_shape(pipeline: Pipeline, config: ConfigDict) -> tuple[int, int, int]:
     """`(c, h, w)` of the pictures that a config is for."""
-    size = config.data.resolution // pipeline.vae.downscale
-    return pipeline.vae.config["latent_channels"], size, size
+    size = config.data.resolution // pipeline.autoencoder.downscale
+    return pipeline.autoencoder.latent_channels, size, size
 
 
 def start_noise(pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
@@ -120,7 +124,7 @@ def set_brightness(
         raise UserError("sample: --brightness cannot apply: the noise has no power at f = 0, so every mean is the same")
     deviation = jnp.asarray(np.sqrt(np.broadcast_to(power, channels) / (height * width)), jnp.float32)
     black_and_white = jnp.stack([jnp.full((3, config.data.resolution, config.data.resolution), x) for x in (-1.0, 1.0)])
-    black, white = pipeline.vae.encode(vae_params, black_and_white)[0].mean((2, 3))
+    black, white = pipeline.autoencoder.encode(vae_params, black_and_white)[0].mean((2, 3))
     direction = (white - black) / deviation
     direction /= jnp.linalg.norm(direction)
     place = (start.mean((2, 3)) / deviation) @ direction
@@ -128,7 +132,7 @@ def set_brightness(
 
 
 def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
-    """The pure `(trained, frozen, input_ids [b, e, n], negative_ids [e, n], start [b, c, h, w], keys [b]) → pixels`.
+    """The pure `(trained, frozen, input_ids, negative_ids, start [b, c, h, w], keys [b]) → pixels`, as `Sampler.draw`.
 
     Pixels are in [0, 1].
 
@@ -142,7 +146,7 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
     if noise.growth is not None and not is_ancestral and not process.includes_rate:
         mean_table = coefficients(sample.sampler, grid, mean_deviations(noise, grid, shape))
 
-    empty_ids = pipeline.tokenize([""])[0]
+    empty_ids = pipeline.tokens("").input_ids
     # Micro-conditioning as of a picture that was trained on whole: its own size, nothing cropped.
     side = config.data.resolution
     time_ids = jnp.asarray((side, side, 0, 0, side, side), jnp.float32)
@@ -150,19 +154,22 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
     def draw(
         trained: PyTree,
         frozen: PyTree,
-        input_ids: Int[Array, "b e n"],
-        negative_ids: Int[Array, "e n"],
+        input_ids: Ids,
+        negative_ids: Ids,
         start: Float[Array, "b c h w"],
         keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b 3 H W"]:
-        params, count = join(trained, frozen), len(input_ids)
+        params, count = join(trained, frozen), len(start)
         is_guided = sample.guidance_scale != 1.0
-        ids = _interleaved(jnp.broadcast_to(negative_ids, input_ids.shape), input_ids) if is_guided else input_ids
-        conditions = encode_captions(pipeline, params, ids, jnp.broadcast_to(time_ids, (len(ids), 6)), empty_ids)
+        ids = input_ids
+        if is_guided:
+            ids = {part: _interleaved(jnp.broadcast_to(negative_ids[part], x.shape), x) for part, x in ids.items()}
+        sizes = jnp.broadcast_to(time_ids, (count * (1 + is_guided), 6))
+        conditions = encode_captions(pipeline, params, ids, sizes, empty_ids)
 
         def denoiser(noisy, timestep):
             inputs = _interleaved(noisy, noisy) if is_guided else noisy
-            prediction = pipeline.unet.apply(params["unet"], inputs, jnp.full(len(inputs), timestep), *conditions)
+            prediction = pipeline.denoise(params, inputs, jnp.full(len(inputs), timestep), conditions)
             if not is_guided:
                 return prediction
             pairs = prediction.reshape(count, 2, *shape)
@@ -175,7 +182,8 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
             return jax.vmap(draw_one)(keys)
 
         latents = solve(denoiser, process, table, start, inject if is_ancestral else None, mean_table)
-        pixels = pipeline.vae.decode(params["vae"], latents / pipeline.vae.config["scaling_factor"])
+        vae = pipeline.autoencoder
+        pixels = vae.decode(params[pipeline.family.autoencoder], latents / vae.scaling_factor)
         return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
 
     return draw
@@ -192,7 +200,7 @@ def mean_deviations(
     return at, after
 
 
-def _interleaved(first: Array, second: Array) -> Array:
+def _interleaved(first: Array, second: Array | np.ndarray) -> Array:
     """Both batches as one, in pairs: where a batch is split, each pair stays on its device."""
     return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
@@ -212,7 +220,7 @@ def draw_pictures(
     """
     shifts = config.sample.brightness or (None,)
     requests = [(prompt, seed, shift) for prompt in prompts for seed in seeds for shift in shifts]
-    negative_ids = pipeline.tokenize([config.sample.negative_prompt])[0]
+    negative_ids = pipeline.tokens(config.sample.negative_prompt).input_ids
     key = stream_key(config.seed, "sample")
     pictures: list[Picture] = []
     # The last chunk is filled up so that one compiled program serves all, and that all devices have a share.

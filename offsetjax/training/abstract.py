@@ -1,16 +1,16 @@
 """What a train step takes, as shapes: to compile it, or to count its FLOPs, without any weight or picture."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.models.initial import abstract_trained, pretrained_tokenizers
-from offsetjax.models.pipeline import Pipeline, build, for_training, frozen_parts, text_parts
-from offsetjax.models.tokenizer import train_tokenizer
-from offsetjax.models.weights import abstract_params
+from offsetjax.models.initial import abstract_trained, new_tokenizers, pretrained_tokenizers
+from offsetjax.models.pipeline import Pipeline, build, for_training, frozen_parts
+from offsetjax.models.weights import abstract_params, stored_dtype
 from offsetjax.training.flops import count_flops
 from offsetjax.training.objective import add_position, make_objective
 from offsetjax.training.step import TrainState, init_state
@@ -21,9 +21,7 @@ def abstract_pipeline(config: ConfigDict) -> Pipeline:
     if config.task == "autoencoder":
         return build(config)
     if (tokenizers := pretrained_tokenizers(config)) is None:
-        texts = [config.model[part] for part in text_parts(config)]
-        words, length = min(text.vocab_size for text in texts), texts[0].max_position_embeddings
-        tokenizers = (train_tokenizer(("",), words, length),) * len(texts)
+        tokenizers = new_tokenizers(config, ("",))
     return build(config, tokenizers)
 
 
@@ -36,27 +34,26 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]
     """The frozen parts, in the types in which `weights.load_frozen` places them."""
     frozen = {}
     for part in frozen_parts(config):
-        dtype = jnp.dtype("float32") if part == "vae" else jnp.dtype(config.model.dtype)
-        like = abstract_params(getattr(pipeline, part))
+        dtype = stored_dtype(pipeline, part)
+        like = abstract_params(pipeline.parts[part])
         frozen[part] = jax.tree.map(lambda leaf, dtype=dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), like)
     return frozen
 
 
-def abstract_batch(config: ConfigDict) -> Mapping[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: ConfigDict, pipeline: Pipeline) -> Mapping[str, Any]:
     """A global batch, as `data.devices` hands it to the step."""
     count, side = config.train.global_batch_size, config.data.resolution
-    encoders, length = 1, 1  # an autoencoder reads no captions
-    if config.task == "diffusion":
-        parts = text_parts(config)
-        encoders, length = len(parts), config.model[parts[0]].max_position_embeddings
     pictures = {"pixels": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8)}
     if config.data.cached_latents:
-        vae = build(config).vae
-        latent = (vae.config["latent_channels"], side // vae.downscale, side // vae.downscale)
+        vae = pipeline.autoencoder
+        latent = (vae.latent_channels, side // vae.downscale, side // vae.downscale)
         pictures = {"moments": jax.ShapeDtypeStruct((count, 2, *latent), jnp.float16)}
     return {
         **pictures,
-        "input_ids": jax.ShapeDtypeStruct((count, encoders, length), jnp.int32),
+        "input_ids": {
+            part: jax.ShapeDtypeStruct((count, len(ids)), jnp.int32)
+            for part, ids in pipeline.tokens("").input_ids.items()
+        },
         "time_ids": jax.ShapeDtypeStruct((count, 6), jnp.float32),
         "is_truncated": jax.ShapeDtypeStruct((count,), jnp.bool_),
     }
@@ -74,4 +71,5 @@ def model_flops(config: ConfigDict, pipeline: Pipeline) -> int:
         return jax.grad(lambda params: objective(params, frozen, batch, step).mean())(params)
 
     state = abstract_state(config, pipeline)
-    return count_flops(gradient, state.params, abstract_frozen(config, pipeline), abstract_batch(config), state.step)
+    batch = abstract_batch(config, pipeline)
+    return count_flops(gradient, state.params, abstract_frozen(config, pipeline), batch, state.step)

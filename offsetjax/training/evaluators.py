@@ -111,7 +111,8 @@ def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[st
     frozen, replicated = sharding.shardings(run.mesh, run.step_frozen), NamedSharding(run.mesh, P())
     # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
     as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
-    pipeline = dataclasses.replace(as_trained, vae=run.pipeline.vae)
+    exact = {run.pipeline.family.autoencoder: run.pipeline.autoencoder}
+    pipeline = dataclasses.replace(as_trained, parts={**as_trained.parts, **exact})
     losses = jax.jit(
         make_losses(pipeline, config, run.mesh),
         in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated),

@@ -4,6 +4,7 @@ Diffusion follows the pipeline: encode → noise → predict → compare. Each d
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from offsetjax.models.encode import drop_captions, encode_batch, encode_captions
 from offsetjax.models.pipeline import Pipeline, join, training_noise
 from offsetjax.rng import stream_key
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Any]  # arrays, and token ids by text encoder
 Objective = Callable[[PyTree, PyTree, Batch, Int[Array, ""]], Float[Array, " b"]]
 
 
@@ -31,12 +32,12 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
 
     Each draw has a stream of its own: vae, caption_dropout, timestep, noise and input_perturbation.
 
-    The batch holds `pixels` uint8 [b, H, W, 3] or, cached, `moments` float16 [b, 2, c, h, w]; `input_ids` int32
-    [b, e, n] for e text encoders, `time_ids` float32 [b, 6] and `position` int32 [b].
+    The batch holds `pixels` uint8 [b, H, W, 3] or, cached, `moments` float16 [b, 2, c, h, w]; `input_ids` by
+    text encoder, int32 [b, n]; `time_ids` float32 [b, 6] and `position` int32 [b].
     """
     process = make_process(config.schedule)
     noises = training_noise(pipeline, config)
-    empty_ids = pipeline.tokenize([""])[0]
+    empty_ids = pipeline.tokens("").input_ids
 
     def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
         params = join(trained, frozen)
@@ -45,7 +46,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
             return batch_keys(config.seed, name, step, batch)
 
         # encode
-        latents = encode_batch(pipeline.vae, params.get("vae"), batch, keys("vae"))
+        latents = encode_batch(pipeline.autoencoder, params.get(pipeline.family.autoencoder), batch, keys("vae"))
         params = after(latents, params)
         input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
         conditions = encode_captions(pipeline, params, input_ids, batch["time_ids"], empty_ids)
@@ -59,7 +60,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         perturbed = perturb(keys("input_perturbation"), noise, config.noise.input_perturbation)
         # loss
         noisy = jax.vmap(lambda x, n, t: add_noise(process, x, n, t))(latents, perturbed, timesteps)
-        prediction = pipeline.unet.apply(params["unet"], noisy, process.network_timestep(timesteps), *conditions)
+        prediction = pipeline.denoise(params, noisy, process.network_timestep(timesteps), conditions)
 
         def example_loss(prediction, latent, noise, rate, timestep):
             error = losses.mean_squared_error(prediction, process.target(latent, noise, rate, timestep))
@@ -98,11 +99,11 @@ def autoencoder_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     """Squared error of the reconstruction and `loss.kl_weight` times the KL divergence of the posterior."""
 
     def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
-        params = join(trained, frozen)["vae"]
+        params = join(trained, frozen)[pipeline.family.autoencoder]
         pixels = to_unit_range(batch["pixels"])
-        means, log_variances = pipeline.vae.encode(params, pixels)
+        means, log_variances = pipeline.autoencoder.encode(params, pixels)
         latents = jax.vmap(sample_latent)(batch_keys(config.seed, "vae", step, batch), means, log_variances)
-        reconstruction = pipeline.vae.decode(params, latents)
+        reconstruction = pipeline.autoencoder.decode(params, latents)
 
         def example_loss(reconstruction, pixels, mean, log_variance):
             kl = losses.kl_to_standard_normal(mean, log_variance)
@@ -118,6 +119,6 @@ def make_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     return {"diffusion": diffusion_objective, "autoencoder": autoencoder_objective}[config.task](pipeline, config)
 
 
-def add_position(batch: Mapping[str, Array], global_batch_size: int) -> dict[str, Array]:
+def add_position(batch: Batch, global_batch_size: int) -> dict[str, Any]:
     """The batch with each example's place in the global batch."""
     return {**batch, "position": jnp.arange(global_batch_size, dtype=jnp.int32)}

@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
-from transformers import CLIPTokenizer
 
 from offsetjax.config import assign, default_config, flatten, is_explicit, may_change_on_resume, validate
 from offsetjax.data.source import captions
@@ -29,6 +28,7 @@ from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.tensors import Tensor
 from offsetjax.models.autoencoder import encoder_checksum, standardised
 from offsetjax.models.encode import to_unit_range
+from offsetjax.models.family import family_of
 from offsetjax.models.initial import (
     abstract_trained,
     adopt_lora,
@@ -37,11 +37,11 @@ from offsetjax.models.initial import (
     initial_tensors,
     initial_trained,
     left_out_tensors,
+    new_tokenizers,
     pretrained_tokenizers,
 )
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts, text_parts, training_noise
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts, training_noise
 from offsetjax.models.resolve import check_resolution, resolve
-from offsetjax.models.tokenizer import Tokens, tokenize, train_tokenizer
 from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.models.workdir import read_config, write_config
 from offsetjax.parallel import sharding
@@ -80,10 +80,10 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     is_new = not (workdir / "config.json").exists()
     barrier("the work directory is looked at")  # the first process must not write before the others have looked
     config = _begin(config, workdir, source) if is_new else _reopen(config, workdir)
-    pipeline = build(config, read_tokenizers(workdir / "frozen"))
-    frozen = load_frozen(workdir / "frozen", config, pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
+    pipeline = build(config, read_tokenizers(workdir / "frozen", family_of(config)))
+    frozen = load_frozen(workdir / "frozen", pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
     if not is_new:  # the data may be others than those that the run was begun with
-        check_cache(config, source, frozen.get("vae"))
+        check_cache(config, source, frozen.get(pipeline.family.autoencoder))
     return Run(config, workdir, mesh, pipeline, frozen)
 
 
@@ -98,16 +98,17 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     tokenizers = _tokenizers(config, source)
     pipeline = build(config, tokenizers)
     check_initial(config, pipeline)
-    tensors = {part: initial_tensors(config, part, getattr(pipeline, part)) for part in frozen_parts(config)}
-    if config.task == "diffusion" and config.model.vae.scaling_factor == 0:
-        vae = _vae_params(tensors["vae"], pipeline)
+    tensors = {part: initial_tensors(config, part, pipeline.parts[part]) for part in frozen_parts(config)}
+    autoencoder = pipeline.family.autoencoder
+    if config.task == "diffusion" and pipeline.autoencoder.scaling_factor == 0:
+        vae = _vae_params(tensors[autoencoder], pipeline)
         mean, std = latent_statistics(config, pipeline, vae, source)
-        tensors["vae"] = torch_tensors(standardised(vae, mean, std))
-        assign(config, "model.vae.scaling_factor", 1.0, explicit=False)
+        tensors[autoencoder] = torch_tensors(standardised(vae, mean, std))
+        assign(config, f"model.{autoencoder}.scaling_factor", 1.0, explicit=False)
         pipeline = build(config, tokenizers)
-        _log.info("vae: latents standardised; mean %s, deviation %s", mean.round(3), std.round(3))
+        _log.info("%s: latents standardised; mean %s, standard deviation %s", autoencoder, mean.round(3), std.round(3))
     if config.data.cached_latents:
-        check_cache(config, source, _vae_params(tensors["vae"], pipeline))
+        check_cache(config, source, _vae_params(tensors[autoencoder], pipeline))
     if left_out := left_out_tensors(config):
         _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
     if jax.process_index() == 0:
@@ -119,7 +120,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
 
 
 def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
-    return on_host(flax_tensors(tensors, abstract_params(pipeline.vae), "vae"))
+    return on_host(flax_tensors(tensors, abstract_params(pipeline.autoencoder), pipeline.family.autoencoder))
 
 
 def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
@@ -150,8 +151,9 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     if not is_lora_gone:
         adopt_lora(config)
     given, defaults = dict(flatten(config)), dict(flatten(default_config()))
-    if given["model.vae.scaling_factor"] == 0:  # the latents were standardised when the run began
-        given["model.vae.scaling_factor"] = stored.model.vae.scaling_factor
+    scale = f"model.{family_of(stored).autoencoder}.scaling_factor"
+    if given[scale] == 0:  # the latents were standardised when the run began
+        given[scale] = dict(flatten(stored))[scale]
     for path, value in flatten(stored):
         # Where model.pretrained, lora.pretrained or noise.calibration is gone, what it said cannot be read again.
         section = path.split(".")[0]
@@ -180,14 +182,12 @@ def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     return config
 
 
-def _tokenizers(config: ConfigDict, source: Any) -> tuple[CLIPTokenizer, ...]:
+def _tokenizers(config: ConfigDict, source: Any) -> dict[str, Any]:
     if config.task == "autoencoder":
-        return ()
+        return {}
     if (pretrained := pretrained_tokenizers(config)) is not None:
         return pretrained
-    texts = [config.model[part] for part in text_parts(config)]
-    words, length = min(text.vocab_size for text in texts), texts[0].max_position_embeddings
-    return (train_tokenizer(captions(source), words, length),) * len(texts)
+    return new_tokenizers(config, captions(source))
 
 
 def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[TrainState, PyTree]:
@@ -196,7 +196,7 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     like = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
     shardings = sharding.shardings(run.mesh, like)
     if config.task == "diffusion":
-        side = config.data.resolution // pipeline.vae.downscale
+        side = config.data.resolution // pipeline.autoencoder.downscale
         _log.info("noise: %s", describe(training_noise(pipeline, config), config.noise, side, side))
     if manager.all_steps():
         state, data = checkpoint.restore(manager, checkpoint.abstract(like, shardings))
@@ -232,17 +232,11 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
         global_batch_size=global_batch_size,
         resolution=config.data.resolution,
         random_flip=config.data.random_flip,
-        tokenize=partial(tokenize, pipeline.tokenizers) if pipeline.tokenizers else _no_tokens,
+        tokenize=pipeline.tokens,
         long_captions=config.encode.long_captions,
         num_workers=config.data.num_workers,
         rows=sharding.rows_of_process(batch, global_batch_size) if batch else None,
     )
-
-
-def _no_tokens(caption: str) -> Tokens:
-    """An autoencoder reads no captions."""
-    del caption
-    return Tokens(np.zeros((1, 1), np.int32), 1)
 
 
 def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
@@ -259,7 +253,7 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
     sampled = config.copy_and_resolve_references()
     sampled.train.global_batch_size, sampled.data.random_flip = 8, False
     batches = open_stream(sampled, pipeline, source).iterator(0)
-    encode = jax.jit(lambda pixels: pipeline.vae.encode(vae_params, to_unit_range(pixels))[0])
+    encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(vae_params, to_unit_range(pixels))[0])
     latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])
     batches.close()
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))

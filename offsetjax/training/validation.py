@@ -36,7 +36,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
         mesh: each of its devices computes the losses of its own examples, as in training.
     """
     process = make_process(config.schedule)
-    empty_ids = pipeline.tokenize([""])[0]
+    empty_ids = pipeline.tokens("").input_ids
     noises = {"plain": PLAIN}
     training = training_noise(pipeline, config)
     if not training.is_plain:
@@ -47,8 +47,8 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
     ) -> dict[str, Float[Array, " t"]]:
         params = join(trained, frozen)
         # The posterior's mean: a draw from it would only add noise to the curve.
-        means, _ = batch_moments(pipeline.vae, params.get("vae"), batch)
-        latents = means * pipeline.vae.config["scaling_factor"]
+        means, _ = batch_moments(pipeline.autoencoder, params.get(pipeline.family.autoencoder), batch)
+        latents = means * pipeline.autoencoder.scaling_factor
         conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
         places = number * config.train.global_batch_size + batch["position"]
 
@@ -60,7 +60,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
             rate = jax.vmap(noise.rate, (0, 0, None))(keys, latents, timestep)
             noisy = jax.vmap(lambda x, n: add_noise(process, x, n, timestep))(latents, drawn)
             told = jnp.full(len(places), process.network_timestep(timestep))
-            prediction = pipeline.unet.apply(params["unet"], noisy, told, *conditions)
+            prediction = pipeline.denoise(params, noisy, told, conditions)
             wanted = jax.vmap(lambda x, n, r: process.target(x, n, r, timestep))(latents, drawn, rate)
             return (jax.vmap(mean_squared_error)(prediction, wanted) * (places < count)).sum()
 

@@ -38,7 +38,7 @@ def test_its_architecture_is_the_config_s(config):
         for key, value in config.model[part].items():
             if key not in stored:  # diffusers fills it in
                 default = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters[key].default
-                assert build(config).unet.torch_config()[key] == default, key
+                assert build(config).denoiser.torch_config()[key] == default, key
             elif (part, key) != ("unet", "sample_size"):  # the size of its latents stands in data.resolution
                 assert stored[key] == (list(value) if isinstance(value, tuple) else value), key
 
@@ -78,12 +78,12 @@ def test_its_weights_fit_and_keep_brightness():
     params = {part: initial_params(config, part, getattr(pipeline, part)) for part in ("unet", "text_encoder", "vae")}
     rng = np.random.default_rng(7)
     pictures = np.stack([draw(p, b, rng) for p in PROMPTS for b in np.linspace(*BRIGHTNESS_RANGES[p], 4)])
-    mean, _ = jax.jit(pipeline.vae.encode)(params["vae"], to_unit_range(pictures))
-    redrawn = np.clip(np.asarray(jax.jit(pipeline.vae.decode)(params["vae"], mean)) / 2 + 0.5, 0, 1)
+    mean, _ = jax.jit(pipeline.autoencoder.encode)(params["vae"], to_unit_range(pictures))
+    redrawn = np.clip(np.asarray(jax.jit(pipeline.autoencoder.decode)(params["vae"], mean)) / 2 + 0.5, 0, 1)
     originals = pictures.transpose(0, 3, 1, 2) / 255
     assert np.abs(redrawn.mean((1, 2, 3)) - originals.mean((1, 2, 3))).max() < 0.03
     assert np.sqrt(np.square(redrawn - originals).mean()) < 0.03
-    assert np.asarray(mean).std() * pipeline.vae.config["scaling_factor"] == pytest.approx(1, abs=0.2)
+    assert np.asarray(mean).std() * pipeline.autoencoder.config["scaling_factor"] == pytest.approx(1, abs=0.2)
 
 
 def test_its_tokenizer_tells_the_prompts_apart():

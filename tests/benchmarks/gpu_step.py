@@ -100,7 +100,7 @@ def our_step(program: Program) -> Callable[[], jax.Array]:
 
 
 def torch_step(config: ConfigDict, device: str) -> Callable[[], torch.Tensor]:
-    unet = diffusers.UNet2DConditionModel.from_config(build(config).unet.torch_config())
+    unet = diffusers.UNet2DConditionModel.from_config(build(config).denoiser.torch_config())
     unet = unet.to(device, memory_format=torch.channels_last).train()
     if config.model.remat == "blocks":
         unet.enable_gradient_checkpointing()

@@ -71,7 +71,7 @@ def _beside_pytorch() -> list[list[float]]:
 
 
 def _our_step(config: ConfigDict, latents: np.ndarray, hidden: np.ndarray, noise: np.ndarray) -> Callable[[], float]:
-    unet, optimizer = build(config).unet, optax.adamw(1e-4)
+    unet, optimizer = build(config).denoiser, optax.adamw(1e-4)
     timesteps = jnp.arange(len(latents)) * 100
 
     def loss_of(params):
@@ -94,7 +94,7 @@ def _our_step(config: ConfigDict, latents: np.ndarray, hidden: np.ndarray, noise
 
 
 def _torch_step(config: ConfigDict, latents: np.ndarray, hidden: np.ndarray, noise: np.ndarray) -> Callable[[], float]:
-    unet = diffusers.UNet2DConditionModel.from_config(build(config).unet.torch_config())
+    unet = diffusers.UNet2DConditionModel.from_config(build(config).denoiser.torch_config())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     inputs, context, target = map(torch.from_numpy, (latents, hidden, noise))
     timesteps = torch.arange(len(latents)) * 100

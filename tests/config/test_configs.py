@@ -23,8 +23,8 @@ from offsetjax.data.source import open_source
 from offsetjax.formats.header import Entry, format_header
 from offsetjax.formats.pretrained import open_pretrained
 from offsetjax.formats.single_file import to_original
+from offsetjax.models.family import family_of
 from offsetjax.models.initial import part_tensors
-from offsetjax.models.pipeline import text_parts
 from offsetjax.models.resolve import resolve
 from offsetjax.models.weights import on_host
 from offsetjax.storage import checkpoint
@@ -135,7 +135,10 @@ def test_it_goes_with_the_published_model(family: str, kind: str, published_file
     assert config.model.unet.attention_head_dim == (
         (8,) * 4 if family == "sd1" else tuple(width // 64 for width in config.model.unet.block_out_channels)
     )
-    assert sum(config.model[part].hidden_size for part in text_parts(config)) == config.model.unet.cross_attention_dim
+    assert (
+        sum(config.model[part].hidden_size for part in family_of(config).encoders)
+        == config.model.unet.cross_attention_dim
+    )
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +180,7 @@ def is_same(tree: PyTree, other: PyTree) -> bool:
 def loaded(config: ConfigDict, run: Run, part: str) -> PyTree:
     """A part as the pretrained model holds it."""
     pretrained = open_pretrained(config.model.pretrained)
-    return on_host(part_tensors(pretrained, part, getattr(run.pipeline, part)))
+    return on_host(part_tensors(pretrained, part, run.pipeline.parts[part]))
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -185,7 +188,7 @@ def test_fine_tuning_begins_with_the_denoiser_of_the_model(
     family: str, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run, state = begin(base, family, "offset", tmp_path / "run")
-    config, text = run.config, text_parts(run.config)
+    config, text = run.config, family_of(run.config).encoders
     stored = open_pretrained(config.model.pretrained).read_config("scheduler")
     assert config.schedule.prediction_type == stored["prediction_type"]
     assert (config.schedule.prediction_type == "v_prediction") == (family == "sd2")
@@ -208,7 +211,7 @@ def test_a_lora_training_begins_with_adapters_that_change_nothing(
     family: str, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run, state = begin(base, family, "offset_lora", tmp_path / "run")
-    text = text_parts(run.config)
+    text = family_of(run.config).encoders
     assert state.params.keys() == {"unet"}
     assert run.frozen.keys() == {"unet", "vae", *text}
     adapters = jax.tree_util.tree_leaves_with_path(state.params)
@@ -226,7 +229,7 @@ def test_pretraining_begins_with_a_random_denoiser_and_the_models_other_parts(
     family: str, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run, state = begin(base, family, "pretrain", tmp_path / "run")
-    config, text = run.config, text_parts(run.config)
+    config, text = run.config, family_of(run.config).encoders
     assert config.schedule.prediction_type == ("v_prediction" if family == "sd2" else "epsilon")
     assert config.model.force_zeros_for_empty_prompt == (family == "sdxl")
     assert state.params.keys() == {"unet"}

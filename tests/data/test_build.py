@@ -218,7 +218,7 @@ from offsetjax.data.stream import make_stream
 build(sys.argv[1], sys.argv[2])
 inspect(sys.argv[2])
 stream = make_stream(open_source(sys.argv[2]), seed=0, global_batch_size=2, resolution=8, random_flip=True,
-                     tokenize=lambda caption: (np.zeros((1, 3), np.int32), 3))
+                     tokenize=lambda caption: ({"text": np.zeros(3, np.int32)}, 3, 3))
 batches = stream.iterator(0)
 next(batches)
 batches.close()

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,28 +15,30 @@ from offsetjax.parallel.sharding import AXES, BATCH, rows_of_process
 from tests.processes import call_together
 
 
-def batches(num_encoders: int, num_tokens: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(num_tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     for number in itertools.count():
         yield {
             "pixels": np.full((8, 4, 4, 3), number, np.uint8),
-            "input_ids": np.full((8, num_encoders, num_tokens), number, np.int32),
+            "input_ids": {f"text_{place}": np.full((8, n), number, np.int32) for place, n in enumerate(num_tokens)},
             "time_ids": np.full((8, 6), number + 0.5, np.float32),
             "is_truncated": np.zeros(8, bool),
             "index": np.arange(8),
         }
 
 
-@pytest.mark.parametrize(("num_encoders", "num_tokens"), [(2, 5), (0, 0)])  # none: an autoencoder reads no captions
-def test_each_device_has_its_block_of_each_batch(num_encoders: int, num_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [(5, 5), (5, 3), ()])  # none: an autoencoder reads no captions
+def test_each_device_has_its_block_of_each_batch(num_tokens: tuple[int, ...]) -> None:
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
-    given = list(itertools.islice(batches(num_encoders, num_tokens), 5))
+    given = list(itertools.islice(batches(num_tokens), 5))
     arrived = list(on_devices(iter(given), sharding, 8))
     assert len(arrived) == 5
     for host, device in zip(given, arrived, strict=True):
         assert set(device) == set(host) - {"index"}
-        for name, array in device.items():
-            assert array.sharding == sharding and array.dtype == host[name].dtype
-            np.testing.assert_array_equal(array, host[name])
+        assert jax.tree.structure(device) == jax.tree.structure({name: host[name] for name in device})
+        given_arrays = jax.tree.leaves({name: host[name] for name in device})
+        for array, given_array in zip(jax.tree.leaves(device), given_arrays, strict=True):
+            assert array.sharding == sharding and array.dtype == given_array.dtype
+            np.testing.assert_array_equal(array, given_array)
 
 
 def _rows_on_devices(order: tuple[int, ...], shape: tuple[int, int, int]) -> tuple[tuple[int, ...], list[bool]]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -23,7 +24,7 @@ from offsetjax.errors import UserError
 from tests.data.grey import grey_pictures
 
 COUNT, SIDE = 23, 16
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,9 @@ def source(data_set: pathlib.Path) -> Source:
     return open_source(data_set, "train")
 
 
-def tokenize(caption: str) -> tuple[np.ndarray, int]:
-    """As two text encoders of three tokens read it; captions from 20 on would have four."""
-    return np.array([[7, int(caption), 9], [7, int(caption), 0]]), 3 + (int(caption) >= 20)
+def tokenize(caption: str) -> tuple[dict[str, np.ndarray], int, int]:
+    """As two text encoders read it, of three tokens and of two; captions from 20 on would have four."""
+    return {"long": np.array([7, int(caption), 9]), "short": np.array([int(caption), 0])}, 3 + (int(caption) >= 20), 3
 
 
 def take(source: Source, count: int, start: int = 0, **changes: Any) -> list[Batch]:
@@ -52,22 +53,23 @@ def assert_same(actual: list[Batch], expected: list[Batch]) -> None:
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         assert one.keys() == other.keys()
-        for name in one:
-            assert one[name].dtype == other[name].dtype
-            np.testing.assert_array_equal(one[name], other[name])
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for array, other_array in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert array.dtype == other_array.dtype
+            np.testing.assert_array_equal(array, other_array)
 
 
 def test_a_batch_holds_the_pictures_and_captions_of_its_indices(source: Source) -> None:
     for batch in take(source, 6, random_flip=False):
-        assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+        assert jax.tree.map(lambda array: (array.shape, array.dtype.name), batch) == {
             "pixels": ((8, SIDE, SIDE, 3), "uint8"),
-            "input_ids": ((8, 2, 3), "int32"),
+            "input_ids": {"long": ((8, 3), "int32"), "short": ((8, 2), "int32")},
             "time_ids": ((8, 6), "float32"),
             "is_truncated": ((8,), "bool"),
             "index": ((8,), "int64"),
         }
-        np.testing.assert_array_equal(batch["input_ids"][:, :, 1], batch["index"][:, None].repeat(2, 1))
-        np.testing.assert_array_equal(batch["input_ids"][:, :, 2], [[9, 0]] * 8)
+        np.testing.assert_array_equal(batch["input_ids"]["long"], [[7, index, 9] for index in batch["index"]])
+        np.testing.assert_array_equal(batch["input_ids"]["short"], [[index, 0] for index in batch["index"]])
         np.testing.assert_array_equal(batch["time_ids"], [[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 8)
         np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], 10 * batch["index"] + 10)
         assert (batch["pixels"][:, :, SIDE // 2 :] == 0).all()
@@ -143,7 +145,7 @@ def test_resuming_is_immediate_however_far(source: Source) -> None:
 
 @pytest.mark.parametrize("rows", [(0, 1, 2, 3), (2, 3, 6, 7), (5,)])
 def test_a_process_reads_its_rows_of_each_batch(source: Source, rows: tuple[int, ...]) -> None:
-    mine = [{name: field[list(rows)] for name, field in batch.items()} for batch in take(source, 9)]
+    mine = [jax.tree.map(lambda field: field[list(rows)], batch) for batch in take(source, 9)]
     assert_same(take(source, 9, rows=rows), mine)
 
 
@@ -233,7 +235,7 @@ def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: path
     image = open_source(data_set)[4]["image"]
     write_split(tmp_path / "a", features, [{"image": image, "caption": "4", "label": 0}])
     batch = take(open_source(tmp_path / "a"), 1, global_batch_size=1, random_flip=False)[0]
-    assert batch["pixels"][0, 0, 0, 0] == 50 and batch["input_ids"].tolist() == [[[7, 4, 9], [7, 4, 0]]]
+    assert batch["pixels"][0, 0, 0, 0] == 50 and batch["input_ids"]["long"].tolist() == [[7, 4, 9]]
     write_split(tmp_path / "b", {"image": tfds.features.Image()}, [{"image": image}])
     with pytest.raises(UserError, match="has no feature 'caption'"):
         open_source(tmp_path / "b")
@@ -308,7 +310,7 @@ def test_time_ids_say_what_was_cut_from_each_picture_also_of_flipped_ones(
     write_split(tmp_path / "set", features, records)
     seen = set()
     for batch in take(open_source(tmp_path / "set"), 16, resolution=32, num_workers=num_workers):
-        numbers = batch["input_ids"][:, 0, 1]  # TFDS shuffles such records when it writes them
+        numbers = batch["input_ids"]["short"][:, 0]  # TFDS shuffles such records when it writes them
         for number, pixels, time_ids in zip(numbers, batch["pixels"], batch["time_ids"], strict=True):
             height, width = SIZES[number]
             scale = 32 / min(height, width)

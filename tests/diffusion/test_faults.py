@@ -147,7 +147,7 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
             global_batch_size=batch,
             resolution=8,
             random_flip=True,
-            tokenize=lambda _: (np.zeros((1, 1)), 1),
+            tokenize=lambda _: ({}, 1, 1),
         )
 
     # The stream's threads are too slow for so many; its flips are read in their order, as a short stretch shows.

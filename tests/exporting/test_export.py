@@ -77,7 +77,7 @@ def test_pytorch_draws_our_pictures(spacing: str, trained: Trained, exported: pa
     config.sample.update(num_steps=10, guidance_scale=3.0, spacing=spacing)
     keys = jax.random.split(jax.random.key(5), len(PROMPTS))
     start = np.array(start_noise(trained.pipeline, config, keys))
-    input_ids, negative_ids = trained.pipeline.tokenize(PROMPTS), trained.pipeline.tokenize([""])[0]
+    input_ids, negative_ids = trained.pipeline.tokenize(PROMPTS), trained.pipeline.tokens("").input_ids
     draw = jax.jit(pixel_sampler(trained.pipeline, config))
     ours = np.transpose(draw(trained.params, trained.frozen, input_ids, negative_ids, start), (0, 2, 3, 1))
 

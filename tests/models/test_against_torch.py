@@ -146,7 +146,7 @@ from offsetjax.models.pipeline import build
 config = default_config()
 config.model.text_encoder.num_hidden_layers = 1
 pipeline = build(config)
-for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+for model in pipeline.parts.values():
     jax.eval_shape(model.init, jax.random.key(0))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

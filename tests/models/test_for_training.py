@@ -25,9 +25,10 @@ def _trained(config: ConfigDict, platform: str = "tpu", shares: int = 1) -> Pipe
 def test_the_denoiser_has_the_settings_also_under_adapters() -> None:
     config = default_config()
     config.model.remat, config.lora.rank = "blocks", 4
-    unet = _trained(config).unet.model
+    unet = _trained(config).denoiser.model
     assert (unet.kernel, unet.remat) == ("splash", "blocks")
-    assert (build(config).unet.kernel, build(config).unet.remat) == ("xla", "none")  # pictures are drawn without
+    plain = build(config).denoiser
+    assert (plain.kernel, plain.remat) == ("xla", "none")  # pictures are drawn without
 
 
 @pytest.mark.parametrize(
@@ -38,18 +39,18 @@ def test_layers_are_scanned_where_their_weights_are_split(setting: str, shares: 
     config = default_config()
     config.model.scan_layers = setting
     trained = _trained(config, shares=shares)
-    assert (trained.unet.is_scanned, trained.text_encoder.is_scanned) == (is_scanned, is_scanned)
+    assert (trained.denoiser.is_scanned, trained.parts["text_encoder"].is_scanned) == (is_scanned, is_scanned)
 
 
 def test_pictures_are_encoded_in_the_compute_type_but_for_sdxl() -> None:
     for preset, dtype in ((stable_diffusion_1, jnp.bfloat16), (stable_diffusion_xl, jnp.float32)):
         config = default_config()
         preset(config)
-        assert _trained(config).vae.dtype == dtype
-        assert build(config).vae.dtype == jnp.float32
+        assert _trained(config).autoencoder.dtype == dtype
+        assert build(config).autoencoder.dtype == jnp.float32
     config = default_config()
     config.task = "autoencoder"
-    assert _trained(config).vae.dtype == jnp.float32
+    assert _trained(config).autoencoder.dtype == jnp.float32
 
 
 def test_the_compute_type_is_enough_for_latents() -> None:
@@ -58,7 +59,7 @@ def test_the_compute_type_is_enough_for_latents() -> None:
     rng = np.random.default_rng(0)
     blobs = jax.image.resize(rng.normal(size=(16, 3, 8, 8)), (16, 3, 64, 64), "cubic")
     pixels = np.clip(rng.uniform(-1, 1, (16, 3, 1, 1)) + 0.3 * blobs, -1, 1).astype(np.float32)
-    vaes = model.pipeline.vae, replace(model.pipeline.vae, dtype=jnp.bfloat16)
+    vaes = model.pipeline.autoencoder, replace(model.pipeline.autoencoder, dtype=jnp.bfloat16)
     exact, rounded = (np.asarray(jax.jit(vae.encode)(model.frozen["vae"], pixels)[0]) for vae in vaes)
     apart = rounded - exact
     assert apart.std() < 0.02 * exact.std()
@@ -83,4 +84,4 @@ def test_a_kernel_that_cannot_apply_is_refused(attention: str, resolution: int, 
 def test_splash_takes_pictures_of_a_size_that_does_not_suit_its_blocks() -> None:
     config = default_config()
     config.model.attention, config.data.resolution = "splash", 704
-    assert _trained(config, "tpu").unet.kernel == "splash"
+    assert _trained(config, "tpu").denoiser.kernel == "splash"

@@ -22,7 +22,7 @@ def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def unet() -> UNet:
-    return build(tiny_config()).unet
+    return build(tiny_config()).denoiser
 
 
 @pytest.fixture(scope="module")

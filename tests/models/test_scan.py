@@ -31,7 +31,7 @@ def _unet(depth: int = DEPTH) -> UNet:
     config = tiny_config()
     config.model.unet.update(SMALL)
     config.model.unet.transformer_layers_per_block = (depth,) * len(config.model.unet.block_out_channels)
-    return build(config).unet
+    return build(config).denoiser
 
 
 @pytest.fixture(scope="module")

@@ -44,17 +44,16 @@ class Program:
         self.config = config
         texts = config.model.text_encoder
         tokenizer = train_tokenizer(("a black square",), texts.vocab_size, texts.max_position_embeddings)
-        self.pipeline = for_training(build(config, (tokenizer,)), config, "cpu")
+        self.pipeline = for_training(build(config, {"text_encoder": tokenizer}), config, "cpu")
         keys = jax.random.split(jax.random.key(0), 3)
-        parts = {"unet": self.pipeline.unet, "vae": self.pipeline.vae, "text_encoder": self.pipeline.text_encoder}
-        params = {part: model.init(key) for (part, model), key in zip(parts.items(), keys, strict=True)}
+        params = {part: model.init(key) for (part, model), key in zip(self.pipeline.parts.items(), keys, strict=True)}
         self.params, self.frozen = {"unet": params.pop("unet")}, params
         rng = np.random.default_rng(0)
-        side = config.data.resolution
+        side, length = config.data.resolution, texts.max_position_embeddings
         self.batch = add_position(
             {
                 "pixels": rng.integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8),
-                "input_ids": rng.integers(0, 9, (BATCH, 1, texts.max_position_embeddings), dtype=np.int32),
+                "input_ids": {"text_encoder": rng.integers(0, 9, (BATCH, length), dtype=np.int32)},
                 "time_ids": np.zeros((BATCH, 6), np.float32),
                 "is_truncated": np.zeros(BATCH, bool),
             },

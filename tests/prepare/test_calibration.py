@@ -315,7 +315,7 @@ def modes(data: pathlib.Path) -> np.ndarray:
     config, pipeline, params, _ = open_vae(_tiny(data), open_source(data))
     source = open_source(data)
     pixels = np.stack([resize_and_crop(source.decoded(i)["pixels"], 16) for i in range(COUNT)])
-    latents = pipeline.vae.encode(params, pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)[0]
+    latents = pipeline.autoencoder.encode(params, pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)[0]
     return np.fft.rfft2(np.asarray(latents, np.float64) * config.model.vae.scaling_factor, norm="ortho")
 
 

@@ -92,7 +92,7 @@ def test_a_record_has_the_posterior_of_the_picture_and_of_its_mirror_image(
     folder = base / "tiny data" / "pictures"
     pixels = np.stack([np.asarray(Image.open(folder / record["name"].decode())) for record in records])
     for view, seen in enumerate((pixels, pixels[:, :, ::-1])):
-        for kind, values in enumerate(jax.jit(pipeline.vae.encode)(params, to_unit_range(jnp.asarray(seen)))):
+        for kind, values in enumerate(jax.jit(pipeline.autoencoder.encode)(params, to_unit_range(jnp.asarray(seen)))):
             stored = np.stack([record["moments"][view, kind] for record in records])
             assert stored.dtype == np.float16
             np.testing.assert_allclose(stored, values, rtol=2**-10, atol=1e-5)
@@ -132,7 +132,7 @@ def test_the_stream_draws_the_same_batches(base: pathlib.Path, cache: pathlib.Pa
     """Each batch of the cache is the encoding of the other's pixels, mirrored or not as these are."""
     config, source = opened(base, cache)[0]
     _, pipeline, params, _ = open_vae(config, source)
-    encode = jax.jit(lambda pixels: pipeline.vae.encode(params, to_unit_range(pixels)))
+    encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(params, to_unit_range(pixels)))
     streams = [open_stream(each, pipeline, source).iterator() for each, source in opened(base, cache)]
     for _ in range(4):
         seen, read = (next(stream) for stream in streams)
@@ -323,12 +323,12 @@ def test_the_step_is_planned_without_the_autoencoder(base: pathlib.Path, cache: 
     assert set(program.arguments[1]) == {"text_encoder"}
     assert program.step.trace(*program.arguments).out_info[0].step.shape == ()
     keys = jax.random.split(jax.random.key(0), cached.train.global_batch_size)
-    encode = lambda params, batch: encode_batch(pipeline.vae, params, batch, keys)  # noqa: E731
-    encoding = count_flops(encode, abstract_frozen(plain, pipeline)["vae"], abstract_batch(plain))
+    encode = lambda params, batch: encode_batch(pipeline.autoencoder, params, batch, keys)  # noqa: E731
+    encoding = count_flops(encode, abstract_frozen(plain, pipeline)["vae"], abstract_batch(plain, pipeline))
     assert model_flops(plain, pipeline) - model_flops(cached, pipeline) == encoding > 0
     config, source = opened(base, cache)[1]
     with contextlib.closing(open_stream(config, build(config), source).iterator()) as batches:
         batch = next(batches)
-    for name, expected in abstract_batch(config).items():
+    for name, expected in abstract_batch(config, pipeline).items():
         if name != "input_ids":  # without a tokenizer there are none
             assert (batch[name].shape, batch[name].dtype) == (expected.shape, expected.dtype)

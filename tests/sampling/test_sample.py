@@ -130,7 +130,9 @@ def test_brightness_moves_the_starts_mean_and_nothing_else(trained: Trained) -> 
     deviation = np.sqrt(0.1**2 + 1 / (shape[1] * shape[2]))
     assert np.linalg.norm(step[0]) == pytest.approx(4 * deviation, rel=1e-4)
     white, black = (
-        np.asarray(trained.pipeline.vae.encode(vae, jnp.full((1, 3, RESOLUTION, RESOLUTION), x))[0]).mean((0, 2, 3))
+        np.asarray(trained.pipeline.autoencoder.encode(vae, jnp.full((1, 3, RESOLUTION, RESOLUTION), x))[0]).mean(
+            (0, 2, 3)
+        )
         for x in (1.0, -1.0)
     )
     cosine = step[0] @ (white - black) / np.linalg.norm(step[0]) / np.linalg.norm(white - black)

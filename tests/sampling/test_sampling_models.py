@@ -209,7 +209,7 @@ def test_eight_devices_hold_an_eighth_of_the_weights_each_and_draw_an_eighth_of_
 
     model.config.sample.num_steps = 2
     keys, shifts = jax.random.split(jax.random.key(0), 8), np.zeros(8, np.float32)
-    ids, negative = model.pipeline.tokenize(["a"] * 8), model.pipeline.tokenize([""])[0]
+    ids, negative = model.pipeline.tokenize(["a"] * 8), model.pipeline.tokens("").input_ids
     draw = make_sampler(model.pipeline, model.config, model.mesh).draw
     program = draw.lower(model.params, model.frozen, ids, negative, keys, shifts).compile().as_text()
     # Of the program of one device: a picture of the autoencoder's, two of the denoiser's, with and without the prompt.

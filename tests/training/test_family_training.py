@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from offsetjax.config import default_config
 from offsetjax.exporting.export import export
 from offsetjax.formats.pretrained import open_pretrained
+from offsetjax.models.family import family_of
 from offsetjax.models.initial import abstract_trained, initial_trained
-from offsetjax.models.pipeline import text_parts
 from offsetjax.models.workdir import load_trained
 from offsetjax.parallel import sharding
 from offsetjax.sampling.sample import pixel_sampler, start_noise
@@ -74,7 +74,7 @@ class Case:
     @property
     def text(self) -> tuple[str, ...]:
         """Its text encoders."""
-        return text_parts(self.config())
+        return family_of(self.config()).encoders
 
 
 QUICK = Case("sd2", is_shallow=True, learns_text=True)
@@ -165,7 +165,7 @@ def draw(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     model = load_trained(workdir)
     model.config.sample.update(num_steps=4, guidance_scale=3.0)
     start = np.array(start_noise(model.pipeline, model.config, jax.random.split(jax.random.key(5), len(PROMPTS))))
-    ids, negative = model.pipeline.tokenize(PROMPTS), model.pipeline.tokenize([""])[0]
+    ids, negative = model.pipeline.tokenize(PROMPTS), model.pipeline.tokens("").input_ids
     pixels = jax.jit(pixel_sampler(model.pipeline, model.config))(model.params, model.frozen, ids, negative, start)
     return np.transpose(pixels, (0, 2, 3, 1)), start
 

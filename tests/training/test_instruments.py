@@ -158,7 +158,7 @@ def test_model_flops_are_proportional_to_the_batch_and_three_times_a_forward_pas
     larger = tiny_config(train__global_batch_size=6)
     assert 3 * model_flops(config, pipeline) == pytest.approx(model_flops(larger, pipeline), rel=1e-3)
 
-    unet = pipeline.unet
+    unet = pipeline.denoiser
     params = jax.eval_shape(unet.init, jax.random.key(0))
     arguments = params, jnp.zeros((2, 4, 8, 8)), jnp.zeros(2, jnp.int32), jnp.zeros((2, 8, 16))
     forward = count_flops(unet.apply, *arguments)

@@ -63,7 +63,7 @@ def draw(base: pathlib.Path) -> Callable[[Trained], tuple[np.ndarray, np.ndarray
         config = model.config.copy_and_resolve_references()
         config.sample.update(num_steps=5, guidance_scale=3.0)
         start = np.array(start_noise(model.pipeline, config, jax.random.split(jax.random.key(5), len(PROMPTS))))
-        ids, negative = model.pipeline.tokenize(PROMPTS), model.pipeline.tokenize([""])[0]
+        ids, negative = model.pipeline.tokenize(PROMPTS), model.pipeline.tokens("").input_ids
         with tiny.quick_compilation(base):
             images = jax.jit(pixel_sampler(model.pipeline, config))(model.params, model.frozen, ids, negative, start)
         return np.transpose(images, (0, 2, 3, 1)), start

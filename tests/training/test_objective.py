@@ -17,6 +17,9 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
 from offsetjax.diffusion.process import make_process
+from offsetjax.models.family import Tokens
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.stable_diffusion import SD1
 from offsetjax.rng import stream_key
 from offsetjax.training.objective import add_position, autoencoder_objective, diffusion_objective, make_objective
 from tests.tiny import quick_compilation
@@ -36,7 +39,7 @@ def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 class StandInEncoder:
     """Moments are the parameters; pictures have latents of any shape."""
 
-    config: dict[str, Any] = field(default_factory=lambda: {"scaling_factor": 1.0})
+    scaling_factor: float = 1.0
     downscale: int = 8
 
     def encode(self, params: Any, pixels: jax.Array) -> Any:
@@ -55,24 +58,22 @@ class StandInUNet:
 
     given: list[tuple[jax.Array, ...]] = field(default_factory=list)
 
-    def apply(
-        self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
-    ) -> jax.Array:
-        self.given.append((noisy, timesteps, hidden))
+    def apply(self, params: Any, noisy: jax.Array, timesteps: jax.Array, encoder_hidden_states: jax.Array) -> jax.Array:
+        self.given.append((noisy, timesteps, encoder_hidden_states))
         return params
 
 
 @dataclass(frozen=True)
-class StandInPipeline:
-    vae: StandInEncoder = field(default_factory=StandInEncoder)
-    text_encoders: dict[str, Any] = field(default_factory=lambda: {"text_encoder": StandInTextEncoder()})
-    unet: StandInUNet = field(default_factory=StandInUNet)
-    force_zeros_for_empty_prompt: bool = False
-    is_conditioned_on_size: bool = False
+class StandInPipeline(Pipeline):
+    def tokens(self, caption: str) -> Tokens:
+        assert caption == ""
+        return Tokens({"text_encoder": EMPTY}, 2, len(EMPTY))
 
-    def tokenize(self, captions: list[str]) -> np.ndarray:
-        assert captions == [""]
-        return EMPTY[None, None]
+
+def stand_in(vae: Any = StandInEncoder()) -> Pipeline:
+    """Stable Diffusion 1.x of stand-ins."""
+    parts = {"unet": StandInUNet(), "vae": vae, "text_encoder": StandInTextEncoder()}
+    return StandInPipeline(SD1, parts, {"force_zeros_for_empty_prompt": False})
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def _config(**changes: Any) -> ConfigDict:
 def _look(
     config: ConfigDict, count: int = 256, shape: tuple[int, ...] = LATENT, step: int = 0, log_variance: float = -60.0
 ) -> Seen:
-    pipeline = StandInPipeline()
+    pipeline = stand_in()
     objective = diffusion_objective(pipeline, config)
     frozen = {"vae": (jnp.zeros((count, *shape)), jnp.full((count, *shape), log_variance)), "text_encoder": None}
-    pixels, ids = jnp.zeros((count, 2, 2, 3), jnp.uint8), jnp.ones((count, 1, 3), jnp.int32)
+    pixels, ids = jnp.zeros((count, 2, 2, 3), jnp.uint8), {"text_encoder": jnp.ones((count, 3), jnp.int32)}
     batch = add_position({"pixels": pixels, "input_ids": ids, "time_ids": jnp.zeros((count, 6))}, count)
     prediction = jnp.zeros((count, *shape))
 
@@ -107,7 +108,7 @@ def _look(
         return losses.sum(), losses
 
     gradient, losses = jax.grad(total, has_aux=True)(prediction)
-    noisy, timesteps, hidden = pipeline.unet.given[0]
+    noisy, timesteps, hidden = pipeline.denoiser.given[0]
     return Seen(losses, -gradient * np.prod(shape) / 2, noisy, timesteps, hidden)
 
 
@@ -247,15 +248,12 @@ def test_the_autoencoders_objective_is_error_and_divergence() -> None:
     pixels = jnp.stack([jnp.zeros((4, 4, 3), jnp.uint8), jnp.full((4, 4, 3), 255, jnp.uint8)])
     batch = add_position({"pixels": pixels}, 2)
     config = _config(task="autoencoder", loss__kl_weight=0.01)
-    objective = autoencoder_objective(StandInPipeline(vae=Reconstruction()), config)
+    objective = autoencoder_objective(stand_in(Reconstruction()), config)
     losses = objective({"vae": None}, {}, batch, jnp.int32(0))
     divergence = (9.0 + 0.0 + 60.0 - 1.0) / 2  # of N(3, e^-60) from N(0, 1), in nats
     assert np.asarray(losses) == pytest.approx([1.5**2 + 0.01 * divergence, 0.5**2 + 0.01 * divergence], rel=1e-5)
 
 
 def test_the_task_chooses_the_objective() -> None:
-    names = {
-        task: make_objective(StandInPipeline(), _config(task=task)).__qualname__
-        for task in ("diffusion", "autoencoder")
-    }
+    names = {task: make_objective(stand_in(), _config(task=task)).__qualname__ for task in ("diffusion", "autoencoder")}
     assert all(name.startswith(f"{task}_objective") for task, name in names.items())

@@ -94,7 +94,8 @@ def test_what_sdxl_does_not_read_of_its_first_text_encoder_stays_as_it_is(tmp_pa
     for part in ("text_encoder", "text_encoder_2"):
         config.model[part].update(vocab_size=8, max_position_embeddings=8)
     config.model.text_encoder_2.num_hidden_layers = 1
-    encoders = build(config).text_encoders
+    pipeline = build(config)
+    encoders = {part: pipeline.parts[part] for part in pipeline.family.encoders}
     rng = np.random.default_rng(0)
     params = {
         part: jax.tree.map(lambda like: rng.normal(size=like.shape).astype(like.dtype), abstract_params(model))

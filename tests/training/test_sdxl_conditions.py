@@ -71,16 +71,17 @@ def test_an_empty_caption_is_zeros_where_the_model_was_trained_so(
     begun: tuple[Run, dict[str, Any], dict[str, Any]],
 ) -> None:
     run, trained, batch = begun
-    assert run.pipeline.force_zeros_for_empty_prompt
-    empty_ids = run.pipeline.tokenize([""])[0]
-    ids = np.where(np.arange(COUNT)[:, None, None] == 3, empty_ids, batch["input_ids"])
+    assert run.pipeline.settings["force_zeros_for_empty_prompt"]
+    empty_ids = run.pipeline.tokens("").input_ids
+    is_third = np.arange(COUNT)[:, None] == 3
+    ids = {part: np.where(is_third, empty_ids[part], each) for part, each in batch["input_ids"].items()}
 
     def told(ids: Any, is_zeroed: bool) -> list[np.ndarray]:
-        pipeline = dataclasses.replace(run.pipeline, force_zeros_for_empty_prompt=is_zeroed)
-        params = join(trained, run.frozen)
-        hidden, added = encode_captions(pipeline, params, ids, batch["time_ids"], empty_ids)
-        assert added is not None
-        return [np.asarray(each) for each in (hidden, added["text_embeds"], added["time_ids"])]
+        settings = {**run.pipeline.settings, "force_zeros_for_empty_prompt": is_zeroed}
+        pipeline, params = dataclasses.replace(run.pipeline, settings=settings), join(trained, run.frozen)
+        told = encode_captions(pipeline, params, ids, batch["time_ids"], empty_ids)
+        added = told["added_conditions"]
+        return [np.asarray(each) for each in (told["encoder_hidden_states"], added["text_embeds"], added["time_ids"])]
 
     plain, zeroed, unzeroed = told(batch["input_ids"], True), told(ids, True), told(ids, False)
     np.testing.assert_array_equal(zeroed[2], batch["time_ids"])  # the sizes are told all the same

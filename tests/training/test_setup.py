@@ -16,7 +16,7 @@ from tests.tiny import build_data, tiny_config
 
 
 def test_standardising_changes_the_latents_and_not_the_pictures():
-    vae = build(tiny_config()).vae
+    vae = build(tiny_config()).autoencoder
     params = jax.jit(vae.init)(jax.random.key(0))
     pixels = jax.random.uniform(jax.random.key(1), (2, 3, 16, 16), minval=-1.0)
     mean, std = np.array([1.0, -2.0, 0.5, 0.0]), np.array([0.1, 3.0, 1.0, 0.5])
@@ -38,7 +38,7 @@ def test_a_scaling_factor_of_0_standardises_on_the_data(tmp_path):
     batches = open_stream(config, pipeline, source).iterator(0)
     pixels = np.concatenate([next(batches)["pixels"] for _ in range(8)])
     batches.close()
-    latents = pipeline.vae.encode(frozen["vae"], to_unit_range(pixels))[0]
+    latents = pipeline.autoencoder.encode(frozen["vae"], to_unit_range(pixels))[0]
     np.testing.assert_allclose(latents.mean((0, 2, 3)), 0.0, atol=0.02)
     np.testing.assert_allclose(latents.std((0, 2, 3)), 1.0, atol=0.02)
 

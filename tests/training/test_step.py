@@ -14,6 +14,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import offset_noise
+from offsetjax.models.family import Family, Tokens
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.stable_diffusion import SD1
 from offsetjax.parallel import sharding
 from offsetjax.train import place
 from offsetjax.training.objective import add_position, batch_keys, diffusion_objective, make_objective
@@ -32,50 +35,47 @@ def _quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class LinearPipeline:
-    """Latents are the pixels; the denoiser is one matrix, large enough to be sharded. It compiles at once."""
+class _Identity:
+    """Latents are the pixels."""
 
-    config: Mapping[str, Any] = field(default_factory=lambda: {"scaling_factor": 1.0})
-    downscale: int = 1
-    force_zeros_for_empty_prompt: bool = False
-    is_conditioned_on_size: bool = False
-
-    @property
-    def dtypes(self) -> dict[str, Any]:
-        return dict.fromkeys(("vae", "unet", "text_encoder"), jnp.float32)
-
-    @property
-    def vae(self) -> "LinearPipeline":
-        return self
-
-    @property
-    def unet(self) -> "_Matrix":
-        return _Matrix()
-
-    @property
-    def text_encoders(self) -> dict[str, "_Embedding"]:
-        return {"text_encoder": _Embedding()}
+    dtype, downscale, scaling_factor = jnp.float32, 1, 1.0
 
     def encode(self, params: PyTree, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         return pixels * params["gain"], jnp.full_like(pixels, -4.0)
 
-    def tokenize(self, captions: list[str]) -> np.ndarray:
-        return np.zeros((1, 1, 2), np.int32)
-
 
 class _Matrix:
+    """One matrix, large enough to be sharded."""
+
+    dtype = jnp.float32
+
     def apply(
-        self, params: PyTree, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
+        self, params: PyTree, noisy: jax.Array, timesteps: jax.Array, encoder_hidden_states: jax.Array
     ) -> jax.Array:
         params = flax.core.meta.unbox(params)  # as Flax's modules do, weight by weight
         flat = noisy.reshape(len(noisy), SIZE) @ params["dense"]["kernel"] + params["dense"]["bias"]
-        return (flat + hidden[:, :1] + timesteps[:, None] / 1000.0).reshape(noisy.shape)
+        return (flat + encoder_hidden_states[:, :1] + timesteps[:, None] / 1000.0).reshape(noisy.shape)
 
 
 class _Embedding:
+    dtype = jnp.float32
+
     def apply(self, params: PyTree, input_ids: jax.Array) -> tuple[jax.Array, None]:
         return input_ids.astype(jnp.float32), None
+
+
+@dataclass(frozen=True)
+class LinearPipeline(Pipeline):
+    """Stable Diffusion 1.x of parts that compile at once."""
+
+    family: Family = SD1
+    parts: Mapping[str, Any] = field(
+        default_factory=lambda: {"vae": _Identity(), "unet": _Matrix(), "text_encoder": _Embedding()}
+    )
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"force_zeros_for_empty_prompt": False})
+
+    def tokens(self, caption: str) -> Tokens:
+        return Tokens({"text_encoder": np.zeros(2, np.int32)}, 2, 2)
 
 
 def _config(**changes: Any) -> ConfigDict:
@@ -91,7 +91,7 @@ def _batch(number: int = 0, count: int = 32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(number)
     return {
         "pixels": rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8),
-        "input_ids": rng.integers(1, 9, (count, 1, 2), dtype=np.int32),
+        "input_ids": {"text_encoder": rng.integers(1, 9, (count, 2), dtype=np.int32)},
         "time_ids": np.zeros((count, 6), np.float32),
         "is_truncated": np.zeros(count, bool),
     }

@@ -21,6 +21,7 @@ from offsetjax.data.brightness import data_brightness
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts
+from offsetjax.models.stable_diffusion import SD1
 from offsetjax.models.weights import load_frozen, read_tokenizers
 from offsetjax.parallel.sharding import mesh_of, shardings
 from offsetjax.sampling.pictures import Picture
@@ -44,8 +45,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
 def _parts(base: pathlib.Path, config: ConfigDict, mesh: Mesh) -> tuple[Pipeline, PyTree]:
     """The pipeline and the frozen parts of a finished training."""
     folder = trained_workdir(base) / "frozen"
-    pipeline = build(config, read_tokenizers(folder))
-    return pipeline, load_frozen(folder, config, pipeline, frozen_parts(config), partial(shardings, mesh))
+    pipeline = build(config, read_tokenizers(folder, SD1))
+    return pipeline, load_frozen(folder, pipeline, frozen_parts(config), partial(shardings, mesh))
 
 
 def _validate(base: pathlib.Path, *, fsdp: int = 1, **changes: Any) -> dict[str, float]:
@@ -54,7 +55,7 @@ def _validate(base: pathlib.Path, *, fsdp: int = 1, **changes: Any) -> dict[str,
     config = tiny_config(data_path(base), **settings, **changes)
     mesh = mesh_of(data=2 if fsdp > 1 else 1, fsdp=fsdp)
     pipeline, frozen = _parts(base, tiny_config(data_path(base)), mesh)
-    params = {"unet": jax.jit(pipeline.unet.init)(jax.random.key(3))}
+    params = {"unet": jax.jit(pipeline.denoiser.init)(jax.random.key(3))}
     stream_config = config.copy_and_resolve_references()
     stream_config.seed = 0
     stream = open_stream(stream_config, pipeline, open_source(config.data.path))
