@@ -172,10 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", action="append", type=int, help="may be given several times; 0 without it")
     sub.add_argument(
         "--start_noise",
-        choices=("matched", "plain"),
-        help="start from the noise of training, or from plain noise as other programs do",
+        type=_choice("sample.start_noise"),
+        help="start from the noise of training, matched, or from plain noise as other programs do",
     )
-    sub.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m")
+    sub.add_argument("--sampler", type=_choice("sample.sampler"), help="see `offsetjax config sample.sampler`")
     sub.add_argument("--guidance_scale", type=float, help="of the prompt; 1: none, the prompt is followed as learnt")
     sub.add_argument(
         "--guidance_rescale", type=float, help="how much of the contrast that guidance adds is undone, 0 to 1"
@@ -248,15 +248,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _choice(path: str) -> Callable[[str], str]:
+    """The type of an option that takes what a field of the config does; the fields are read once it is given."""
+
+    def check(text: str) -> str:
+        from offsetjax.config.schema import choices
+
+        if text not in choices(path):
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices(path))}")
+        return text
+
+    return check
+
+
 def _checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--step", type=int, help="the newest without it")
-    sub.add_argument("--params", choices=("ema", "raw"), help="averaged or not; the config's sample.params without it")
+    sub.add_argument(
+        "--params", type=_choice("sample.params"), help="averaged or not; the config's sample.params without it"
+    )
 
 
 def _check_paths(options: argparse.Namespace) -> None:
-    for name, value in vars(options).items():
-        if name in ("config", "workdir", "model", "compare", "images", "data", "out", "cache_dir") and value == "":
-            raise UserError(f"--{name} is empty; give a path")
+    """Every path that is given, before any work."""
+    from offsetjax.files import check_place
+
+    for name in ("config", "workdir", "model", "lora", "compare", "images", "data", "out", "cache_dir"):
+        value = getattr(options, name, None)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not (name == "lora" and not path):
+                check_place(f"--{name}", path)
 
 
 def _no_more(rest: Sequence[str]) -> None:
