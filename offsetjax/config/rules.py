@@ -100,6 +100,22 @@ def _schedule(values: Values) -> Wrongs:
         values["loss.min_timestep"] >= steps,
         f"loss.min_timestep = {values['loss.min_timestep']} must be below schedule.num_train_timesteps = {steps}",
     )
+    most = values["loss.max_timestep"]
+    yield (
+        most and not values["loss.min_timestep"] < most <= steps,
+        f"loss.max_timestep = {most} must be above loss.min_timestep = {values['loss.min_timestep']} and at most "
+        f"schedule.num_train_timesteps = {steps}",
+    )
+    density = values["timesteps.density"]
+    for path, kind, default in (
+        ("timesteps.mean", "logit_normal", 0.0),
+        ("timesteps.std", "logit_normal", 1.0),
+        ("timesteps.mode_scale", "mode", 0.0),
+    ):
+        yield (
+            values[path] != default and density != kind,
+            f"{path} cannot apply to timesteps.density = {density!r}; set it back to {default}",
+        )
     yield from PROCESSES[values["schedule.process"]].rules(values)
 
 
@@ -205,7 +221,7 @@ def _task(values: Values) -> Wrongs:
             f"loss.kl_weight cannot apply to task = {values['task']!r}, which trains no autoencoder; set it back",
         )
         return
-    sections = ("encode.", "lora.", "noise.", "schedule.")
+    sections = ("encode.", "lora.", "noise.", "schedule.", "timesteps.")
     named_by_presets = ("schedule.prediction_type",)
     others = (
         "data.cached_latents",
@@ -214,6 +230,8 @@ def _task(values: Values) -> Wrongs:
         "model.scan_layers",
         "loss.min_snr_gamma",
         "loss.min_timestep",
+        "loss.max_timestep",
+        "loss.weighting",
         "optimizer.text_encoder_learning_rate",
         "sample.every_steps",
         "sample.prompts",
@@ -247,9 +265,10 @@ def _sampling(values: Values) -> Wrongs:
     yield (
         is_mixture,
         f"sample.sampler = {sampler!r} injects noise, which has to be normal: with noise.random_strength, "
-        "noise.probability or noise.adaptive_scale use ddim, euler or dpmpp_2m",
+        "noise.probability or noise.adaptive_scale use ddim, euler, heun, dpmpp_2m or unipc",
     )
     yield (
         values["sample.brightness"],
-        f"sample.brightness sets the start, which sample.sampler = {sampler!r} forgets; use ddim, euler or dpmpp_2m",
+        f"sample.brightness sets the start, which sample.sampler = {sampler!r} forgets; use ddim, euler, heun, "
+        "dpmpp_2m or unipc",
     )

@@ -29,6 +29,7 @@ _OWN = {
     "lora": f"{_HERE}.model:LORA",
     "noise": f"{_HERE}.noise:NOISE",
     "schedule": f"{_HERE}.noise:SCHEDULE",
+    "timesteps": f"{_HERE}.noise:TIMESTEPS",
     "loss": f"{_HERE}.noise:LOSS",
     "optimizer": f"{_HERE}.training:OPTIMIZER",
     "mesh": f"{_HERE}.training:MESH",

@@ -169,7 +169,7 @@ def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
     if not given and not noise.adaptive_scale:
         compute = _spectrum if noise.kind == "spectral" else _strengths
         downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)  # pixels a latent pixel, on a side
-        fields |= compute(config, calibration, make_process(config.schedule), downscale)
+        fields |= compute(config, calibration, make_process(config.schedule, downscale), downscale)
     if noise.adaptive_scale and not noise.data_mean:
         mean, deviation = calibration.mean, np.sqrt(calibration.mean_variance)
         fields |= {"data_mean": _numbers(mean), "data_mean_std": _numbers(deviation)}

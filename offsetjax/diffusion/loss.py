@@ -8,7 +8,11 @@ all of plain noise: so
 
     w_t = min(SNR_t / s², γ) / SNR_t  for ε,    min(SNR_t / s², γ) / (SNR_t + 1)  for v,    min(SNR_t / s², γ) t²
 
-where s² is the variance of a pixel's noise: 1 for plain noise, 1 + c² with an offset of strength c.
+where s² is the variance of a pixel's noise: 1 for plain noise, 1 + c² with an offset of strength c. The third vanishes
+as `(1-t)²` at the noisy end of a flow, where brightness is decided. A flow's other weights are functions of σ = t alone
+(P. Esser et al., arXiv 2403.03206, as PyTorch's training scripts have them):
+
+    sigma_sqrt    1 / σ²                  cosmap    2 / (π (1 - 2σ + 2σ²))
 """
 
 import jax.numpy as jnp
@@ -28,6 +32,17 @@ def min_snr_weight(
     if gamma == 0:
         return jnp.ones(())
     return jnp.minimum(process.snr(timestep) / noise_variance, gamma) / process.error_gain(timestep)
+
+
+def flow_weight(process: Process, timestep: Timestep, weighting: str) -> Float[Array, ""]:
+    """The weight of one example's loss by `loss.weighting`: "none" (1 everywhere), "sigma_sqrt" or "cosmap"."""
+    _, sigma = process.scales(timestep)
+    match weighting:
+        case "sigma_sqrt":
+            return 1.0 / jnp.maximum(sigma, 1e-3) ** 2  # the least σ that those scripts know
+        case "cosmap":
+            return 2.0 / (jnp.pi * (1.0 - 2.0 * sigma + 2.0 * sigma**2))
+    return jnp.ones(())
 
 
 def mean_squared_error(prediction: Float[Array, "*s"], target: Float[Array, "*s"]) -> Float[Array, ""]:

@@ -3,7 +3,8 @@ r"""What a diffusion process is to the rest of the package: how latents are nois
     x_t = α_t x0 + σ_t n_t,    n_t the noise of `noise.py`, t the process's own timestep: a whole number, or a float
 
 One file each implements it, and nothing outside of this folder depends on which it is: `variance_preserving.py` (DDPM:
-ε, v, zero terminal SNR). `make_process` makes the one that `schedule.process` names, and `PROCESSES` takes others'.
+ε, v, zero terminal SNR) and `flow.py` (flow matching). `make_process` makes the one that `schedule.process` names, and
+`PROCESSES` takes others'.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from offsetjax.diffusion.density import Density
 from offsetjax.registry import Registry
 
 Timestep = Int[Array, ""] | Float[Array, ""]
@@ -29,6 +31,8 @@ class Grid:
         network_timesteps: what the network is told at each of them.
         timesteps_after: where each step ends; where that is beyond all noise, `sigma_after` is 0 and this any timestep.
         log_snr: `λ = log(α/σ)` at each timestep, finite.
+        scale: what `x_t` is divided by where `x_t/scale = x0 + …` goes straight from x0 to the noise: in what Heun's
+            method takes its means.
         start: what the noise that sampling starts from is multiplied by.
     """
 
@@ -40,6 +44,7 @@ class Grid:
     alpha_after: Float[np.ndarray, " n"]
     sigma_after: Float[np.ndarray, " n"]
     log_snr: Float[np.ndarray, " n"]
+    scale: Float[np.ndarray, " n"]
     start: float = 1.0
 
 
@@ -77,8 +82,11 @@ class Process(Protocol):
     def growth(self, timestep: Any) -> tuple[Any, Any]:
         """`ψ_t`, the share of its shift that `adjusted` noise has, and its derivative in t, where the target has it."""
 
-    def draw_timestep(self, key: Key[Array, ""], least: int) -> Timestep:
-        """A timestep of training, none less noisy than timestep `least` of `num_train_timesteps`."""
+    def shift_at(self, pixels: int) -> float:
+        """What σ/α is multiplied by at each share of the timesteps, for latents of that many pixels."""
+
+    def draw_timestep(self, key: Key[Array, ""], density: Density, position: Int[Array, ""], pixels: int) -> Timestep:
+        """A timestep of training, of an example at a place in the global batch, whose latent has so many pixels."""
 
     def timestep_at(self, number: Any) -> Any:
         """The process's own timestep at `number` of `num_train_timesteps`, by which configs name them."""
@@ -107,10 +115,14 @@ class Process(Protocol):
     def error_gain(self, timestep: Timestep) -> Float[Array, ""]:
         """The squared error of the prediction that a squared error of 1 of x0 makes, at a given `x_t`."""
 
-    def grid(self, sampler: str, num_steps: int, spacing: str) -> Grid:
-        """The timesteps of a sampler of `sampler.NAMES`, as PyTorch diffusers' counterpart chooses them."""
+    def grid(self, sampler: str, num_steps: int, spacing: str, shift: float) -> Grid:
+        """The timesteps of a sampler of `sampler.NAMES`, as PyTorch diffusers' counterpart chooses them.
 
-    def scheduler(self, sampler: str, spacing: str) -> dict[str, Any]:
+        Args:
+            shift: of the grid; for a process without one, not read.
+        """
+
+    def scheduler(self, sampler: str, spacing: str, shift: float) -> dict[str, Any]:
         """`scheduler_config.json` of PyTorch diffusers' counterpart of a sampler: `_class_name` and its settings."""
 
     def metadata(self) -> dict[str, str]:
@@ -120,8 +132,8 @@ class Process(Protocol):
 class ProcessType(Protocol):
     """What makes a process from a config: what `PROCESSES` holds."""
 
-    def make(self, schedule: Mapping[str, Any]) -> Process:
-        """The process of `config.schedule`, whose fields have been checked."""
+    def make(self, schedule: Mapping[str, Any], downscale: int) -> Process:
+        """The process of `config.schedule`, whose fields have been checked; `downscale` as in `make_process`."""
 
     def rules(self, values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
         """Whether something in a config, by its fields' paths, does not go with this process, and what."""
@@ -130,18 +142,24 @@ class ProcessType(Protocol):
 PROCESSES: Registry[ProcessType] = Registry(
     "schedule.process",
     "offsetjax.processes",
-    {"variance_preserving": "offsetjax.diffusion.variance_preserving:VariancePreserving"},
+    {
+        "variance_preserving": "offsetjax.diffusion.variance_preserving:VariancePreserving",
+        "flow": "offsetjax.diffusion.flow:Flow",
+    },
 )
 
 
-def make_process(schedule: Mapping[str, Any]) -> Process:
+def make_process(schedule: Mapping[str, Any], downscale: int = 8) -> Process:
     """The process of `config.schedule`.
+
+    Args:
+        downscale: pixels of a picture a latent pixel, on a side.
 
     Raises:
         UserError: `schedule.process` names none.
     """
     # A calibration of an earlier version does not name it.
-    return PROCESSES[schedule.get("process", "variance_preserving")].make(schedule)
+    return PROCESSES[schedule.get("process", "variance_preserving")].make(schedule, downscale)
 
 
 def add_noise(

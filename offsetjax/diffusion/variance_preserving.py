@@ -20,11 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from offsetjax.diffusion.density import Density
 from offsetjax.diffusion.process import Grid, is_traced
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
-_TRAILING_START = ("euler", "euler_ancestral")  # whose PyTorch counterparts begin with noise scaled by σ_T
+# What only a flow has.
+_OF_FLOWS = {
+    "schedule.shift": 1.0,
+    "schedule.shift_rule": "fixed",
+    "schedule.shift_resolution": 0,
+    "sample.shift": 0.0,
+    "loss.weighting": "none",
+}
+_SKIPPING = ("dpmpp_2m", "unipc")
+_TRAILING_START = ("euler", "euler_ancestral", "heun")  # whose PyTorch counterparts begin with noise scaled by σ_T
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +49,7 @@ class VariancePreserving:
     includes_rate = False
 
     @classmethod
-    def make(cls, schedule: Mapping[str, Any]) -> "VariancePreserving":
+    def make(cls, schedule: Mapping[str, Any], downscale: int) -> "VariancePreserving":
         """The process of `config.schedule`."""
         return variance_preserving(
             schedule["num_train_timesteps"],
@@ -81,8 +91,16 @@ class VariancePreserving:
         psi = sigma / sigma[-1]
         return (jnp.asarray(psi, jnp.float32) if is_traced(timestep) else psi)[timestep], 0.0
 
-    def draw_timestep(self, key: Key[Array, ""], least: int) -> Int[Array, ""]:
-        return jax.random.randint(key, (), least, self.num_train_timesteps)
+    def shift_at(self, pixels: int) -> float:
+        return 1.0
+
+    def draw_timestep(
+        self, key: Key[Array, ""], density: Density, position: Int[Array, ""], pixels: int
+    ) -> Int[Array, ""]:
+        count = self.num_train_timesteps
+        if density.is_independent_uniform:
+            return jax.random.randint(key, (), round(density.least * count), round(density.most * count))
+        return jnp.minimum(jnp.int32(density.draw(key, position) * count), count - 1)
 
     def timestep_at(self, number: Any) -> Any:
         return number
@@ -111,7 +129,7 @@ class VariancePreserving:
         """`SNR_t` for ε, `SNR_t + 1` for v."""
         return self.snr(timestep) + (self.prediction_type == "v_prediction")
 
-    def grid(self, sampler: str, num_steps: int, spacing: str) -> Grid:
+    def grid(self, sampler: str, num_steps: int, spacing: str, shift: float = 1.0) -> Grid:
         timesteps = timestep_grid(self.num_train_timesteps, num_steps, spacing, sampler)
         kept = np.asarray(self.alphas_cumprod, np.float64)
         if sampler == "ddim":  # it counts back from each step, and ends at ᾱ_0 (diffusers: set_alpha_to_one=False)
@@ -131,16 +149,17 @@ class VariancePreserving:
             sigma_after=np.sqrt(1.0 - kept_after),
             # At a zero SNR it is infinite; the value that diffusers gives it there keeps differences finite.
             log_snr=np.log(np.maximum(alpha, 2.0**-12) / sigma),
+            scale=alpha,
             start=float(sigma[0]) if sampler in _TRAILING_START and spacing == "trailing" else 1.0,
         )
 
-    def scheduler(self, sampler: str, spacing: str) -> dict[str, Any]:
+    def scheduler(self, sampler: str, spacing: str, shift: float = 1.0) -> dict[str, Any]:
         name, settings = _SCHEDULERS[sampler]
         return {
             "_class_name": name,
-            "num_train_timesteps": self.num_train_timesteps,
-            "beta_start": self.betas[0],
             "beta_end": self.betas[1],
+            "beta_start": self.betas[0],
+            "num_train_timesteps": self.num_train_timesteps,
             "prediction_type": self.prediction_type,
             "rescale_betas_zero_snr": self.zero_terminal_snr,
             "beta_schedule": "scaled_linear",
@@ -167,12 +186,17 @@ class VariancePreserving:
         # "leading" starts one step late (steps_offset = 1): with as many steps as the schedule it would start beyond
         # it. DPM-Solver++'s grid of that kind has one step more, which is left out.
         late = values["sample.spacing"] == "leading"
-        most = steps - late - (late and values["sample.sampler"] == "dpmpp_2m")
+        most = steps - late - (late and values["sample.sampler"] in _SKIPPING)
         yield (
             values["sample.num_steps"] > most,
             f"sample.num_steps = {values['sample.num_steps']} must be at most {most} with "
             f"sample.spacing = {values['sample.spacing']!r}",
         )
+        for path, default in _OF_FLOWS.items():
+            yield (
+                values[path] != default,
+                f"{path} cannot apply to schedule.process = 'variance_preserving'; set it back to {default!r}",
+            )
         if values["schedule.zero_terminal_snr"]:
             yield from _zero_terminal_snr(values)
         count = values["sample.num_steps"]
@@ -205,6 +229,11 @@ def _zero_terminal_snr(values: Mapping[str, Any]) -> Iterator[tuple[object, str]
         values["loss.min_snr_gamma"] > 0,
         "loss.min_snr_gamma gives the timesteps near a zero SNR no weight, and they decide on the brightness; set it "
         "to 0 or schedule.zero_terminal_snr to False",
+    )
+    yield (
+        values["sample.sampler"] == "heun",
+        "sample.sampler = 'heun' divides by the signal, of which schedule.zero_terminal_snr leaves none at the last "
+        "timestep; use euler, dpmpp_2m or unipc",
     )
     yield (
         values["noise.kind"] == "adjusted",
@@ -247,7 +276,7 @@ def timestep_grid(num_train_timesteps: int, num_steps: int, spacing: str, sample
     if spacing == "trailing":
         grid = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)
         return np.round(grid[:num_steps]).astype(np.int32) - 1  # for some n, such as 61 of 1,000, rounding adds one
-    skipped = int(sampler == "dpmpp_2m")  # which leaves out the grid's cleanest step
+    skipped = int(sampler in _SKIPPING)  # which leaves out the grid's cleanest step
     whole_stride = num_train_timesteps // (num_steps + skipped)
     return ((np.arange(num_steps)[::-1] + skipped) * whole_stride + 1).astype(np.int32)
 
@@ -259,6 +288,8 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
 }
 
 

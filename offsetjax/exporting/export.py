@@ -33,6 +33,7 @@ from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.models.pipeline import Pipeline, network_parts, trained_parts, training_noise
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.models.workdir import Stored, open_stored
+from offsetjax.sampling.sample import grid_shift
 
 FORMATS = ("diffusers", "single_file", "lora")
 
@@ -120,8 +121,7 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
             )
     if is_diffusion:
         write_tokenizers(out, pipeline.family, pipeline.tokenizers)
-        process, sampler = make_process(config.schedule), matched_sampler(pipeline, config)
-        scheduler = files.scheduler_config(process.scheduler(sampler, config.sample.spacing))
+        scheduler = files.scheduler_config(_scheduler(stored, matched_sampler(pipeline, config)))
         files.write_scheduler(out, scheduler)
         (out / "README.md").write_text(model_card(pipeline, config, stored.step))
         write_spectrum(out, pipeline, config)
@@ -133,7 +133,7 @@ def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) 
     config = stored.config
     parts = {part: stored.part(part) for part in network_parts(config)}
     configs = {part: _torch_config(stored, part) for part in parts}
-    configs["scheduler"] = make_process(config.schedule).scheduler("ddim", config.sample.spacing)
+    configs["scheduler"] = _scheduler(stored, "ddim")
     with _progress(title, parts) as parts:
         metadata = header(stored.pipeline, config, stored.step, "single_file", title)
         carried = carried_of(stored.frozen)
@@ -153,6 +153,12 @@ def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_ke
         dtype=dtype,
         metadata=header(pipeline, config, stored.step, "lora", title),
     )
+
+
+def _scheduler(stored: Stored, sampler: str) -> dict[str, Any]:
+    config, pipeline = stored.config, stored.pipeline
+    process = make_process(config.schedule, pipeline.autoencoder.downscale)
+    return process.scheduler(sampler, config.sample.spacing, grid_shift(pipeline, config))
 
 
 def _torch_config(stored: Stored, part: str) -> dict[str, Any]:

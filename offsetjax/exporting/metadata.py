@@ -34,7 +34,7 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{side}x{side}",
-        **make_process(config.schedule).metadata(),
+        **make_process(config.schedule, pipeline.autoencoder.downscale).metadata(),
         "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
         **_noise_names(pipeline, config),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),

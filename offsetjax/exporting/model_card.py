@@ -33,7 +33,7 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
         step=step,
         pipeline="StableDiffusionXLPipeline" if pipeline.family.name == "sdxl" else "StableDiffusionPipeline",
         resolution=config.data.resolution,
-        prediction=make_process(config.schedule).predicts,
+        prediction=make_process(config.schedule, pipeline.autoencoder.downscale).predicts,
         noise=describe(noise, config.noise, size, size),
         latents="\n".join(f"    {line}" for line in _latents(noise, channels, size)),
         settings=", ".join(

@@ -160,7 +160,8 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shar
 
 def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
     """The noise that a config trains with."""
-    return make_noise(config.noise, make_process(config.schedule), pipeline.autoencoder.downscale)
+    downscale = pipeline.autoencoder.downscale
+    return make_noise(config.noise, make_process(config.schedule, downscale), downscale)
 
 
 def adapter_scale(config: ConfigDict) -> float:

@@ -13,26 +13,23 @@ from matplotlib.figure import Figure
 
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, check_folder, write_whole
-from offsetjax.plots import png
 from offsetjax.report import curves, figures, page
-from offsetjax.report.conclusions import conclusions
+from offsetjax.report.conclusions import conclusions, trained_on_black
 from offsetjax.report.headline import headline
 from offsetjax.report.numbers import summarise
 from offsetjax.report.pool import Pool, pool
-from offsetjax.report.read import read_picture, read_runs
-from offsetjax.report.section import Section, find_notes, find_references
+from offsetjax.report.read import read_arms, read_picture
 from offsetjax.report.swept import Series, find_series, sentences, swept
 
 GRID_WIDTH = 1200  # pixels
 
 
-def report(workdirs: Sequence[str], out: str, sections: Sequence[Section] = ()) -> None:
+def report(workdirs: Sequence[str], out: str) -> None:
     """Writes `out` (HTML), its figures in the folder `NAME_files`, and `report.json`, all beside one another.
 
     Args:
         workdirs: the work directories of one or more trainings, or folders of them.
         out: path of the page, ending in .html.
-        sections: what the caller adds, such as published figures to compare with.
 
     Raises:
         UserError: a work directory that is missing or malformed, or an `out` that cannot be written.
@@ -42,42 +39,40 @@ def report(workdirs: Sequence[str], out: str, sections: Sequence[Section] = ()) 
         raise UserError(f"report: --out={out} must end in .html")
     check_file("report", target)
     folder = check_folder("report", target.parent / f"{target.stem}_files")
-    runs = read_runs(workdirs)
-    pools = pool(runs)
+    arms = read_arms(workdirs)
+    pools = pool(arms)
     series = find_series(pools)
-    numbers, pooled = summarise(runs, sections), summarise([each.combined for each in pools], sections)
-    numbers["conclusions"] = [*sentences(series), *conclusions(pooled, numbers["runs"], sections)]
+    numbers, pooled = summarise(arms), summarise([each.arm for each in pools])
+    numbers["conclusions"] = [*sentences(series), *conclusions(pooled, numbers["arms"])]
     numbers["pools"] = [
         {**summary, "runs": [run.name for run in each.runs]}
-        for each, summary in zip(pools, pooled["runs"], strict=True)
+        for each, summary in zip(pools, pooled["arms"], strict=True)
     ]
-    pictures = _pictures(pools, series, numbers["pools"], sections)
-    for name, content in pictures.items():
-        write_whole(folder / f"{name}.png", content)
+    pictures = _pictures(pools, series, numbers["pools"])
+    for name, png in pictures.items():
+        write_whole(folder / f"{name}.png", png)
     text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(target.parent / "report.json", f"{text}\n")
-    note = find_notes(sections, figures.all_prompts(numbers["pools"]))
-    write_whole(target, page.render(numbers, pictures, note))
+    write_whole(target, page.render(numbers, pictures))
 
 
-def _pictures(
-    pools: Sequence[Pool], series: Sequence[Series], summaries: Sequence[dict], sections: Sequence[Section]
-) -> dict[str, bytes]:
+def _pictures(pools: Sequence[Pool], series: Sequence[Series], summaries: Sequence[dict]) -> dict[str, bytes]:
     firsts = [each.first for each in pools]
+    scenes = [first for first, summary in zip(firsts, summaries, strict=True) if not trained_on_black(summary)]
     drawn: dict[str, Figure | None] = {
-        "headline": headline(firsts),
+        "headline": headline(scenes or firsts),
         "swept": swept(series),
-        "brightness": figures.brightness(summaries, find_references(sections, figures.all_prompts(summaries))),
+        "brightness": figures.brightness(summaries),
         "curves": figures.curves(summaries),
         "unconditional": figures.unconditional_spread(summaries),
         "losses": curves.losses(pools),
         "validation": curves.validation(pools),
         "probe": curves.probe(pools),
     }
-    pictures = {name: png(figure) for name, figure in drawn.items() if figure}
-    for index, run in enumerate(firsts):
-        grids = [("before", run.steps[0])] if len(run.steps) > 1 else []
-        grids += [("after", samples) for samples in run.steps[-1:]]
+    pictures = {name: _png(figure) for name, figure in drawn.items() if figure}
+    for index, arm in enumerate(firsts):
+        grids = [("before", arm.steps[0])] if len(arm.steps) > 1 else []
+        grids += [("after", samples) for samples in arm.steps[-1:]]
         for when, samples in grids:
             if samples.picture:
                 pictures[f"{when}_{index}"] = _grid(samples.picture)
@@ -91,4 +86,10 @@ def _grid(path: epath.Path) -> bytes:
         return path.read_bytes()
     buffer = io.BytesIO()
     image.resize((GRID_WIDTH, round(image.height * GRID_WIDTH / image.width))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()

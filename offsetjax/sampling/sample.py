@@ -138,10 +138,10 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
 
     The keys are those of the noise that ancestral samplers inject; the others have no use for them.
     """
-    process, sample = make_process(config.schedule), config.sample
+    process, sample = make_process(config.schedule, pipeline.autoencoder.downscale), config.sample
     noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
     is_ancestral = sample.sampler in ANCESTRAL
-    grid = process.grid(sample.sampler, sample.num_steps, sample.spacing)
+    grid = process.grid(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config))
     table, mean_table = coefficients(sample.sampler, grid), None
     if noise.growth is not None and not is_ancestral and not process.includes_rate:
         mean_table = coefficients(sample.sampler, grid, mean_deviations(noise, grid, shape))
@@ -187,6 +187,12 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
         return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
 
     return draw
+
+
+def grid_shift(pipeline: Pipeline, config: ConfigDict) -> float:
+    """The shift of a sampler's grid: `sample.shift`, or by default the process's own at this size."""
+    _, height, width = latent_shape(pipeline, config)
+    return config.sample.shift or make_process(config.schedule, pipeline.autoencoder.downscale).shift_at(height * width)
 
 
 def mean_deviations(

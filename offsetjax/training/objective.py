@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion import loss as losses
+from offsetjax.diffusion.density import make_density
 from offsetjax.diffusion.process import add_noise, make_process
 from offsetjax.models.encode import drop_captions, encode_batch, encode_captions, sample_latent, to_unit_range
 from offsetjax.models.pipeline import Pipeline, join, training_noise
@@ -35,7 +36,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     The batch holds `pixels` uint8 [b, H, W, 3] or, cached, `moments` float16 [b, 2, c, h, w]; `input_ids` by
     text encoder, int32 [b, n]; `time_ids` float32 [b, 6] and `position` int32 [b].
     """
-    process = make_process(config.schedule)
+    process, density = make_process(config.schedule, pipeline.autoencoder.downscale), make_density(config)
     noises = training_noise(pipeline, config)
     empty_ids = pipeline.tokens("").input_ids
 
@@ -53,7 +54,10 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         params = after(conditions, params)
         # noise
         # A picture's mean is decided at the noisy end; a short fine-tuning may look there alone.
-        timesteps = jax.vmap(lambda key: process.draw_timestep(key, config.loss.min_timestep))(keys("timestep"))
+        pixels = latents.shape[2] * latents.shape[3]
+        timesteps = jax.vmap(lambda key, position: process.draw_timestep(key, density, position, pixels))(
+            keys("timestep"), batch["position"]
+        )
         noise = jax.vmap(noises.draw)(keys("noise"), latents, timesteps)
         rate = jax.vmap(noises.rate)(keys("noise"), latents, timesteps)
         # In the input alone (arXiv 2301.11706): the target stays the noise without it.
@@ -65,7 +69,10 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         def example_loss(prediction, latent, noise, rate, timestep):
             error = losses.mean_squared_error(prediction, process.target(latent, noise, rate, timestep))
             variance = noises.variance(latent.shape[1], latent.shape[2], timestep)
-            return losses.min_snr_weight(process, timestep, config.loss.min_snr_gamma, variance) * error
+            weight = losses.min_snr_weight(process, timestep, config.loss.min_snr_gamma, variance)
+            if config.loss.weighting != "none":
+                weight *= losses.flow_weight(process, timestep, config.loss.weighting)
+            return weight * error
 
         return jax.vmap(example_loss)(prediction, latents, noise, rate, timesteps)
 

@@ -35,7 +35,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
     Args:
         mesh: each of its devices computes the losses of its own examples, as in training.
     """
-    process = make_process(config.schedule)
+    process = make_process(config.schedule, pipeline.autoencoder.downscale)
     empty_ids = pipeline.tokens("").input_ids
     noises = {"plain": PLAIN}
     training = training_noise(pipeline, config)

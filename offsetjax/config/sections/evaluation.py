@@ -11,6 +11,7 @@ from offsetjax.config.ranges import (
     count,
     one_of,
 )
+from offsetjax.diffusion.sampler import NAMES
 
 _PROMPTS = at_most_letters(4096, each=10_000)
 
@@ -43,10 +44,11 @@ SAMPLE = Section(
             "sampler",
             str,
             "ddim",
-            one_of("ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m"),
+            one_of(*NAMES),
             "the rule by which a step follows the one before",
             elsewhere={"sample_sampler": "kohya", "noise_scheduler": "OneTrainer"},
         ),
+        Field("shift", float, 0.0, at_least(0), "of a flow's sampler; 0: the schedule's"),
         Field("guidance_scale", float, 7.5, at_least(0), "of the prompt; 1: none, the prompt is followed as learnt"),
         Field(
             "guidance_rescale",

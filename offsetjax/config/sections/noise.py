@@ -5,7 +5,7 @@ from offsetjax.config.ranges import (
     ANY,
     FINITE,
     FINITE_NUMBERS,
-    PLACE,
+    Range,
     Registered,
     above,
     at_least,
@@ -16,6 +16,7 @@ from offsetjax.config.ranges import (
     from_up_to,
     one_of,
 )
+from offsetjax.diffusion.density import KINDS as DENSITIES
 from offsetjax.diffusion.process import PROCESSES
 
 NOISE = Section(
@@ -117,7 +118,7 @@ NOISE = Section(
             "calibration",
             str,
             "",
-            PLACE,
+            ANY,
             "a file of `offsetjax calibrate`, which fills in strengths or spectrum",
             change=Change.RESUME,  # what it filled in is compared
         ),
@@ -141,7 +142,26 @@ SCHEDULE = Section(
             str,
             "variance_preserving",
             Registered(PROCESSES),
-            "how data becomes noise: x_t = α(t) x0 + σ(t) n",
+            "how data becomes noise, x_t = α(t) x0 + σ(t) n: variance_preserving (DDPM), or flow (rectified flow)",
+            elsewhere={"flow_matching": "kohya, SimpleTuner"},
+        ),
+        Field(
+            "shift",
+            float,
+            1.0,
+            above(0),
+            "what σ/α is multiplied by at each timestep of a flow's training density and sampler",
+            elsewhere={"discrete_flow_shift": "kohya", "flow_shift": "diffusers", "flow_schedule_shift": "SimpleTuner"},
+        ),
+        Field(
+            "shift_rule",
+            str,
+            "fixed",
+            one_of("fixed", "resolution", "tokens"),
+            "the shift of other sizes: the same, times √(m/n) for n pixels of shift_resolution, or FLUX's by tokens",
+        ),
+        Field(
+            "shift_resolution", int, 0, count(0), "the size that shift is for, by shift_rule = 'resolution'", "pixels"
         ),
         Field("num_train_timesteps", int, 1000, count(2, 1_000_000), "timesteps from data to noise"),
         Field("beta_start", float, 0.00085, between(0, 1), "variance of the noise that the first timestep adds"),
@@ -169,6 +189,51 @@ SCHEDULE = Section(
     ),
 )
 
+TIMESTEPS = Section(
+    "timesteps",
+    "Which timesteps are trained on; in a flow shifted by schedule.shift.",
+    (
+        Field(
+            "density",
+            str,
+            "uniform",
+            one_of(*DENSITIES),
+            "of the timesteps, from no noise to noise alone",
+            elsewhere={"weighting_scheme": "diffusers, kohya", "timestep_sampling": "kohya"},
+        ),
+        Field(
+            "mean",
+            float,
+            0.0,
+            FINITE,
+            "of logit_normal's normal; above 0 it leans to noise",
+            elsewhere={"logit_mean": "diffusers, kohya"},
+        ),
+        Field(
+            "std",
+            float,
+            1.0,
+            above(0),
+            "standard deviation of logit_normal's normal",
+            elsewhere={"logit_std": "diffusers, kohya"},
+        ),
+        Field(
+            "mode_scale",
+            float,
+            0.0,
+            Range(lambda value: -1 <= value <= 1.752, "at least -1 and at most 1.752"),
+            "of mode: above 0 it leans to the middle, below 0 to the ends",
+        ),
+        Field(
+            "stratified",
+            bool,
+            False,
+            ANY,
+            "each example of a global batch draws from a stratum of its own, so that a batch covers the density evenly",
+        ),
+    ),
+)
+
 LOSS = Section(
     "loss",
     "What the loss weighs.",
@@ -192,6 +257,25 @@ LOSS = Section(
                 "timestep_bias_begin": "diffusers",
                 "min_noising_strength": "OneTrainer",
             },
+        ),
+        Field(
+            "max_timestep",
+            int,
+            0,
+            count(0),
+            "no timestep from it on is trained; 0: all are, up to schedule.num_train_timesteps",
+            elsewhere={
+                "max_timestep": "kohya",
+                "timestep_bias_end": "diffusers",
+                "max_noising_strength": "OneTrainer",
+            },
+        ),
+        Field(
+            "weighting",
+            str,
+            "none",
+            one_of("none", "sigma_sqrt", "cosmap"),
+            "of a flow's timesteps: 1 / t², or 2 / (π (1 - 2t + 2t²))",
         ),
         Field("kl_weight", float, 1e-6, at_least(0), "of the latents' divergence from a normal, for an autoencoder"),
     ),
