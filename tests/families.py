@@ -69,7 +69,7 @@ def pipeline(config: ConfigDict, dtype: torch.dtype = torch.float32) -> diffuser
     }
     pads = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}[config.model.family]
     for place, pad in enumerate(pads):
-        modules["tokenizer_2" if place else "tokenizer"] = clip_tokenizer(pad)
+        modules["tokenizer_2" if place else "tokenizer"] = torch_models.tokenizer(clip_tokenizer(pad))
     modules["scheduler"] = torch_models.scheduler(prediction_type=config.schedule.prediction_type)
     if config.model.family == "sdxl":
         return diffusers.StableDiffusionXLPipeline(

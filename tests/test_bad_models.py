@@ -89,10 +89,18 @@ MODELS: dict[str, tuple[str, Change, str]] = {
     "no schedule": ("sd1", removed("scheduler"), r"scheduler_config.json is missing; give a whole \w+ directory$"),
     "no index, no config": ("sd1", removed("model_index.json", "unet/config.json"), "unet/config.json is missing"),
     "no weights": ("sd1", removed(UNET), f"{UNET} is missing; fetch the whole directory"),
-    "no tokenizer": ("sd1", removed("tokenizer"), "tokenizer has no vocab.json; is it the tokenizer/ of a diffusers"),
-    "half a vocabulary": ("sd1", cut("tokenizer/vocab.json", 0.5), "tokenizer cannot be read: .*; fetch it again"),
-    "half the merges": ("sd1", cut("tokenizer/merges.txt", 0.5), "tokenizer/merges.txt is not whole; fetch it again"),
-    "tokenizer that is a list": ("sd1", written("tokenizer/tokenizer_config.json", "[]"), "tokenizer cannot be read"),
+    "no tokenizer": ("sd1", removed("tokenizer"), "tokenizer has no vocab.json, nor a tokenizer.json; is it the"),
+    "half a vocabulary": (
+        "sd1",
+        cut("tokenizer/vocab.json", 0.5),
+        "tokenizer/vocab.json cannot be read: .*; fetch it again",
+    ),
+    "half the merges": ("sd1", cut("tokenizer/merges.txt", 0.5), "merges.txt is not whole: .*; fetch it again"),
+    "tokenizer that is a list": (
+        "sd1",
+        written("tokenizer/tokenizer_config.json", "[]"),
+        "tokenizer_config.json cannot be read",
+    ),
     "tokenizer of another model": (
         "sd1",
         with_tensors(TEXT, text_model__embeddings__token_embedding__weight=np.zeros((520, 24), np.float32)),

@@ -1,6 +1,7 @@
 """PyTorch models with random weights, the independent judges of ours; and what one needs to compare with them."""
 
 import pathlib
+import tempfile
 from typing import Any
 
 import diffusers
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from offsetjax.formats.names import from_torch, torch_name
-from offsetjax.models.tokenizer import save_tokenizer, train_tokenizer
+from offsetjax.models.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)
 
@@ -75,14 +76,19 @@ def scheduler(**changes: Any) -> diffusers.DDIMScheduler:
     return diffusers.DDIMScheduler(1000, 0.00085, 0.012, **{**stable_diffusion, "steps_offset": 1, **changes})
 
 
+def tokenizer(ours: Tokenizer) -> transformers.CLIPTokenizer:
+    """The tokenizer that transformers reads from the files of ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(ours, folder)
+        return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
 def save_pipeline(directory: pathlib.Path, **parts: Any) -> diffusers.StableDiffusionPipeline:
     """Writes a random Stable Diffusion pipeline; `parts` replace its parts."""
-    save_tokenizer(train_tokenizer(CAPTIONS, TEXT["vocab_size"], TEXT["max_position_embeddings"]), directory / "t")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(directory / "t")
     made = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "scheduler": scheduler}
     pipeline = diffusers.StableDiffusionPipeline(
         **{name: parts[name] if name in parts else make() for name, make in made.items()},
-        tokenizer=tokenizer,
+        tokenizer=tokenizer(train_tokenizer(CAPTIONS, TEXT["vocab_size"], TEXT["max_position_embeddings"])),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

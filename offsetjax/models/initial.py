@@ -97,15 +97,15 @@ def pretrained_tokenizers(config: ConfigDict) -> dict[str, Any] | None:
     folder = epath.Path(config.model.pretrained)
     if not is_learned and folder.is_dir():
         tokenizers = {part: load_tokenizer(folder / family.tokenizer_folders[part]) for part in parts}
-        for part, tokenizer in tokenizers.items():  # some files do not say how long a caption may be
-            known, length = config.model[part].vocab_size, config.model[part].max_position_embeddings
+        for part, tokenizer in tokenizers.items():
+            known = config.model[part].vocab_size
             if len(tokenizer) > known:
                 raise UserError(
                     f"model.pretrained: {folder} has a tokenizer of {len(tokenizer)} tokens, of which its {part} knows "
                     f"{known}; give the tokenizer that it was trained with"
                 )
-            tokenizer.model_max_length = min(tokenizer.model_max_length, length)
-        return tokenizers
+        # Some files do not say how long a caption may be.
+        return {part: each.shortened(config.model[part].max_position_embeddings) for part, each in tokenizers.items()}
     if any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):
         raise UserError(
             f"model.pretrained: {folder} brings no tokenizer, and its text encoder knows "
