@@ -39,14 +39,14 @@ check_settings() {
   if [[ ${arguments[0]} == --* ]]; then arguments=(train "${arguments[@]}"); fi
 }
 
-# A list that JSON and YAML read alike. Kubernetes would put a variable's value in the place of $(NAME); $$( is its $(.
+# A list that JSON and YAML read alike. Kubernetes would put a variable's value in the place of $(NAME), and reads $$ as $.
 json() {
   local text separator="" backslash="\\"
   printf '['
   for text in "$@"; do
     text=${text//"$backslash"/"$backslash$backslash"}
     text=${text//\"/"$backslash\""}
-    text=${text//"\$("/"\$\$("}
+    text=${text//"\$"/"\$\$"}
     printf '%s"%s"' "$separator" "$text"
     separator=", "
   done
@@ -83,11 +83,11 @@ workload() {
   must_match tpu_type '[a-z0-9]+-[0-9a-z]+(-[0-9a-z]+)?' v5litepod-16
   [[ -z $project ]] || must_match project '[a-z0-9.:-]+' my-project
   [[ $dry_run == yes ]] || command -v xpk >/dev/null || mistake "no xpk: pip install xpk"
-  # xpk restarts after 42 and 127 to 255 of itself: with these, after all but 0 and 2. It passes SIGTERM on to the shell
+  # xpk restarts after 42 and 127 to 255 of itself: with these, after all but 0, 2 and 74. It passes SIGTERM on to the shell
   # that runs the command, whose place offsetjax therefore takes.
   run xpk workload create --cluster="$cluster" --zone="$zone" ${project:+--project="$project"} --workload="$name" \
     --tpu-type="$tpu_type" --num-slices="$node_count" --docker-image="$image" --max-restarts="$max_restarts" \
-    --restart-on-exit-codes=1,3-126 --termination-grace-period-seconds="$grace_seconds" \
+    --restart-on-exit-codes=1,3-73,75-126 --termination-grace-period-seconds="$grace_seconds" \
     --command="exec offsetjax $(quoted "${arguments[@]}")"
 }
 

@@ -4,6 +4,8 @@
 #   launch/local.sh train --config=my.py       any arguments of offsetjax; paths are relative to the current directory
 #   launch/local.sh --processes=4 train …      as on a pod: 4 processes that train as one, on this machine's CPU;
 #                                              calibrate and data encode too
+#   launch/local.sh --restarts=10 train …      starts it again, after a pause, where that may help (exit status 75, 70, or
+#                                              killed); goes before or after --processes
 #   launch/local.sh test                       lint, format, types, shell scripts, then the quick tests
 #   launch/local.sh test tests/launch -x       only pytest, with these arguments, at the root of the repository
 #
@@ -30,15 +32,24 @@ if [[ ${1-} == test ]]; then extras=${extras:+$extras,}test; fi
 
 say() { printf 'local.sh: %s\n' "$*" >&2; }
 
-processes=1
-if [[ ${1-} == --processes=* ]]; then
+processes=1 restarts=0
+while [[ ${1-} == --processes=* || ${1-} == --restarts=* ]]; do
+  if [[ $1 == --restarts=* ]]; then
+    restarts=${1#*=}
+    shift
+    if [[ ! $restarts =~ ^[0-9]{1,4}$ ]]; then
+      say "--restarts=N, from 0 to 9999: launch/local.sh --restarts=10 train …"
+      exit 2
+    fi
+    continue
+  fi
   processes=${1#*=}
   shift
   if [[ ! $processes =~ ^[1-9][0-9]{0,2}$ || ! (${1-} =~ ^(train|calibrate)$ || "${1-} ${2-}" == "data encode") ]]; then
     say "--processes=N, from 1 to 999, goes before train, calibrate or data encode: launch/local.sh --processes=4 train …"
     exit 2
   fi
-fi
+done
 
 find_python() {
   local candidate candidates=(python3.11 python3.12 python3.13 python3)
@@ -118,20 +129,29 @@ if ! { is_current && has_extras; }; then set_up; fi
 
 free_port() { "$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
-# Runs the command in several processes; exits with the status that says most: a mistake, saved, or how the first failed.
+heard="" pids=()
+
+# Runs the command in one or several processes; returns the status that says most: a mistake, storage, saved, a fault.
 together() { # arguments...
-  local i pid status pids=() statuses="" heard=""
-  export JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=$processes
-  JAX_COORDINATOR_ADDRESS=localhost:$(free_port)
-  export JAX_COORDINATOR_ADDRESS
+  local i pid status statuses=""
+  pids=()
+  # They end when this shell has gone, as by SIGKILL.
+  export OFFSETJAX_PARENT=$$
+  if ((processes > 1)); then
+    export JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=$processes
+    JAX_COORDINATOR_ADDRESS=localhost:$(free_port)
+    export JAX_COORDINATOR_ADDRESS
+  fi
   # Each in a process group of its own, so that a terminal's Ctrl-C comes once, and is not ignored as in the background.
   set -m
-  for i in TERM INT; do
+  for i in TERM INT HUP QUIT; do
     # shellcheck disable=SC2064
     trap "heard=$i; kill -$i \"\${pids[@]}\" 2>/dev/null || true" "$i"
   done
   for ((i = 0; i < processes; i++)); do
-    if ((i == 0)); then
+    if ((processes == 1)); then
+      "$venv/bin/offsetjax" "$@" &
+    elif ((i == 0)); then
       JAX_PROCESS_ID=0 "$venv/bin/offsetjax" "$@" &
     else
       JAX_PROCESS_ID=$i "$venv/bin/offsetjax" "$@" > >(sed -u "s/^/[$i] /" >&2) 2>&1 &
@@ -148,13 +168,33 @@ together() { # arguments...
     done
     statuses+=" $status"
   done
-  for status in 2 143 130 75 $statuses; do
-    if ((status)) && [[ "$statuses " == *" $status "* ]]; then exit "$status"; fi
+  for status in 2 74 143 130 70 75 $statuses; do
+    if ((status)) && [[ "$statuses " == *" $status "* ]]; then return "$status"; fi
   done
-  exit 0
 }
 
-if ((processes > 1)); then together "$@"; fi
+# The same, again after a pause where that may help, until it has failed so often.
+supervised() { # arguments...
+  local status failures=0 seconds=${OFFSETJAX_PAUSE_SECONDS:-10}
+  unset OFFSETJAX_PAUSE_SECONDS
+  while :; do
+    status=0
+    together "$@" || status=$?
+    case $status in 0 | 2 | 74 | 129 | 130 | 143) return "$status" ;; esac
+    if [[ -n $heard ]] || ((++failures > restarts)); then return "$status"; fi
+    say "exit status $status; starting again in $seconds s (failure $failures of at most $restarts)"
+    sleep "$seconds" &
+    wait "$!" || true # a signal ends the pause
+    [[ -z $heard ]] || return "$status"
+    seconds=$((seconds < 300 ? 2 * seconds : 600))
+  done
+}
+
+if ((processes > 1 || restarts > 0)); then
+  status=0
+  supervised "$@" || status=$?
+  exit "$status"
+fi
 if [[ ${1-} != test ]]; then exec "$venv/bin/offsetjax" "$@"; fi
 
 shift

@@ -1,11 +1,11 @@
 # shellcheck shell=bash disable=SC2154 # the variables are tpu_vm.sh's
 # Sourced by tpu_vm.sh: `supervise` creates the slices, sets them up, trains, watches, and does so again after a failure.
 #
-# A preempted slice cannot be restarted, only created again; the run goes on from its work directory on gs://. What only
-# the user can mend (exit status 2 of any step, or of the training) ends it at once.
+# A preempted slice cannot be restarted, only created again; the run resumes from its work directory on gs://. What only a
+# person can mend (exit status 2 of any step or of the training, 74 of the training) ends it at once.
 
 id=""    # of the run that is watched
-how=""   # it went: done, stopped, mistake, again or unreachable
+how=""   # it went: done, stopped, mistake, storage, again or unreachable
 why=""   # in words
 began="" # when the watching did; the wait for slices, which may take hours, is no sign of a good run
 
@@ -34,6 +34,10 @@ supervise() {
         exit 143
         ;;
       mistake) mistake "$why" ;;
+      storage)
+        error "$why"
+        exit 74
+        ;;
       unreachable) give_up "$why" ;;
     esac
     id=""
@@ -137,6 +141,8 @@ judge() {
   codes=$(awk '$2 != "running" {print $2 == "ended" ? $4 : $2}' "$scratch/answers" | sort -u | xargs)
   if [[ " $codes " == *" 2 "* ]]; then
     how=mistake why="the training ended with exit status 2: a mistake in the settings, see \`logs\`"
+  elif [[ " $codes " == *" 74 "* ]]; then
+    how=storage why="the training ended with exit status 74: its storage needs a person, see \`logs\`"
   elif ((running == answered)); then
     lonely=""
   elif ((running == 0)) && [[ $codes == 0 ]]; then

@@ -11,7 +11,8 @@
 #
 # A training that is done is skipped, one that was interrupted goes on. If one fails, it is told, and the others are run.
 # SIGTERM, Ctrl-C and a lost terminal go to the training as SIGTERM, for it to save and to end; on slices it goes on.
-# Exit status: 0; 1 if a training failed; 2 for what only the user can mend, at once; 143, 130 or 129 when it was ended.
+# Exit status: 0; 1 if a training failed; 2 for what only the user can mend, at once; 74 for storage that needs a person, at
+# once; 143, 130 or 129 when it was ended.
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
@@ -101,6 +102,7 @@ heed_signals() {
   trap 'pass_on 143' TERM
   trap 'pass_on 130' INT
   trap 'pass_on 129' HUP
+  trap 'pass_on 143' QUIT
 }
 
 # A signal ends `wait`, and not what it waits for.
@@ -166,6 +168,7 @@ lane() { # first stride
   local i status kept worst=0
   for ((i = $1; i < ${#names[@]}; i += $2)); do
     if [[ -e $scratch/mistake ]]; then return 2; fi
+    if [[ -e $scratch/storage ]]; then return 74; fi
     if [[ -n $ended ]]; then return "$ended"; fi
     status=0 kept=""
     if [[ ${states[i]} != "done" ]]; then
@@ -182,6 +185,11 @@ lane() { # first stride
         error "${names[i]}: ${kept}a mistake, see above; no more trainings are begun"
         touch "$scratch/mistake"
         return 2
+        ;;
+      74)
+        error "${names[i]}: ${kept}its storage needs a person, see above; no more trainings are begun"
+        touch "$scratch/storage"
+        return 74
         ;;
       129 | 130 | 143)
         say "${names[i]}: ended; the same command resumes"
@@ -217,6 +225,7 @@ lanes() {
     await "${pids[i]}" || status=$?
     if ((status > worst)); then worst=$status; fi
   done
+  if [[ -e $scratch/storage ]]; then worst=74; fi
   if [[ -e $scratch/mistake ]]; then worst=2; fi
   if [[ -n $ended ]]; then say "the trainings on slices go on; the same command watches them again"; fi
   return "${ended:-$worst}"

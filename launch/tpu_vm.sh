@@ -12,7 +12,8 @@
 #
 # `train` and `supervise` also run what else works on several workers: -- data encode ARGUMENTS…, -- calibrate ARGUMENTS…
 # The settings below are flags, --node_count=2, or lines of FILE, NODE_COUNT=2. --dry_run prints commands and runs none.
-# Exit status: 0; 1 where trying again may help; 2 for what only the user can mend; 143 for a run that `stop` ended.
+# Exit status: 0; 1 where trying again may help; 2 for what only the user can mend; 74 for storage that needs a person;
+# 143 for a run that `stop` ended.
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
@@ -206,10 +207,12 @@ meaning() { # exit status of `offsetjax train`
   case $1 in
     0) printf 'done' ;;
     2) printf "a mistake in the settings, see \`logs\`" ;;
-    75) printf 'it stalled' ;;
+    70) printf "a fault of offsetjax, see \`logs\`" ;;
+    74) printf "its storage needs a person, see \`logs\`" ;;
+    75) printf 'what may pass by itself, or a stall' ;;
     134) printf 'another process of it was lost' ;;
     137) printf 'killed' ;;
-    143) printf 'saved after SIGTERM' ;;
+    143) printf 'saved after a signal' ;;
     *) printf "it crashed, see \`logs\`" ;;
   esac
 }

@@ -104,7 +104,7 @@ run() { # run arguments...
   cd "$base/source"
   printf '%s\n' "$$" >"$runs/$run/session"
   # A signal to all processes, as when the machine goes down, must not end this shell before it wrote how the run ended.
-  trap : TERM INT HUP
+  trap : TERM INT HUP QUIT
   (
     printf '%s\n' "$BASHPID" >"$runs/$run/pid"
     export OFFSETJAX_VENV=$base/venv OFFSETJAX_EXTRAS=tpu

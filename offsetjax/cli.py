@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.guard_streams()
     with signals.heard(signals.listener(signals.end), to_the_end=is_program):
         status = _run(list(sys.argv[1:] if arguments is None else arguments), is_program)
+        if is_program:
+            signals.pause(status)
     log.close_output()
     return status
 

@@ -94,6 +94,7 @@ def end(status: int, why: str, stacks: str = "") -> NoReturn:
     flushing = threading.Thread(target=log.close_output, daemon=True)
     flushing.start()
     flushing.join(1.0)  # whoever reads it may have stopped
+    pause(status)
     os._exit(status)
 
 
@@ -108,6 +109,13 @@ def listener(end: Callable[[int, str], None], first: Callable[[int], None] | Non
         end(status_of(number), "a second signal: ended at once, nothing more is saved")
 
     return Listener(first or end_with_nothing, end_at_once)
+
+
+def pause(status: int) -> None:
+    """Waits before a process ends that is started again at once, where its launcher asks for that (Kubernetes)."""
+    seconds = os.environ.get("OFFSETJAX_PAUSE_SECONDS", "")
+    if status == Status.TRANSIENT and seconds.isdecimal():
+        time.sleep(min(int(seconds), 3600))
 
 
 def ended_with_nothing(number: int) -> str:

@@ -1,6 +1,7 @@
 """launch/gke.sh: the JobSet that it fills in, against the fields that JobSet and Kubernetes know; xpk's command."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,6 +32,7 @@ POD: dict[str, Any] = {
             "image!": str,
             "command": [str],
             "args": [str],
+            "env": [{"name!": str, "value": str}],
             "ports": [{"containerPort!": int}],
             "securityContext": {"privileged": bool},
             "resources!": {"limits!": {"google.com/tpu!": int}},
@@ -137,7 +139,7 @@ def test_a_mistake_fails_the_whole_and_anything_else_starts_it_again() -> None:
     assert pod_rule["onExitCodes"] == {
         "containerName": pod_of(jobset)["containers"][0]["name"],
         "operator": "In",
-        "values": [2],
+        "values": [2, 74],
     }
     (rule,) = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
@@ -157,10 +159,15 @@ def test_arguments_reach_the_training_exactly() -> None:
         "é",
         "- x",
     ]
-    assert pod_of(manifest(*MANIFEST, "--", *odd))["containers"][0]["args"] == ["train", *odd]
-    # Kubernetes reads $$( as $( and puts no variable's value there.
-    (*_, last) = pod_of(manifest(*MANIFEST, *TRAINING, "--config.a=$(HOME)"))["containers"][0]["args"]
-    assert last == "--config.a=$$(HOME)"
+    assert _expanded(pod_of(manifest(*MANIFEST, "--", *odd))["containers"][0]["args"]) == ["train", *odd]
+    dollars = ["--config.a=$(HOME)", "--config.a=a$$b", "--config.a=$$(HOME)$", "--config.a=$$$"]
+    found = pod_of(manifest(*MANIFEST, *TRAINING, *dollars))["containers"][0]["args"]
+    assert _expanded(found)[-4:] == dollars
+
+
+def _expanded(arguments: list[str]) -> list[str]:
+    """As Kubernetes expands them: `$$` is one dollar, `$(HOME)` a variable's value, any other dollar itself."""
+    return [re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "VALUE", text) for text in arguments]
 
 
 def test_words_that_yaml_would_take_for_something_else_stay_words() -> None:
@@ -206,7 +213,7 @@ def test_xpk_gets_the_same_rules(tmp_path: Path) -> None:
         "--num-slices=2",
         "--docker-image=us-docker.pkg.dev/p/r/offsetjax:1",
         "--max-restarts=20",
-        "--restart-on-exit-codes=1,3-126",
+        "--restart-on-exit-codes=1,3-73,75-126",
         "--termination-grace-period-seconds=600",
     ]
     # The command as the container's shell runs it.
@@ -222,7 +229,7 @@ def test_a_dry_run_for_xpk_can_be_pasted(tmp_path: Path) -> None:
         0,
         "xpk workload create --cluster=my-cluster --zone=us-west4-a --workload=my-run --tpu-type=v5litepod-16"
         " --num-slices=2 --docker-image=us-docker.pkg.dev/p/r/offsetjax:1 --max-restarts=20"
-        " --restart-on-exit-codes=1,3-126 --termination-grace-period-seconds=600"
+        " --restart-on-exit-codes=1,3-73,75-126 --termination-grace-period-seconds=600"
         " '--command=exec offsetjax train --config=configs/sd15_offset.py --workdir=gs://bucket/run'\n",
     )
     env = tmp_path / "env"

@@ -202,13 +202,18 @@ import time
 
 
 def main():
-    who = os.environ["JAX_PROCESS_ID"]
-    for number in (signal.SIGTERM, signal.SIGINT):
+    who = os.environ.get("JAX_PROCESS_ID", "0")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda number, frame: sys.exit(print("heard", number) or 128 + number))
-    print("process", who, "of", os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_PLATFORMS"], *sys.argv[1:], flush=True)
-    print(os.environ["JAX_COORDINATOR_ADDRESS"], file=sys.stderr, flush=True)
+    several = [os.environ.get(f"JAX_{name}", "") for name in ("NUM_PROCESSES", "PLATFORMS", "COORDINATOR_ADDRESS")]
+    print("process", who, "of", *several[:2], *sys.argv[1:], flush=True)
+    print(several[2], file=sys.stderr, flush=True)
     if sys.argv[-1] == "wait":
         time.sleep(60)
+    if os.path.exists("again"):  # a status a line, one a start
+        first, _, rest = open("again").read().partition("\\n")
+        open("again", "w").write(rest)
+        return int(first or 0)
     statuses = dict(word.split("=") for word in sys.argv if "=" in word)
     return int(statuses.get(who, 0))
 """
@@ -236,11 +241,16 @@ def test_several_processes_know_each_other_and_are_told_apart(several: Project) 
         assert (process.returncode, out) == (0, f"process 0 of 2 cpu {' '.join(command)} 0=0\n"), err
 
     # A mistake has the first word, then what was saved; otherwise it is the first failure.
-    for arguments, status in {("0=143", "1=2"): 2, ("0=134", "1=143"): 143, ("1=137", "2=134"): 137}.items():
+    for arguments, status in {
+        ("0=74", "1=75"): 74,
+        ("0=143", "1=2"): 2,
+        ("0=134", "1=143"): 143,
+        ("1=137", "2=134"): 137,
+    }.items():
         process = several.start("--processes=3", "train", *arguments)
         assert (process.communicate(timeout=120), process.returncode)[1] == status
 
-    for number, everyone in ((signal.SIGTERM, 15), (signal.SIGINT, 2)):
+    for number, everyone in ((signal.SIGTERM, 15), (signal.SIGINT, 2), (signal.SIGHUP, 1), (signal.SIGQUIT, 3)):
         process = several.start("--processes=3", "train", "wait")
         assert process.stdout is not None
         assert process.stderr is not None
@@ -250,6 +260,16 @@ def test_several_processes_know_each_other_and_are_told_apart(several: Project) 
         out, err = process.communicate(timeout=30)
         assert process.returncode == 128 + number, err
         assert (out + err).count(f"heard {everyone}") == 3
+
+
+def test_what_may_pass_is_started_again(several: Project) -> None:
+    cases = {(75, 70, 137, 0): 0, (75, 2): 2, (74,): 74, (143,): 143, (75,) * 5: 75}
+    for statuses, status in cases.items():
+        (several.root / "again").write_text("".join(f"{each}\n" for each in statuses))
+        process = several.start("--restarts=4", "train", "0=0", OFFSETJAX_PAUSE_SECONDS="0")
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out.count("process 0 of")) == (status, len(statuses)), err
+        assert err.count("starting again in 0 s") == len(statuses) - 1
 
 
 @pytest.mark.parametrize("flag", ["--processes=0", "--processes=many", "--processes="])

@@ -59,6 +59,16 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(cloud: Cloud) -> No
     assert "# changed" not in source.read_text()
 
 
+def test_storage_that_needs_a_person_ends_it_on_all_workers(cloud: Cloud) -> None:
+    cloud.plan["workers"] = 2
+    run_file(cloud, "hold").touch()
+    run_file(cloud, "exits.my-tpu.1").write_text("74\n")
+    status, err = end_of(cloud.start("supervise", *TRAINING))
+    assert (status, "exit status 74: its storage needs a person, see `logs`" in err) == (74, True), err
+    assert len(cloud.calls("create")) == 1
+    assert "exit status 74: its storage needs a person" in cloud.do("status")
+
+
 def test_a_mistake_in_the_config_ends_it_on_all_workers(cloud: Cloud) -> None:
     cloud.plan["workers"] = 2
     run_file(cloud, "hold").touch()
