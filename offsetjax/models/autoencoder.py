@@ -1,16 +1,31 @@
-"""The autoencoder: diffusers' `FlaxAutoencoderKL`."""
+"""Stable Diffusion's autoencoder: diffusers' `FlaxAutoencoderKL`, corrected until it has PyTorch's numerics.
+
+What is corrected of diffusers' Flax modules:
+
+- group normalisation has the configured number of groups, and `intercept.group_norm`'s numerics;
+- softmax is taken in float32, of scores in float32 (theirs: in the compute type), of some queries at a time;
+- upsampling repeats pixels (theirs gathers them and scatters their gradients: the same numbers, slowly);
+- attention can be left out (`mid_block_add_attention=False`, as in PyTorch).
+"""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from diffusers import FlaxAutoencoderKL
+from diffusers.models.vae_flax import FlaxAttentionBlock, FlaxUpsample2D
 from jaxtyping import Array, Float, Key, PyTree
 
-from offsetjax.models.intercept import torch_numerics
+from offsetjax.models.attention import attend
+from offsetjax.models.intercept import corrected, group_norm
 from offsetjax.storage import checksums
+
+_QUERIES = 4096  # that attend at a time
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,8 @@ class Autoencoder:
         fields = {key: value for key, value in self.config.items() if key != "mid_block_add_attention"}
         return FlaxAutoencoderKL(**fields, dtype=jnp.dtype(self.dtype))
 
-    def _numerics(self):
-        return torch_numerics(self.config["norm_num_groups"], self.config["mid_block_add_attention"])
+    def _numerics(self) -> AbstractContextManager[None]:
+        return numerics(self.config["norm_num_groups"], self.config["mid_block_add_attention"])
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """Random float32 parameters."""
@@ -95,3 +110,33 @@ def standardised(params: PyTree, mean: Float[np.ndarray, " c"], std: Float[np.nd
         "quant_conv": {"kernel": quant["kernel"] * scale, "bias": quant["bias"] * scale + shift},
         "post_quant_conv": {"kernel": kernel * std[:, None], "bias": post_quant["bias"] + mean @ kernel[0, 0]},
     }
+
+
+def numerics(norm_num_groups: int, attends: bool = True) -> AbstractContextManager[None]:
+    """A context in which diffusers' Flax modules of the autoencoder are traced with PyTorch's numerics.
+
+    Args:
+        norm_num_groups: groups of every group normalisation.
+        attends: whether the middle block attends.
+    """
+    return corrected(
+        {
+            nn.GroupNorm: partial(group_norm, groups=norm_num_groups),
+            FlaxUpsample2D: _upsample,
+            FlaxAttentionBlock: _attention if attends else lambda module, x: x,
+        }
+    )
+
+
+def _attention(module: FlaxAttentionBlock, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    positions = module.group_norm(x).reshape(len(x), -1, x.shape[-1])
+    query, key, value = module.query(positions), module.key(positions), module.value(positions)
+    # A part of the queries at a time: all scores of a picture of 1024 px are 1 GiB.
+    parts = -(-query.shape[1] // _QUERIES) if query.shape[1] % _QUERIES == 0 else 1
+    queries = query.reshape(len(x), parts, -1, query.shape[-1])
+    attended = [attend(queries[:, part], key, value, module.num_heads) for part in range(parts)]
+    return x + module.proj_attn(jnp.concatenate(attended, axis=1)).reshape(x.shape)
+
+
+def _upsample(module: FlaxUpsample2D, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w e"]:
+    return module.conv(x.repeat(2, axis=1).repeat(2, axis=2))

@@ -16,6 +16,7 @@ from offsetjax.models import attention, lora
 from offsetjax.models.family import Conditions, Family, Tokens, family_of
 from offsetjax.models.lora import Adapted
 from offsetjax.models.tokenizer import tokenize
+from offsetjax.models.tracing import Tracing
 
 _SHARDS_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for whole ones would be a second copy
 
@@ -144,18 +145,19 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shar
     scan = config.model.scan_layers
     is_scanned = scan == "always" or (scan == "auto" and num_shards >= _SHARDS_TO_SCAN)
 
-    def settle(model: Any, **settings: Any) -> Any:
-        if isinstance(model, Adapted):
-            return replace(model, model=settle(model.model, **settings))
-        return replace(model, is_scanned=is_scanned, **settings)
-
     family, parts = pipeline.family, dict(pipeline.parts)
     if config.task == "diffusion" and family.encodes_in_half:
         parts[family.autoencoder] = replace(pipeline.autoencoder, dtype=pipeline.denoiser.dtype)
     trained = lora.ARRAYS if isinstance(pipeline.denoiser, Adapted) else None
-    parts[family.denoiser] = settle(pipeline.denoiser, kernel=kernel, remat=config.model.remat, trained=trained)
-    parts |= {part: settle(parts[part]) for part in family.encoders}
+    parts[family.denoiser] = _traced(pipeline.denoiser, Tracing(kernel, config.model.remat, is_scanned, trained))
+    parts |= {part: _traced(parts[part], Tracing(is_scanned=is_scanned)) for part in family.encoders}
     return replace(pipeline, parts=parts)
+
+
+def _traced(model: Any, tracing: Tracing) -> Any:
+    if isinstance(model, Adapted):
+        return replace(model, model=_traced(model.model, tracing))
+    return replace(model, tracing=tracing)
 
 
 def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:

@@ -14,33 +14,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from diffusers.models.attention_flax import FlaxBasicTransformerBlock, FlaxTransformer2DModel
 from jaxtyping import Array, PyTree
 
-from offsetjax.models.clip import ClipLayer, ClipLayers
-from offsetjax.models.remat import POLICIES
+from offsetjax.models.blocks import Blocks
 
 # (a layer's weights, hidden, whatever else all layers are given) → hidden.
 Layer = Callable[[PyTree, Array, PyTree], Array]
 
 
-def scanned(remat: str = "none") -> AbstractContextManager[None]:
-    """A context in which layers that repeat, in denoisers and text encoders, are traced as loops.
+def scanned(blocks: Blocks, remat: str = "none") -> AbstractContextManager[None]:
+    """A context in which the layers of a network that repeat are traced as loops.
 
     Args:
+        blocks: of the network that is traced.
         remat: the policy of `remat.py`; where it has the layers computed again, nothing but their inputs is kept.
     """
-    return nn.intercept_methods(functools.partial(_interceptor, again=POLICIES[remat]))
-
-
-def _repeated(layer: nn.Module) -> Sequence[nn.Module]:
-    """The layers alike that follow upon each other, of which this is one; none where it stands alone."""
-    parent = layer.parent
-    if isinstance(layer, FlaxBasicTransformerBlock) and isinstance(parent, FlaxTransformer2DModel):
-        return parent.transformer_blocks
-    if isinstance(layer, ClipLayer) and isinstance(parent, ClipLayers):
-        return parent.layers[:-1]  # SDXL reads what the last one is given
-    return ()
+    return nn.intercept_methods(functools.partial(_interceptor, blocks=blocks, again=blocks.recomputed(remat)))
 
 
 def _interceptor(
@@ -49,12 +38,13 @@ def _interceptor(
     kwargs: dict,
     context: nn.module.InterceptorContext,
     *,
+    blocks: Blocks,
     again: tuple[type[nn.Module], ...],
 ) -> Any:
     layer = context.module
     if context.method_name != "__call__" or layer.is_initializing():
         return next_function(*args, **kwargs)
-    layers = _repeated(layer)
+    layers = blocks.repeated(layer)
     if len(layers) < 2 or layer.name not in [each.name for each in layers]:
         return next_function(*args, **kwargs)
     params = [each.variables["params"] for each in layers]

@@ -1,15 +1,16 @@
 """The text encoder: `init` and `apply` of CLIP's transformer (`clip.py`), and its `config.json`."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from offsetjax.models.clip import ClipConfig, ClipText
-from offsetjax.models.scan import scanned
+from offsetjax.models.blocks import Blocks
+from offsetjax.models.clip import ClipConfig, ClipLayer, ClipLayers, ClipText
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 
 # What transformers' config.json has beyond the architecture. With `eos_token_id = 2`, as in the published checkpoints,
 # transformers takes the greatest id of a caption for the end of its text, whatever the size of the vocabulary.
@@ -26,6 +27,14 @@ _FIXED = {
 }
 
 
+def _repeated(module: nn.Module) -> Sequence[nn.Module]:
+    is_one = isinstance(module, ClipLayer) and isinstance(module.parent, ClipLayers)
+    return module.parent.layers[:-1] if is_one else ()  # type: ignore[union-attr]  # the last one's input is read too
+
+
+_BLOCKS = Blocks(repeated=_repeated)
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """`init` and `apply`; `config` has transformers' names and values.
@@ -34,14 +43,14 @@ class TextEncoder:
         is_penultimate: the hidden states are those before the last layer, without the final layer norm (SDXL); by
             default those of the last layer after it.
         has_projection: the caption as a whole is given as well, projected (SDXL's second encoder).
-        is_scanned: whether the layers are one loop (`scan.py`).
+        tracing: how `apply` is traced in training.
     """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype
     is_penultimate: bool = False
     has_projection: bool = False
-    is_scanned: bool = False
+    tracing: Tracing = PLAIN
 
     @property
     def class_name(self) -> str:
@@ -59,7 +68,7 @@ class TextEncoder:
         self, params: PyTree, input_ids: Int[Array, "b n"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b p"] | None]:
         """The hidden states of the tokens and, with `has_projection`, the projected state of the end of the text."""
-        with scanned() if self.is_scanned else nullcontext():
+        with traced(_BLOCKS, self.tracing):
             output: Any = self._module().apply({"params": params}, jnp.asarray(input_ids))
         return output
 

@@ -1,24 +1,49 @@
-"""The denoiser: diffusers' `FlaxUNet2DConditionModel`, with PyTorch's numerics.
+"""Stable Diffusion's denoiser: diffusers' `FlaxUNet2DConditionModel`, corrected until it has PyTorch's numerics.
 
 Stable Diffusion 1.x and 2.x are told the timestep and the text; XL (`addition_embed_type = "text_time"`) also the
 caption as a whole, `text_embeds`, and the sizes of the picture, `time_ids`:
 
     embedding = time_embedding(sinusoids(timestep)) + add_embedding([text_embeds, sinusoids(time_ids)])
+
+What is corrected of diffusers' Flax modules:
+
+- GEGLU takes the exact GELU (theirs: the tanh approximation);
+- the group normalisation of a transformer has ε = 1e-6 (theirs: 1e-5), and all have the configured number of groups
+  (theirs: always 32) and `intercept.group_norm`'s numerics;
+- softmax is taken in float32, of scores in float32 (theirs: in the compute type);
+- upsampling repeats pixels (theirs gathers them and scatters their gradients: the same numbers, slowly).
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
+from diffusers.models.attention_flax import (
+    FlaxAttention,
+    FlaxBasicTransformerBlock,
+    FlaxGEGLU,
+    FlaxTransformer2DModel,
+)
+from diffusers.models.resnet_flax import FlaxDownsample2D, FlaxResnetBlock2D, FlaxUpsample2D
+from diffusers.models.unets.unet_2d_blocks_flax import (
+    FlaxCrossAttnDownBlock2D,
+    FlaxCrossAttnUpBlock2D,
+    FlaxDownBlock2D,
+    FlaxUNetMidBlock2DCrossAttn,
+    FlaxUpBlock2D,
+)
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from offsetjax.errors import UserError
-from offsetjax.models.intercept import torch_numerics
-from offsetjax.models.remat import rematerialised
-from offsetjax.models.scan import scanned
+from offsetjax.models.attention import attend
+from offsetjax.models.blocks import Blocks
+from offsetjax.models.intercept import corrected, group_norm
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 
 # What the config does not vary, and PyTorch needs to be told.
 _FIXED = {"act_fn": "silu", "norm_eps": 1e-5, "mid_block_type": "UNetMidBlock2DCrossAttn"}
@@ -32,18 +57,12 @@ class UNet:
     """`init` and `apply` of the denoiser; `config` has diffusers' names, and "" or 0 where diffusers has None.
 
     Attributes:
-        kernel: of attention (`attention.py`); one other than "xla" needs each device to trace `apply` for itself.
-        remat: what the backward pass computes again (`remat.py`).
-        is_scanned: whether blocks that repeat are one loop (`scan.py`).
-        trained: the names of the arrays that are, where not all are (`lora.py`).
+        tracing: how `apply` is traced in training.
     """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype
-    kernel: str = "xla"
-    remat: str = "none"
-    is_scanned: bool = False
-    trained: tuple[str, ...] | None = None
+    tracing: Tracing = PLAIN
     class_name: str = "UNet2DConditionModel"
 
     @property
@@ -79,7 +98,7 @@ class UNet:
             sinusoids = _NUM_TIME_IDS * self.config["addition_time_embed_dim"]
             text_embeds = jnp.zeros((1, self.config["projection_class_embeddings_input_dim"] - sinusoids))
             added_conditions = {"text_embeds": text_embeds, "time_ids": jnp.zeros((1, _NUM_TIME_IDS))}
-        with torch_numerics(self.config["norm_num_groups"]):
+        with numerics(self.config["norm_num_groups"]):
             return self._module().init(key, latents, jnp.zeros(1, jnp.int32), hidden, added_conditions)["params"]
 
     def apply(
@@ -106,9 +125,7 @@ class UNet:
                 "text_embeds": jnp.asarray(added_conditions["text_embeds"], self.dtype),
                 "time_ids": jnp.asarray(added_conditions["time_ids"], jnp.float32),  # bfloat16 has no 1023 pixels
             }
-        numerics = torch_numerics(self.config["norm_num_groups"], kernel=self.kernel)
-        loops = scanned(self.remat) if self.is_scanned else nullcontext()
-        with loops, rematerialised(self.remat, self.trained), numerics:
+        with traced(BLOCKS, self.tracing), numerics(self.config["norm_num_groups"], self.tracing.kernel):
             output = self._module().apply(
                 {"params": params},
                 jnp.asarray(latents, self.dtype),
@@ -132,3 +149,65 @@ def _one_per_block(field: str, values: tuple[int, ...] | int, blocks: int) -> tu
     if len(values) != blocks:
         raise UserError(f"config: {field} has {len(values)} values for {blocks} blocks; give one a block")
     return tuple(values)
+
+
+def _repeated(module: nn.Module) -> Sequence[nn.Module]:
+    is_one = isinstance(module, FlaxBasicTransformerBlock) and isinstance(module.parent, FlaxTransformer2DModel)
+    return module.parent.transformer_blocks if is_one else ()  # type: ignore[union-attr]
+
+
+BLOCKS = Blocks(
+    attention=(FlaxAttention,),
+    blocks=(FlaxBasicTransformerBlock, FlaxResnetBlock2D, FlaxUpsample2D, FlaxDownsample2D),
+    stages=(
+        FlaxCrossAttnDownBlock2D,
+        FlaxCrossAttnUpBlock2D,
+        FlaxDownBlock2D,
+        FlaxUNetMidBlock2DCrossAttn,
+        FlaxUpBlock2D,
+    ),
+    repeated=_repeated,
+)
+
+
+def numerics(norm_num_groups: int, kernel: str = "xla") -> AbstractContextManager[None]:
+    """A context in which diffusers' Flax modules of the UNet are traced with PyTorch's numerics.
+
+    Args:
+        norm_num_groups: groups of every group normalisation.
+        kernel: of attention, one of `attention.KERNELS` but `auto`.
+    """
+    return corrected(
+        {
+            nn.GroupNorm: partial(_group_norm, groups=norm_num_groups),
+            FlaxGEGLU: _geglu,
+            FlaxAttention: partial(_attention, kernel=kernel),
+            FlaxUpsample2D: _upsample,
+        }
+    )
+
+
+def _group_norm(module: nn.GroupNorm, x: Float[Array, "b h w c"], groups: int) -> Float[Array, "b h w c"]:
+    return group_norm(module, x, groups, 1e-6 if isinstance(module.parent, FlaxTransformer2DModel) else None)
+
+
+def _geglu(module: FlaxGEGLU, x: Float[Array, "b n d"], deterministic: bool = True) -> Float[Array, "b n e"]:
+    linear, gate = jnp.split(module.proj(x), 2, axis=-1)
+    return linear * nn.gelu(gate, approximate=False)
+
+
+def _attention(
+    module: FlaxAttention,
+    x: Float[Array, "b n d"],
+    context: Float[Array, "b m e"] | None = None,
+    deterministic: bool = True,
+    *,
+    kernel: str,
+) -> Float[Array, "b n d"]:
+    context = x if context is None else context
+    projected = module.query(x), module.key(context), module.value(context)
+    return module.proj_attn(attend(*projected, module.heads, kernel=kernel))
+
+
+def _upsample(module: FlaxUpsample2D, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w e"]:
+    return module.conv(x.repeat(2, axis=1).repeat(2, axis=2))

@@ -26,9 +26,9 @@ def test_the_denoiser_has_the_settings_also_under_adapters() -> None:
     config = default_config()
     config.model.remat, config.lora.rank = "blocks", 4
     unet = _trained(config).denoiser.model
-    assert (unet.kernel, unet.remat) == ("splash", "blocks")
+    assert (unet.tracing.kernel, unet.tracing.remat) == ("splash", "blocks")
     plain = build(config).denoiser
-    assert (plain.kernel, plain.remat) == ("xla", "none")  # pictures are drawn without
+    assert (plain.tracing.kernel, plain.tracing.remat) == ("xla", "none")  # pictures are drawn without
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_layers_are_scanned_where_their_weights_are_split(setting: str, shares: 
     config = default_config()
     config.model.scan_layers = setting
     trained = _trained(config, shares=shares)
-    assert (trained.denoiser.is_scanned, trained.parts["text_encoder"].is_scanned) == (is_scanned, is_scanned)
+    assert [trained.parts[part].tracing.is_scanned for part in ("unet", "text_encoder")] == [is_scanned] * 2
 
 
 def test_pictures_are_encoded_in_the_compute_type_but_for_sdxl() -> None:
@@ -84,4 +84,4 @@ def test_a_kernel_that_cannot_apply_is_refused(attention: str, resolution: int, 
 def test_splash_takes_pictures_of_a_size_that_does_not_suit_its_blocks() -> None:
     config = default_config()
     config.model.attention, config.data.resolution = "splash", 704
-    assert _trained(config, "tpu").denoiser.kernel == "splash"
+    assert _trained(config, "tpu").denoiser.tracing.kernel == "splash"

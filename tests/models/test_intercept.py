@@ -1,5 +1,7 @@
 """Each correction of the Flax modules: as they come they miss PyTorch's numbers, corrected they meet them."""
 
+import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
+import offsetjax
 from offsetjax.formats.names import from_torch, torch_name
-from offsetjax.models.intercept import torch_numerics
+from offsetjax.models import autoencoder, unet
 from tests import torch_models
 
 
@@ -32,9 +35,11 @@ def params_of(theirs: torch.nn.Module, module: nn.Module, *inputs: Array) -> PyT
     return unflatten_dict({path: from_torch(path, arrays[torch_name(path)]) for path in like})
 
 
-def stock_and_corrected(module: nn.Module, params: PyTree, *inputs: Array, groups: int = 32) -> tuple[Any, Any]:
+def stock_and_corrected(
+    module: nn.Module, params: PyTree, *inputs: Array, groups: int = 32, numerics: Callable = unet.numerics
+) -> tuple[Any, Any]:
     stock = module.apply({"params": params}, *inputs)
-    with torch_numerics(groups):
+    with numerics(groups):
         return stock, module.apply({"params": params}, *inputs)
 
 
@@ -96,7 +101,7 @@ def test_the_gradient_of_group_normalisation_is_pytorchs() -> None:
     (theirs(leaf := torch.from_numpy(x).requires_grad_()) * torch.from_numpy(weights)).sum().backward()
 
     def loss(params: PyTree, x: Array) -> Array:
-        with torch_numerics(8):
+        with unet.numerics(8):
             return jnp.sum(module.apply({"params": params}, x) * channels_last(weights))
 
     of_params, of_x = jax.grad(loss, (0, 1))(params, channels_last(x))
@@ -132,24 +137,35 @@ def test_bfloat16_attention_is_as_exact_as_pytorchs() -> None:
     assert corrected < 0.95 * stock
 
 
-@pytest.mark.parametrize("make", [resnet_flax.FlaxUpsample2D, vae_flax.FlaxUpsample2D])
-def test_upsampling_gathers_and_scatters_nothing(make: Callable) -> None:
+@pytest.mark.parametrize(
+    ("make", "numerics"),
+    [(resnet_flax.FlaxUpsample2D, unet.numerics), (vae_flax.FlaxUpsample2D, autoencoder.numerics)],
+)
+def test_upsampling_gathers_and_scatters_nothing(make: Callable, numerics: Callable) -> None:
     module, x = make(8), jnp.asarray(normal(1, 4, 4, 8))
     params = module.init(jax.random.key(0), x)["params"]
-    stock, corrected = stock_and_corrected(module, params, x)
+    stock, corrected = stock_and_corrected(module, params, x, numerics=numerics)
     np.testing.assert_array_equal(stock, corrected)
 
     def graph() -> str:
         return str(jax.make_jaxpr(jax.grad(lambda x: module.apply({"params": params}, x).sum()))(x))
 
     assert "scatter" in graph()
-    with torch_numerics():
+    with numerics(32):
         assert "scatter" not in graph() and "gather" not in graph()
 
 
 def test_an_autoencoder_without_attention_passes_its_input_on() -> None:
     module, x = vae_flax.FlaxAttentionBlock(32), jnp.asarray(normal(1, 4, 4, 32))
-    with torch_numerics(vae_attention=False):
+    with autoencoder.numerics(32, attends=False):
         output, variables = module.init_with_output(jax.random.key(0), x)
     np.testing.assert_array_equal(output, x)
     assert not variables
+
+
+def test_diffusers_flax_classes_are_imported_by_the_two_files_that_wrap_them() -> None:
+    sources = {path.name: path.read_text() for path in pathlib.Path(offsetjax.__file__).parent.rglob("*.py")}
+    importing = {
+        name for name, text in sources.items() if re.search(r"from diffusers\S* import|\bFlax[A-Z]\w+2D", text)
+    }
+    assert {name for name in importing if "Flax" in sources[name]} == {"unet.py", "autoencoder.py"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import PyTree
 from offsetjax.models.lora import Adapted, init_adapters
 from offsetjax.models.pipeline import build
 from offsetjax.models.text import TextEncoder
+from offsetjax.models.tracing import Tracing
 from offsetjax.models.unet import UNet
 from tests.models.gradients import assert_alike, gradients_of, kept, loss_of
 from tests.tiny import quick_compilation, tiny_config
@@ -19,6 +21,10 @@ from tests.tiny import quick_compilation, tiny_config
 DEPTH = 3
 # Transformers in the middle alone, which compile quickly.
 SMALL = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+
+
+def traced_as(model: Any, **settings: Any) -> Any:
+    return replace(model, tracing=Tracing(**settings))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,12 +53,15 @@ def params(unet: UNet) -> PyTree:
 def test_loss_and_gradients_are_the_same(unet: UNet, params: PyTree) -> None:
     plain = gradients_of(unet, params)
     for remat in ("none", "blocks", "full"):
-        assert_alike(gradients_of(replace(unet, remat=remat, is_scanned=True), params), plain)
+        assert_alike(gradients_of(traced_as(unet, remat=remat, is_scanned=True), params), plain)
 
 
 def test_a_loop_that_is_computed_again_keeps_no_weights(unet: UNet, params: PyTree) -> None:
     """Beside the model's own, that is; each of them stacks the weights of its layers."""
-    again, plain = replace(unet, remat="blocks", is_scanned=True), replace(unet, remat="blocks")
+    again, plain = (
+        traced_as(unet, remat="blocks", is_scanned=True),
+        traced_as(unet, remat="blocks"),
+    )
     assert kept(again, params) <= 1.01 * kept(plain, params)
 
 
@@ -67,7 +76,7 @@ def test_so_they_are_with_adapters(unet: UNet, params: PyTree, targets: tuple[st
     adapters = init_adapters(jax.random.key(3), params, targets, rank=2)
     adapters = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
     both = {"base": params, "adapters": adapters}
-    looped = Adapted(replace(unet, remat="blocks", is_scanned=True), 0.5)
+    looped = Adapted(traced_as(unet, remat="blocks", is_scanned=True), 0.5)
     assert_alike(gradients_of(looped, both), gradients_of(Adapted(unet, 0.5), both))
     assert (_dots(looped, both) < _dots(Adapted(unet, 0.5), both)) == loops
 
@@ -78,7 +87,7 @@ def test_text_encoders_give_the_same(is_penultimate: bool) -> None:
     encoder = TextEncoder(config, jnp.dtype("float32"), is_penultimate=is_penultimate, has_projection=is_penultimate)
     params = jax.jit(encoder.init)(jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (3, config["max_position_embeddings"]), 0, config["vocab_size"])
-    looped = jax.jit(replace(encoder, is_scanned=True).apply)
+    looped = jax.jit(traced_as(encoder, is_scanned=True).apply)
     for plain, of_loop in zip(jax.jit(encoder.apply)(params, ids), looped(params, ids), strict=True):
         if plain is not None:
             np.testing.assert_allclose(of_loop, plain, rtol=1e-5, atol=1e-6)
@@ -88,7 +97,7 @@ def test_text_encoders_give_the_same(is_penultimate: bool) -> None:
 def test_the_program_does_not_grow_with_the_number_of_blocks(unet: UNet, params: PyTree) -> None:
     deeper = _unet(3 * DEPTH)
     deep_params = jax.eval_shape(deeper.init, jax.random.key(0))
-    assert _dots(replace(deeper, is_scanned=True), deep_params) == _dots(replace(unet, is_scanned=True), params)
+    assert _dots(traced_as(deeper, is_scanned=True), deep_params) == _dots(traced_as(unet, is_scanned=True), params)
     assert _dots(deeper, deep_params) > 2 * _dots(unet, params)
 
 
