@@ -102,13 +102,14 @@ def counterpart(model: Any, seed: int = 0) -> torch.nn.Module:
     config = model.torch_config()
     if "architectures" in config:
         module_class = getattr(transformers, config["architectures"][0])
-        return randomise(module_class(transformers.CLIPTextConfig(**config)), seed)
+        return randomise(module_class(transformers.CONFIG_MAPPING[config["model_type"]](**config)), seed)
     return randomise(getattr(diffusers, config["_class_name"]).from_config(config), seed)
 
 
 def params_of(module: torch.nn.Module, model: Any) -> PyTree:
-    """PyTorch's parameters as those of our model, which must have the same names and shapes."""
-    theirs = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
+    """PyTorch's parameters, and stored buffers, as those of our model, which must have the same names and shapes."""
+    tied = dict(module.named_parameters(remove_duplicate=False)).keys() - dict(module.named_parameters()).keys()
+    theirs = {name: tensor.float().numpy() for name, tensor in module.state_dict().items() if name not in tied}
     like = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     params = {path: from_torch(path, theirs.pop(torch_name(path))) for path in like}
     assert {path: array.shape for path, array in params.items()} == {path: leaf.shape for path, leaf in like.items()}

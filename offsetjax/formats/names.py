@@ -13,11 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from offsetjax.errors import UserError
-from offsetjax.formats.tensors import Tensor, of_array, transposed, with_ndim
+from offsetjax.formats.tensors import Tensor, cast, of_array, transposed, with_ndim
 
 # The autoencoder's attention has its old names in Flax, and in PyTorch checkpoints written before 2023.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _IGNORED = re.compile(r"\.position_ids$")  # a buffer of old text encoders, not a parameter
+_NO_INDEX = ("linear_", "wi_", "proj_out_")  # before numbers that are no index: linear_1, T5's wi_0, DiT's proj_out_1
+_COUNT = "num_batches_tracked"  # a batch norm's, an int64 in PyTorch; ours are all float32
 
 # Of a kernel, by its number of axes: the order in which PyTorch's layout takes those of Flax, and the inverse.
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
@@ -30,8 +32,7 @@ def torch_name(path: tuple[str, ...]) -> str:
     leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
     if len(modules) > 1 and "attentions_" in modules[-2]:
         modules[-1] = _VAE_ATTENTION.get(modules[-1], modules[-1])
-    # A trailing number is an index into a list, except in time_embedding.linear_1 and its like.
-    names = [m if m.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", m) for m in modules]
+    names = [m if m.startswith(_NO_INDEX) else re.sub(r"_(\d+)$", r".\1", m) for m in modules]
     return ".".join([*names, leaf])
 
 
@@ -54,8 +55,9 @@ def torch_tensors(params: PyTree) -> dict[str, Tensor]:
     tensors = {}
     for path, leaf in flatten_dict(params).items():
         tensor = leaf if isinstance(leaf, Tensor) else of_array(leaf)
-        is_kernel = path[-1] == "kernel"
-        tensors[torch_name(path)] = transposed(tensor, _TO_TORCH[len(tensor.shape)]) if is_kernel else tensor
+        if path[-1] == "kernel":
+            tensor = transposed(tensor, _TO_TORCH[len(tensor.shape)])
+        tensors[torch_name(path)] = cast(tensor, np.int64) if path[-1] == _COUNT else tensor
     return tensors
 
 
@@ -85,6 +87,8 @@ def flax_tensors(tensors: Mapping[str, Tensor], like: PyTree, where: str) -> PyT
         if tensor.shape != wanted:
             problems.append(f"{name} has shape {tensor.shape}, not {wanted}")
             continue
+        if path[-1] == _COUNT:
+            tensor = cast(tensor, np.float32)
         if "float" not in tensor.dtype.name:
             problems.append(f"{name} holds {tensor.dtype.name}, not numbers with a floating point")
             continue
