@@ -128,9 +128,38 @@ MODELS: dict[str, tuple[str, Change, str]] = {
     "config of other blocks": (
         "sd1",
         with_json("unet/config.json", down_block_types=["A", "B"]),
-        "is not part of the model.* is it the checkpoint of another",
+        r"unet has down_block_types = \('A', 'B'\), which must be made of CrossAttnDownBlock2D, DownBlock2D",
     ),
-    "config of no heads": ("sd1", with_json("text_encoder/config.json", num_attention_heads=0), "no CLIPTextModel can"),
+    "config of a block in another case": (
+        "sd1",
+        with_json("unet/config.json", down_block_types=["CrossAttnDownBlock2d", "DownBlock2D"]),
+        "did you mean 'CrossAttnDownBlock2D'",
+    ),
+    "config of no heads": (
+        "sd1",
+        with_json("text_encoder/config.json", num_attention_heads=0),
+        "text_encoder has num_attention_heads = 0, which must be at least 1",
+    ),
+    "config of billions of layers": (
+        "sd1",
+        with_json("text_encoder/config.json", num_hidden_layers=2**31),
+        "text_encoder has num_hidden_layers = 2147483648, which must be at least 1",
+    ),
+    "flow matching": (
+        "sd1",
+        with_json("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
+        "scheduler has _class_name = 'FlowMatchEulerDiscreteScheduler', which is not supported",
+    ),
+    "EDM": (
+        "sd1",
+        with_json("scheduler/scheduler_config.json", _class_name="EDMEulerScheduler"),
+        "scheduler has _class_name = 'EDMEulerScheduler', which is not supported",
+    ),
+    "flow sigmas": (
+        "sd1",
+        with_json("scheduler/scheduler_config.json", use_flow_sigmas=True),
+        "use_flow_sigmas = True",
+    ),
     "autoencoder of other latents": (
         "sd1",
         lambda model: torch_models.vae(latent_channels=8).save_pretrained(model / "vae"),

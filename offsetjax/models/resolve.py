@@ -1,18 +1,29 @@
 """What a checkpoint says of itself, and what a config says of it: the family, the architecture, the schedule."""
 
-import math
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from offsetjax.config import assign, default_config, flatten, is_explicit
-from offsetjax.config.schema import default
+from offsetjax.config import assign, flatten, is_explicit
+from offsetjax.config.checks import shown
+from offsetjax.config.field import Field
+from offsetjax.config.schema import default, fields
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
 from offsetjax.models.family import FAMILIES, family_of
 from offsetjax.models.pipeline import network_parts
 
 _ACTIVATIONS = ("quick_gelu", "gelu")
+
+# diffusers' samplers of the schedules that a Stable Diffusion is trained with; of others, such as EDM's and flow
+# matching's, the same fields mean something else, or are not there.
+_SCHEDULERS = (
+    *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "LCMScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler"),
+    "UniPCMultistepScheduler",
+)
 
 # What a checkpoint's config.json may say of things that this boundary does not vary.
 _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -55,11 +66,16 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     "text_encoder": {"hidden_act": _ACTIVATIONS},
     "text_encoder_2": {"hidden_act": _ACTIVATIONS},
     "scheduler": {
+        "_class_name": _SCHEDULERS,
         "beta_schedule": ("scaled_linear",),
         "prediction_type": ("epsilon", "v_prediction"),
         "trained_betas": (None,),
+        **dict.fromkeys(("use_flow_sigmas", "use_beta_sigmas", "use_exponential_sigmas"), (False, None)),
     },
 }
+
+# What diffusers takes where a config.json does not say it.
+_BY_DEFAULT: dict[str, dict[str, Any]] = {"scheduler": {"beta_schedule": "linear"}}
 
 # What no network depends on: a preset's value gives way to the checkpoint's. Files differ in these, and a single file
 # of Stable Diffusion 2 does not say the second.
@@ -99,7 +115,7 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
     sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config, part)}
     if config.task == "diffusion" and not is_from_scratch(config, family_of(config).denoiser):
         sections["scheduler"] = config.schedule
-    defaults, denoiser = dict(flatten(default_config())), family_of(config).denoiser
+    declared, denoiser = fields(), family_of(config).denoiser
     for part, section in sections.items():
         stored = pretrained.read_config(part)
         _require(part, stored, str(pretrained.path))
@@ -108,11 +124,7 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
             if key not in stored:
                 continue
             value = _normalise(stored[key], key, len(section.get("block_out_channels", ())), section[key])
-            if not _is_like(value, defaults[prefix + key]):
-                raise UserError(
-                    f"model.pretrained: {pretrained.path}: {part} has {key} = {stored[key]!r}, where others have such "
-                    f"as {defaults[prefix + key]!r}; fetch it again"
-                )
+            _check_value(f"model.pretrained: {pretrained.path}: {part} has {key}", declared[prefix + key], value)
             _adopt_value(config, prefix + key, value, pretrained, denoiser if part == "scheduler" else part)
         if part == "scheduler" and stored.get("rescale_betas_zero_snr"):
             _adopt_value(config, "schedule.zero_terminal_snr", True, pretrained, denoiser)
@@ -140,6 +152,7 @@ def _adopt_value(config: ConfigDict, path: str, value: Any, pretrained: Pretrain
 
 
 def _require(part: str, stored: dict[str, Any], directory: str) -> None:
+    stored = {**_BY_DEFAULT.get(part, {}), **stored}
     for key, allowed in _REQUIRED.get(part, {}).items():
         if key in stored and stored[key] not in allowed:
             raise UserError(
@@ -156,14 +169,13 @@ def _normalise(value: Any, key: str, blocks: int, like: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value of a config.json has the type of its default; numbers are finite and not below 0."""
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(_is_like(each, default[0]) for each in value)
-    if isinstance(default, bool | str):
-        return type(value) is type(default)
-    is_number = isinstance(value, int | float if isinstance(default, float) else int) and not isinstance(value, bool)
-    return is_number and 0 <= value < math.inf
+def _check_value(what: str, field: Field, value: Any) -> None:
+    """Raises a UserError unless a value of a config.json is of its field's type and in its range."""
+    if not field.has_type(value):
+        raise UserError(f"{what} = {shown(value)}, where others have such as {field.example!r}; fetch it again")
+    if not field.holds(value):
+        remedy = field.range.remedy(value) or "fetch it again, or give another model"
+        raise UserError(f"{what} = {shown(value)}, which must be {field.range.words}; {remedy}")
 
 
 def check_architecture(config: ConfigDict) -> None:
