@@ -1,7 +1,7 @@
 """Real pictures with captions: the 538 drawings and photos of Tux Paint's stamps, each on four grounds.
 
     apt-get install tuxpaint-stamps-default
-    .venv/bin/python launch/stamps.py --out=runs/stamps_pictures
+    launch/local.sh pictures stamps --out=runs/stamps_pictures
     launch/local.sh data build --images=runs/stamps_pictures --out=runs/stamps_data
     launch/local.sh train --config=configs/stamps_autoencoder.py --workdir=runs/stamps_autoencoder
     launch/local.sh export --workdir=runs/stamps_autoencoder --out=runs/stamps_vae

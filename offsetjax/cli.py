@@ -174,10 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", action="append", type=int, help="may be given several times; 0 without it")
     sub.add_argument(
         "--start_noise",
-        choices=("matched", "plain"),
-        help="start from the noise of training, or from plain noise as other programs do",
+        type=_choice("sample.start_noise"),
+        help="start from the noise of training, matched, or from plain noise as other programs do",
     )
-    sub.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral, dpmpp_2m, heun or unipc")
+    sub.add_argument("--sampler", type=_choice("sample.sampler"), help="see `offsetjax config sample.sampler`")
     sub.add_argument("--guidance_scale", type=float, help="of the prompt; 1: none, the prompt is followed as learnt")
     sub.add_argument(
         "--guidance_rescale", type=float, help="how much of the contrast that guidance adds is undone, 0 to 1"
@@ -247,18 +247,61 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "re-enact the article's experiment")
     sub.add_argument("--out", default="demo", help="a folder for its runs and its report")
+
+    sub = command("study", _study, "compare kinds of noise by trainings from scratch")
+    sub.add_argument("--out", required=True, help="a folder for its runs, its table and its figures")
+    sub.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each; default: %(default)s")
+    sub.add_argument("--seeds", type=int, default=3, help="of each training; default: %(default)s")
+
+    sub = command("pictures", None, "write captioned pictures to try the rest with")
+    kinds = sub.add_subparsers(required=True, metavar="article|forty|stamps")
+    for name, help in (
+        ("article", "procedural scenes of any brightness, that the base model of the demonstration is pretrained on"),
+        ("forty", "40 of these, whose captions decide on their brightness, that the demonstration fine-tunes on"),
+        ("stamps", "real ones: Tux Paint's stamps, each on four grounds"),
+    ):
+        sub = kinds.add_parser(name, help=help, allow_abbrev=False)
+        sub.set_defaults(run=_pictures, kind=name)
+        sub.add_argument("--out", required=True, help="a folder that does not exist yet, for data build")
+        if name == "article":
+            sub.add_argument("--count", type=int, default=2048, help="default: %(default)s")
+        if name != "stamps":
+            sub.add_argument("--seed", type=int, default=1 if name == "forty" else 0, help="default: %(default)s")
+        else:
+            sub.add_argument("--stamps", help="a folder of stamps; by default those of tuxpaint-stamps-default")
+            sub.add_argument("--size", type=int, default=128, help="the side of a picture, in pixels; %(default)s")
     return parser
+
+
+def _choice(path: str) -> Callable[[str], str]:
+    """The type of an option that takes what a field of the config does; the fields are read once it is given."""
+
+    def check(text: str) -> str:
+        from offsetjax.config.schema import choices
+
+        if text not in choices(path):
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices(path))}")
+        return text
+
+    return check
 
 
 def _checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--step", type=int, help="the newest without it")
-    sub.add_argument("--params", choices=("ema", "raw"), help="averaged or not; the config's sample.params without it")
+    sub.add_argument(
+        "--params", type=_choice("sample.params"), help="averaged or not; the config's sample.params without it"
+    )
 
 
 def _check_paths(options: argparse.Namespace) -> None:
-    for name, value in vars(options).items():
-        if name in ("config", "workdir", "model", "compare", "images", "data", "out", "cache_dir") and value == "":
-            raise UserError(f"--{name} is empty; give a path")
+    """Every path that is given, before any work."""
+    from offsetjax.files import check_place
+
+    for name in ("config", "workdir", "model", "lora", "compare", "images", "data", "out", "cache_dir"):
+        value = getattr(options, name, None)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not (name == "lora" and not path):
+                check_place(f"--{name}", path)
 
 
 def _no_more(rest: Sequence[str]) -> None:
@@ -441,6 +484,33 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.article.demo import demo
 
     demo(epath.Path(options.out))
+
+
+def _study(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    _alone("study")
+    from offsetjax.study.command import study
+
+    study(options.out, options.jobs, options.seeds)
+
+
+def _pictures(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    if options.kind == "stamps":
+        from offsetjax.prepare.stamps import INSTALLED, write_stamps
+
+        write_stamps(options.out, options.stamps or INSTALLED, options.size)
+        return
+    from etils import epath
+
+    from offsetjax.article import pictures
+
+    if epath.Path(options.out).exists():
+        raise UserError(f"pictures: --out={options.out} already exists; give another folder")
+    if options.kind == "forty":
+        pictures.write_fine_tuning_folder(options.out, options.seed)
+    else:
+        pictures.write_folder(options.out, options.count, options.seed)
 
 
 _RESUMES: dict[Command, str] = {_train: "from the last checkpoint", _data_encode: "with the parts that are missing"}

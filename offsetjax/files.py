@@ -2,11 +2,61 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from etils import epath
 
 from offsetjax.errors import UserError, one_line
+
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(/*)(.*)", re.IGNORECASE | re.DOTALL)
+_BUCKETS = ("gs", "gcs", "gsutil", "gcloud")
+_REMOTE = ("s3", "s3a", "az", "azure", "abfs", "wasb", "hdfs", "http", "https", "ftp", "sftp", "ssh", "hf", "r2", "oss")
+
+
+def misplaced(path: str) -> str:
+    """What is wrong with a path that a user gives, and the remedy; "" where it is a local one or gs://BUCKET/….
+
+    Nothing is looked up: a near miss would become a local folder of an odd name, and be lost with its machine.
+    """
+    if not path:
+        return "it is empty; give a path"
+    if not all(letter.isprintable() or letter == " " for letter in path):
+        return "it has a letter that cannot be shown; give another name"
+    if _BUCKET.fullmatch(path):
+        return ""
+    if path == "~" or path.startswith("~/"):
+        return f"~ is the shell's, which has left it; write {Path(path).expanduser()}"
+    if path.lower().startswith(("gs://", "gs//")):
+        rest = path[4:].lstrip("/")
+        if _BUCKET.fullmatch(f"gs://{rest}") and not path.startswith("gs:///"):
+            return f"did you mean gs://{rest}?"
+        return f"it names no bucket; write gs://BUCKET/{rest}"
+    if not (found := _SCHEME.fullmatch(path)):
+        return ""
+    scheme, slashes, rest = found[1].lower(), found[2], found[3]
+    if scheme in _BUCKETS and (slashes or scheme == "gs"):
+        return f"did you mean gs://{rest}?"
+    if scheme == "file" and slashes:
+        return f"a local path has no scheme; write /{rest.removeprefix('localhost/')}"
+    if len(slashes) > 1 or (slashes and scheme in _REMOTE):
+        return f"{scheme}:// is not read or written; give a local path, or gs://BUCKET/…"
+    return ""
+
+
+def check_place(name: str, path: str) -> str:
+    """The path, if it is a local one or on gs://.
+
+    Args:
+        name: of the option, or the field, that gives it.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if wrong := misplaced(path):
+        raise UserError(f"{name} = {path!r}: {wrong}" if path else f"{name} is empty; give a path")
+    return path
 
 
 def unfinished(path: epath.PathLike) -> epath.Path:

@@ -5,7 +5,10 @@ import pathlib
 
 import pytest
 
-from offsetjax.files import unfinished, write_whole
+from offsetjax.cli import main
+from offsetjax.config import default_config, override, validate
+from offsetjax.errors import UserError
+from offsetjax.files import check_place, unfinished, write_whole
 from tests.launch.fake_bucket import BUCKET, bucket, run_on
 
 
@@ -68,3 +71,80 @@ def test_a_bucket_is_written_to_and_one_that_is_none_is_told(tmp_path: pathlib.P
     assert printed.startswith("calibrate: gs://typo cannot be written to (")
     assert printed.endswith("; give another --out\n") and printed.count("\n") == 1
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["run", "/run", "./~", "a b", "hash#1", "a:b", "C:x", "100%", "gs", "gs://my-bucket", "gs://b_1.c/a b/#1", "é"],
+)
+def test_any_name_that_a_system_allows_is_a_place(path: str) -> None:
+    assert check_place("--workdir", path) == path
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("", "--workdir is empty; give a path"),
+        ("s3://b/x", "s3:// is not read or written; give a local path, or gs://BUCKET/…"),
+        ("S3A://b", "s3a:// is not read"),
+        ("az:/b", "az:// is not read"),
+        ("https://h/x", "https:// is not read"),
+        ("gdrive://h/x", "gdrive:// is not read"),
+        ("file:///x/y", "write /x/y"),
+        ("file:/x", "write /x"),
+        ("file://localhost/x", "write /x"),
+        ("gs:/b/run", "did you mean gs://b/run?"),
+        ("gs:b/run", "did you mean gs://b/run?"),
+        ("gs//b-1/run", "did you mean gs://b-1/run?"),
+        ("GS://b-1/x", "did you mean gs://b-1/x?"),
+        ("gcs://b/x", "did you mean gs://b/x?"),
+        ("gs:///b/x", "it names no bucket; write gs://BUCKET/b/x"),
+        ("gs://", "it names no bucket; write gs://BUCKET/"),
+        ("~/run", "~ is the shell's, which has left it; write /"),
+        ("a\nb", "it has a letter that cannot be shown"),
+        ("a\0b", "it has a letter that cannot be shown"),
+        ("\ud83d", "it has a letter that cannot be shown"),
+    ],
+)
+def test_a_near_miss_of_a_place_is_answered(path: str, remedy: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_place("--workdir", path)
+    assert remedy in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--config=c.py", "--workdir=s3://b/x"),
+        ("sweep", "--config=file:///c.py", "--workdir=x"),
+        ("calibrate", "--config=c.py", "--out=gs:/b/x.json"),
+        ("sample", "--model=s3://b/x", "--prompt=a", "--out=o"),
+        ("sample", "--model=x", "--lora=s3://b/x", "--prompt=a", "--out=o"),
+        ("sample", "--model=x", "--compare=gs:/b", "--prompt=a", "--out=o"),
+        ("export", "--workdir=x", "--out=file:/x"),
+        ("data", "build", "--images=~/x", "--out=y"),
+        ("data", "encode", "--config=c.py", "--out=s3://b"),
+        ("data", "inspect", "--data=gcs://b/x"),
+        ("report", "--workdir=x", "--workdir=gs:/b", "--out=r.html"),
+        ("demo", "--out=s3://b"),
+        ("plan", "--config=c.py", "--topology=cpu:1", "--out=s3://b/p.json"),
+    ],
+)
+def test_every_command_looks_at_its_paths_before_any_work(
+    arguments: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("offsetjax: error: --") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["data.path", "model.pretrained", "lora.pretrained", "noise.calibration"])
+def test_so_does_a_config(field: str) -> None:
+    config = default_config()
+    override(config, field, "gs:/b/x")
+    with pytest.raises(UserError, match=rf"{field} = 'gs:/b/x' must be a local path.*; did you mean gs://b/x\?"):
+        validate(config)

@@ -1,6 +1,6 @@
 """The small autoencoder of the article's re-enactment: 128 px pictures to 4x64x64 latents.
 
-    .venv/bin/python launch/article_pictures.py --out=runs/article_pictures
+    launch/local.sh pictures article --out=runs/article_pictures
     launch/local.sh data build --images=runs/article_pictures --out=runs/article_data
     launch/local.sh train --config=configs/article/autoencoder.py --workdir=runs/article_autoencoder \
         --config.data.path=runs/article_data

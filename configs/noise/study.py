@@ -1,8 +1,8 @@
 """The study of noise in small: one model from scratch, pictures from black to white, one kind of noise a run.
 
-    .venv/bin/python launch/noise_study.py --out=runs/noise
+    launch/local.sh study --out=runs/noise
 
-trains every arm of `launch/noise_study.py` with three seeds. One run by itself, here with offset noise:
+trains every variant of `offsetjax/study/variants.py` with three seeds. One run by itself, here with offset noise:
 
     launch/local.sh train --config=configs/noise/study.py --workdir=DIR --config.data.path=runs/noise/data \
         --config.noise.offset_strength=0.1

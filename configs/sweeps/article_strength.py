@@ -1,6 +1,6 @@
 """How strong an offset the article's experiment in small needs: four strengths, two seeds each.
 
-    .venv/bin/python launch/article_pictures.py --fine_tuning --out=runs/forty_pictures
+    launch/local.sh pictures forty --out=runs/forty_pictures
     launch/local.sh data build --images=runs/forty_pictures --out=runs/forty
     launch/sweep.sh --config=configs/sweeps/article_strength.py --workdir=runs/strength --config.data.path=runs/forty
     launch/local.sh report --workdir=runs/strength --out=runs/strength.html

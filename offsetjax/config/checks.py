@@ -34,7 +34,8 @@ def check(path: str, field: Field, value: Any) -> None:
     if not field.has_type(value):
         raise UserError(f"config: {path} = {shown(value)} {must_be(field)}")
     if not field.holds(value):
-        raise UserError(f"config: {path} = {shown(value)} must be {field.range.words}")
+        remedy = field.range.remedy(value)
+        raise UserError(f"config: {path} = {shown(value)} must be {field.range.words}" + (remedy and f"; {remedy}"))
 
 
 def must_be(field: Field) -> str:

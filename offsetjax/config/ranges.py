@@ -1,9 +1,11 @@
 """What a value may be: a test that a machine makes, and the words for it, which complete "must be …"."""
 
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from offsetjax.files import misplaced
 from offsetjax.registry import Registry
 
 
@@ -15,11 +17,13 @@ class Range:
         holds: whether a value of the field's type lies in the range.
         words: what it must be.
         choices: its values, where they are few.
+        remedy: for a value that is not in it, what to write; "" where the words say it.
     """
 
     holds: Callable[[Any], bool]
     words: str
     choices: tuple[str, ...] = ()
+    remedy: Callable[[Any], str] = lambda value: ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Registered:
     def words(self) -> str:
         """What it must be."""
         return _one_of(self.choices) + (f" ('' {self.empty})" if self.empty else "")
+
+    def remedy(self, value: str) -> str:
+        """The nearest name."""
+        return _did_you_mean(value, self.choices)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -78,12 +86,23 @@ def from_up_to(least: float, below: float) -> Range:
 
 def one_of(*names: str) -> Range:
     """One of some words."""
-    return Range(lambda value: value in names, _one_of(names), names)
+    return Range(lambda value: value in names, _one_of(names), names, lambda value: _did_you_mean(value, names))
 
 
 def each_of(*names: str) -> Range:
     """A tuple of such words, in any order and number."""
-    return Range(lambda values: all(value in names for value in values), "made of " + ", ".join(names), names)
+
+    def remedy(values: tuple[str, ...]) -> str:
+        wrong = next(value for value in values if value not in names)
+        return _did_you_mean(wrong, names)
+
+    return Range(lambda values: set(values) <= set(names), "made of " + ", ".join(names), names, remedy)
+
+
+def _did_you_mean(word: str, names: Sequence[str]) -> str:
+    folded = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word[:100].lower(), folded, 1, 0.6)
+    return f"did you mean {folded[near[0]]!r}?" if near and folded[near[0]] else ""
 
 
 def each_at_least(bound: float) -> Range:
@@ -109,6 +128,9 @@ def _one_of(names: Iterable[str]) -> str:
 
 
 ANY = Range(lambda value: True, "anything")
+PLACE = Range(
+    lambda value: not value or not misplaced(value), "a local path, or gs://BUCKET/…; or empty", (), misplaced
+)
 FINITE = Range(lambda value: abs(value) <= _FLOAT32_MAX, "a number that is finite in float32")
 FINITE_NUMBERS = Range(
     lambda values: all(abs(value) <= _FLOAT32_MAX for value in values), "numbers, each finite in float32"

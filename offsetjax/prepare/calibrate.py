@@ -5,7 +5,6 @@ each mode of the latents are gathered over all devices. `calibration.py` says wh
 """
 
 import dataclasses
-import io
 import itertools
 import logging
 import math
@@ -19,7 +18,6 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Complex, Float, Int, PyTree
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from offsetjax.data.devices import on_devices
@@ -42,9 +40,10 @@ from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.encode import to_unit_range
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.parallel import sharding
+from offsetjax.plots import png
 from offsetjax.prepare.latents import open_vae
+from offsetjax.prepare.mode_snr import mode_snr_figure
 from offsetjax.progress import tracked
-from offsetjax.report.mode_snr import mode_snr_figure
 from offsetjax.training.objective import Batch
 from offsetjax.training.setup import open_stream
 
@@ -99,7 +98,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         write_calibration(out, calibration)
         picture = out.parent / f"{out.stem}.png"
         recommended = _with_strength(config, strengths.max(), process, downscale)
-        write_whole(picture, _png(mode_snr_figure(calibration, noise, recommended, process)))
+        write_whole(picture, png(mode_snr_figure(calibration, noise, recommended, process)))
         _log.info("%s: give it as noise.calibration; the figure is %s", out, picture)
     return calibration
 
@@ -228,9 +227,3 @@ def octaves(height: int, width: int) -> tuple[Int[np.ndarray, "h w2"], list[str]
     octave = np.digitize(np.hypot(*frequencies(height, width)) * (1 - 1e-9), edges, right=True)
     found, bands = np.unique(octave, return_inverse=True)
     return bands.reshape(octave.shape), [names[each] for each in found]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

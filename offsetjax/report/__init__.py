@@ -13,23 +13,26 @@ from matplotlib.figure import Figure
 
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, check_folder, write_whole
+from offsetjax.plots import png
 from offsetjax.report import curves, figures, page
-from offsetjax.report.conclusions import conclusions, trained_on_black
+from offsetjax.report.conclusions import conclusions
 from offsetjax.report.headline import headline
 from offsetjax.report.numbers import summarise
 from offsetjax.report.pool import Pool, pool
-from offsetjax.report.read import read_arms, read_picture
+from offsetjax.report.read import read_picture, read_runs
+from offsetjax.report.section import Section, find_notes, find_references
 from offsetjax.report.swept import Series, find_series, sentences, swept
 
 GRID_WIDTH = 1200  # pixels
 
 
-def report(workdirs: Sequence[str], out: str) -> None:
+def report(workdirs: Sequence[str], out: str, sections: Sequence[Section] = ()) -> None:
     """Writes `out` (HTML), its figures in the folder `NAME_files`, and `report.json`, all beside one another.
 
     Args:
         workdirs: the work directories of one or more trainings, or folders of them.
         out: path of the page, ending in .html.
+        sections: what the caller adds, such as published figures to compare with.
 
     Raises:
         UserError: a work directory that is missing or malformed, or an `out` that cannot be written.
@@ -39,40 +42,42 @@ def report(workdirs: Sequence[str], out: str) -> None:
         raise UserError(f"report: --out={out} must end in .html")
     check_file("report", target)
     folder = check_folder("report", target.parent / f"{target.stem}_files")
-    arms = read_arms(workdirs)
-    pools = pool(arms)
+    runs = read_runs(workdirs)
+    pools = pool(runs)
     series = find_series(pools)
-    numbers, pooled = summarise(arms), summarise([each.arm for each in pools])
-    numbers["conclusions"] = [*sentences(series), *conclusions(pooled, numbers["arms"])]
+    numbers, pooled = summarise(runs, sections), summarise([each.combined for each in pools], sections)
+    numbers["conclusions"] = [*sentences(series), *conclusions(pooled, numbers["runs"], sections)]
     numbers["pools"] = [
         {**summary, "runs": [run.name for run in each.runs]}
-        for each, summary in zip(pools, pooled["arms"], strict=True)
+        for each, summary in zip(pools, pooled["runs"], strict=True)
     ]
-    pictures = _pictures(pools, series, numbers["pools"])
-    for name, png in pictures.items():
-        write_whole(folder / f"{name}.png", png)
+    pictures = _pictures(pools, series, numbers["pools"], sections)
+    for name, content in pictures.items():
+        write_whole(folder / f"{name}.png", content)
     text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(target.parent / "report.json", f"{text}\n")
-    write_whole(target, page.render(numbers, pictures))
+    note = find_notes(sections, figures.all_prompts(numbers["pools"]))
+    write_whole(target, page.render(numbers, pictures, note))
 
 
-def _pictures(pools: Sequence[Pool], series: Sequence[Series], summaries: Sequence[dict]) -> dict[str, bytes]:
+def _pictures(
+    pools: Sequence[Pool], series: Sequence[Series], summaries: Sequence[dict], sections: Sequence[Section]
+) -> dict[str, bytes]:
     firsts = [each.first for each in pools]
-    scenes = [first for first, summary in zip(firsts, summaries, strict=True) if not trained_on_black(summary)]
     drawn: dict[str, Figure | None] = {
-        "headline": headline(scenes or firsts),
+        "headline": headline(firsts),
         "swept": swept(series),
-        "brightness": figures.brightness(summaries),
+        "brightness": figures.brightness(summaries, find_references(sections, figures.all_prompts(summaries))),
         "curves": figures.curves(summaries),
         "unconditional": figures.unconditional_spread(summaries),
         "losses": curves.losses(pools),
         "validation": curves.validation(pools),
         "probe": curves.probe(pools),
     }
-    pictures = {name: _png(figure) for name, figure in drawn.items() if figure}
-    for index, arm in enumerate(firsts):
-        grids = [("before", arm.steps[0])] if len(arm.steps) > 1 else []
-        grids += [("after", samples) for samples in arm.steps[-1:]]
+    pictures = {name: png(figure) for name, figure in drawn.items() if figure}
+    for index, run in enumerate(firsts):
+        grids = [("before", run.steps[0])] if len(run.steps) > 1 else []
+        grids += [("after", samples) for samples in run.steps[-1:]]
         for when, samples in grids:
             if samples.picture:
                 pictures[f"{when}_{index}"] = _grid(samples.picture)
@@ -86,10 +91,4 @@ def _grid(path: epath.Path) -> bytes:
         return path.read_bytes()
     buffer = io.BytesIO()
     image.resize((GRID_WIDTH, round(image.height * GRID_WIDTH / image.width))).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from offsetjax.report.figures import WIDTH, colour, prompt_label, style
+from offsetjax.plots import WIDTH, colour, prompt_label, style
 from offsetjax.report.pool import Curve, Pool
 
 _LABEL = 58  # letters of a name
@@ -70,7 +70,7 @@ def losses(pools: Sequence[Pool]) -> Figure | None:
 
 @style
 def validation(pools: Sequence[Pool]) -> Figure | None:
-    """The validation loss for plain noise, which compares; and by time step at the end."""
+    """The validation loss for plain noise, which compares; and by timestep at the end."""
     if not any(pool.curve("validation_plain") for pool in pools):
         return None
     canvas, (over_steps, by_time) = _canvas(pools, 2)
@@ -83,15 +83,15 @@ def validation(pools: Sequence[Pool]) -> Figure | None:
         if by_timestep := _by_timestep(pool):
             _draw(by_time, by_timestep, index)
     over_steps.set(yscale="log", title="Validation loss: plain noise ●, own noise - -")
-    by_time.set(xlabel="time step of the noise", yscale="log", title="Plain noise, after the last step")
+    by_time.set(xlabel="timestep of the noise", yscale="log", title="Plain noise, after the last step")
     return _finish(canvas, (over_steps, by_time), over_steps, pools)
 
 
 def _by_timestep(pool: Pool) -> Curve | None:
-    """The last validation losses, with the time steps of the noise as `steps`."""
+    """The last validation losses, with the timesteps of the noise as `steps`."""
     prefix = "validation_plain_t"
     times = {
-        int(field[len(prefix) :]) for run in pool.runs for line in run.watched for field in line if prefix in field
+        int(field[len(prefix) :]) for run in pool.runs for line in run.evaluations for field in line if prefix in field
     }
     last = [(time, curve) for time in sorted(times) if (curve := pool.curve(f"{prefix}{time}"))]
     if not last:

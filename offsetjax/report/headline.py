@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from offsetjax.report.figures import in_order, prompt_label, style
+from offsetjax.plots import prompt_label, style
 from offsetjax.report.numbers import noise_name
-from offsetjax.report.read import Arm, Samples, read_picture
+from offsetjax.report.read import Run, Samples, read_picture
 
 SEEDS = 2  # pictures of each prompt that are shown
 COLUMNS = 5  # of one block; the first is "before"
@@ -39,32 +39,32 @@ def _wrapped(name: str) -> str:
     return "\n".join(lines).replace("$", r"\$")
 
 
-def _columns(arms: Sequence[Arm]) -> tuple[list[str], list[tuple[str, Samples]]]:
-    """The prompts that most arms share, and the columns: the first arm before, then each arm after."""
-    shown = [arm for arm in arms if arm.steps and arm.steps[-1].has_places]
+def _columns(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, Samples]]]:
+    """The prompts that most runs share, and the columns: the first run before, then each run after."""
+    shown = [run for run in runs if run.steps and run.steps[-1].has_places]
     if not shown:
         return [], []
-    prompts = Counter(arm.steps[-1].prompts for arm in shown).most_common(1)[0][0]
-    alike = [arm for arm in shown if set(prompts) <= set(arm.steps[-1].prompts)]
+    prompts = Counter(run.steps[-1].prompts for run in shown).most_common(1)[0][0]
+    alike = [run for run in shown if set(prompts) <= set(run.steps[-1].prompts)]
     columns = [
         (
-            f"{_wrapped(arm.name)}\n{_short(noise_name(arm.config))}, step {arm.steps[-1].step}",
-            arm.steps[-1],
+            f"{_wrapped(run.name)}\n{_short(noise_name(run.config))}, step {run.steps[-1].step}",
+            run.steps[-1],
         )
-        for arm in alike
+        for run in alike
     ]
     first = alike[0].steps[0]
     if len(alike[0].steps) > 1 and first.has_places and set(prompts) <= set(first.prompts):
-        is_shared = all(arm.steps[0].records == first.records for arm in alike)
+        is_shared = all(run.steps[0].records == first.records for run in alike)
         name = "before training" if is_shared else "before (of the next)"
         columns.insert(0, (f"{name}\nstep {first.step}", first))
-    return in_order(prompts), columns
+    return list(prompts), columns
 
 
 @style
-def headline(arms: Sequence[Arm]) -> Figure | None:
+def headline(runs: Sequence[Run]) -> Figure | None:
     """The same seeds of each prompt, before and after each training, the mean brightness of all seeds below."""
-    prompts, columns = _columns(arms)
+    prompts, columns = _columns(runs)
     if not columns:
         return None
     blocks = [columns[begin : begin + COLUMNS] for begin in range(0, len(columns), COLUMNS)]

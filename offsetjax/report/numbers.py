@@ -10,45 +10,40 @@ from typing import Any
 
 import numpy as np
 
-from offsetjax.report import article
-from offsetjax.report.read import Arm, Data, Samples
+from offsetjax.report.read import Data, Run, Samples
+from offsetjax.report.section import Section
 
 Numbers = dict[str, Any]
 
 
-def summarise(arms: Sequence[Arm]) -> Numbers:
+def summarise(runs: Sequence[Run], sections: Sequence[Section] = ()) -> Numbers:
     """Everything that the page and the conclusions say in figures, in JSON's types."""
     return {
-        "arms": [_summarise_arm(arm) for arm in arms],
-        "config_differences": config_differences(arms),
-        "article": {
-            "source": article.SOURCE,
-            "offset_strength": article.OFFSET_STRENGTH,
-            "steps": article.STEPS,
-            "brightness": {figure.key: {"before": figure.before, "after": figure.after} for figure in article.FIGURES},
-        },
+        "runs": [_summarise_run(run) | {each.name: each.about(run) for each in sections} for run in runs],
+        "config_differences": config_differences(runs),
+        **{each.name: each.numbers for each in sections},
     }
 
 
-def _summarise_arm(arm: Arm) -> Numbers:
-    last = arm.metrics[-1] if arm.metrics else {}
-    sampled = [_summarise_samples(samples) for samples in arm.steps]
+def _summarise_run(run: Run) -> Numbers:
+    last = run.metrics[-1] if run.metrics else {}
+    sampled = [_summarise_samples(samples) for samples in run.steps]
     return {
-        "name": arm.name,
-        "noise": noise_name(arm.config),
-        "offset_strength": float(arm.config["noise.offset_strength"]),
+        "name": run.name,
+        "noise": noise_name(run.config),
+        "offset_strength": float(run.config["noise.offset_strength"]),
         "steps": int(last.get("step", 0)),
-        "steps_configured": arm.config.get("train.steps"),
+        "steps_configured": run.config.get("train.steps"),
         "wall_clock_seconds": _finite(last.get("time_seconds")),
-        "images_per_second": _median(arm, "images_per_second"),
-        "first_loss": _finite(arm.metrics[0].get("loss")) if arm.metrics else None,
-        "last_loss": _last_loss(arm),
+        "images_per_second": _median(run, "images_per_second"),
+        "first_loss": _finite(run.metrics[0].get("loss")) if run.metrics else None,
+        "last_loss": _last_loss(run),
         "steps_skipped": int(last.get("skipped", 0)),
         "before": sampled[0] if sampled else None,
         "after": sampled[-1] if sampled else None,
         "samples": sampled,
-        "unconditional": unconditional(arm),
-        "data": _summarise_data(arm),
+        "unconditional": unconditional(run),
+        "data": _summarise_data(run),
     }
 
 
@@ -86,44 +81,43 @@ def _summarise_samples(samples: Samples) -> Numbers:
     }
 
 
-def unconditional(arm: Arm) -> Numbers:
+def unconditional(run: Run) -> Numbers:
     """The spread of the pictures drawn for no prompt, by start noise: `{"plain": {...}, "matched": {...}}`.
 
     Those of `samples/unconditional_*.json` come before the ones in the last grid of the training.
     """
-    others = sorted(arm.others, key=lambda samples: (samples.name.startswith("unconditional"), samples.step))
-    drawn = {samples.start_noise: samples for samples in arm.steps[-1:] if "" in samples.prompts}
+    others = sorted(run.others, key=lambda samples: (samples.name.startswith("unconditional"), samples.step))
+    drawn = {samples.start_noise: samples for samples in run.steps[-1:] if "" in samples.prompts}
     drawn |= {samples.start_noise: samples for samples in others if "" in samples.prompts}
     return {start: {"step": samples.step, **spread(samples.brightness(""))} for start, samples in drawn.items()}
 
 
-def _summarise_data(arm: Arm) -> Numbers:
-    if not isinstance(arm.data, Data):
-        return {"unavailable": arm.data}
+def _summarise_data(run: Run) -> Numbers:
+    if not isinstance(run.data, Data):
+        return {"unavailable": run.data}
     return {
-        "pictures": arm.data.size,
-        "pictures_measured": len(arm.data.brightness),
-        "brightness": spread(arm.data.brightness),
-        "prompts": prompts_in_data(arm),
-        "has_black_picture": article.BLACK_PROMPT in arm.data.captions,
+        "pictures": run.data.size,
+        "pictures_measured": len(run.data.brightness),
+        "brightness": spread(run.data.brightness),
+        "prompts": prompts_in_data(run),
     }
 
 
-def prompts_in_data(arm: Arm) -> dict[str, Numbers]:
+def prompts_in_data(run: Run) -> dict[str, Numbers]:
     """The spread of the training pictures with the caption of each sampled prompt that has any."""
-    if not isinstance(arm.data, Data):
+    if not isinstance(run.data, Data):
         return {}
     by_caption: dict[str, list[float]] = {}
-    for caption, value in zip(arm.data.captions, arm.data.brightness, strict=True):
+    for caption, value in zip(run.data.captions, run.data.brightness, strict=True):
         by_caption.setdefault(caption, []).append(value)
-    prompts = {prompt for samples in arm.steps for prompt in samples.prompts if prompt in by_caption}
+    prompts = {prompt for samples in run.steps for prompt in samples.prompts if prompt in by_caption}
     return {prompt: spread(by_caption[prompt]) for prompt in sorted(prompts)}
 
 
-def config_differences(arms: Sequence[Arm]) -> dict[str, list[Any]]:
-    """The fields on which the arms disagree, with each arm's value (null where it has none)."""
-    fields = dict.fromkeys(field for arm in arms for field in arm.config)
-    values = {field: [arm.config.get(field) for arm in arms] for field in fields}
+def config_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The fields on which the runs disagree, with each run's value (null where it has none)."""
+    fields = dict.fromkeys(field for run in runs for field in run.config)
+    values = {field: [run.config.get(field) for run in runs] for field in fields}
     return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
 
 
@@ -131,24 +125,24 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _median(arm: Arm, name: str) -> float | None:
+def _median(run: Run, name: str) -> float | None:
     # The first line includes the compilation.
-    values = [line[name] for line in arm.metrics[1:] or arm.metrics if math.isfinite(line.get(name, math.nan))]
+    values = [line[name] for line in run.metrics[1:] or run.metrics if math.isfinite(line.get(name, math.nan))]
     return float(np.median(values)) if values else None
 
 
-def _last_loss(arm: Arm) -> float | None:
+def _last_loss(run: Run) -> float | None:
     """The mean of the last tenth of the logged losses: a single step's loss says little."""
-    losses = [line["loss"] for line in arm.metrics if math.isfinite(line.get("loss", math.nan))]
+    losses = [line["loss"] for line in run.metrics if math.isfinite(line.get("loss", math.nan))]
     return float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else None
 
 
 def prompt_range(prompts: Mapping[str, Mapping[str, float]]) -> tuple[str, str, float] | None:
     """The darkest and the brightest prompt by mean, and how far apart they are; None for fewer than two.
 
-    No prompt, and the black picture's, are left out: they name no brightness of a scene.
+    The empty prompt is left out: it names nothing that could be bright or dark.
     """
-    named = [prompt for prompt in prompts if prompt and prompt != article.BLACK_PROMPT]
+    named = [prompt for prompt in prompts if prompt]
     if len(named) < 2:
         return None
     darkest = min(named, key=lambda prompt: prompts[prompt]["mean"])

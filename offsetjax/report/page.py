@@ -6,7 +6,6 @@ from datetime import timedelta
 from html import escape
 from typing import Any
 
-from offsetjax.report import article
 from offsetjax.report.figures import all_prompts
 from offsetjax.report.numbers import Numbers
 
@@ -32,7 +31,7 @@ Pictures = Mapping[str, bytes]
 _NONE = "\N{EN DASH}"
 
 
-def render(numbers: Numbers, pictures: Pictures) -> str:
+def render(numbers: Numbers, pictures: Pictures, note: str = "") -> str:
     """The page's HTML.
 
     Args:
@@ -40,11 +39,12 @@ def render(numbers: Numbers, pictures: Pictures) -> str:
             that differ in their seed alone, taken together.
         pictures: PNG bytes by name: headline, swept, brightness, curves, losses, unconditional, and `before_0`,
             `after_0` … for the grids of each pool; those that are absent are left out.
+        note: text that the caller's sections add under the figure of brightness.
     """
-    arms, pools = numbers["arms"], numbers["pools"]
+    runs, pools = numbers["runs"], numbers["pools"]
     names = ", ".join(escape(pool["name"]) for pool in pools)
     conclusions = "".join(f"<li>{escape(sentence)}</li>" for sentence in numbers["conclusions"])
-    is_pooled = len(pools) < len(arms)
+    is_pooled = len(pools) < len(runs)
     band = _BAND_NOTE if is_pooled else ""
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
@@ -55,7 +55,7 @@ def render(numbers: Numbers, pictures: Pictures) -> str:
         _figure(pictures, "headline", _HEADLINE_NOTE + (_FIRST_NOTE if is_pooled else "")),
         f"<h2>What the runs say</h2><ul>{conclusions}</ul>" if conclusions else "",
         _section(pictures, "swept", "Brightness against what was varied", _SWEPT_NOTE),
-        _section(pictures, "brightness", "Brightness by prompt", _article_note(pools)),
+        _section(pictures, "brightness", "Brightness by prompt", _BRIGHTNESS_NOTE + note),
         _brightness_table(pools),
         _section(
             pictures, "curves", "Brightness over the steps", "A panel a run; bands: ± standard deviation over seeds."
@@ -63,7 +63,7 @@ def render(numbers: Numbers, pictures: Pictures) -> str:
         _section(pictures, "unconditional", "Spread of brightness without a prompt", _SPREAD_NOTE),
         _section(pictures, "probe", "Brightness of a probe", _PROBE_NOTE + band),
         _grids(pools, pictures),
-        "<h2>Runs</h2>" + _runs_table(arms),
+        "<h2>Runs</h2>" + _runs_table(runs),
         _section(pictures, "losses", "Loss", _LOSS_NOTE + band),
         _section(pictures, "validation", "Validation loss", _VALIDATION_NOTE + band),
         _differences(numbers),
@@ -82,19 +82,18 @@ _SWEPT_NOTE = (
     "A dot a run, a line through the means of the runs, dashes for the training pictures of the same caption. Each "
     "panel's runs differ in the field below it alone, and in their seeds."
 )
+_BRIGHTNESS_NOTE = "Mean over all RGB values of a picture."
 _LOSS_NOTE = "The running mean of the logged losses. Losses of unlike noise do not compare."
 _SPREAD_NOTE = (
     "How much the brightness of pictures drawn for the empty prompt varies, by the noise that sampling starts from: "
     "plain, or matched to the training's."
 )
-
-
 _PROBE_NOTE = (
     "Fixed prompts and seeds; near black is a brightness below .1, near white one above .9; W1 is the Wasserstein "
     "distance to the distribution of the training pictures."
 )
 _VALIDATION_NOTE = (
-    "Fixed pictures, time steps and noise. Solid: plain noise, which compares between runs; dashed: the noise of each "
+    "Fixed pictures, timesteps and noise. Solid: plain noise, which compares between runs; dashed: the noise of each "
     "run's own training."
 )
 
@@ -113,17 +112,6 @@ def _section(pictures: Pictures, name: str, title: str, caption: str) -> str:
     return f"<h2>{title}</h2>{_figure(pictures, name, caption)}" if name in pictures else ""
 
 
-def _article_note(arms: Sequence[Numbers]) -> str:
-    note = "Mean over all RGB values of a picture."
-    if any(article.figure_for(prompt) for prompt in all_prompts(arms)):
-        note += (
-            f" “The article”: {article.SOURCE}; Stable Diffusion before and after about {article.STEPS:,} steps on 40 "
-            f"pictures with an offset of {article.OFFSET_STRENGTH:g}, its own prompts. Another model and other data: "
-            "the directions compare, the values only roughly."
-        )
-    return note
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     kind = " class='text'" if text else ""
@@ -135,31 +123,31 @@ def _mean_std(found: Mapping[str, Any] | None) -> str:
     return f"{found['mean']:.3f} ± {found['std']:.3f}" if found else _NONE
 
 
-def _brightness_table(arms: Sequence[Numbers]) -> str:
+def _brightness_table(runs: Sequence[Numbers]) -> str:
     rows = [
         [
             prompt or "(no prompt)",
-            arm["name"],
-            _mean_std(arm["before"]["prompts"].get(prompt) if len(arm["samples"]) > 1 else None),
-            _mean_std(arm["after"]["prompts"][prompt]),
-            str(arm["after"]["prompts"][prompt]["count"]),
-            _mean_std(arm["data"].get("prompts", {}).get(prompt)),
+            run["name"],
+            _mean_std(run["before"]["prompts"].get(prompt) if len(run["samples"]) > 1 else None),
+            _mean_std(run["after"]["prompts"][prompt]),
+            str(run["after"]["prompts"][prompt]["count"]),
+            _mean_std(run["data"].get("prompts", {}).get(prompt)),
         ]
-        for prompt in all_prompts(arms)
-        for arm in arms
-        if arm["after"] and prompt in arm["after"]["prompts"]
+        for prompt in all_prompts(runs)
+        for run in runs
+        if run["after"] and prompt in run["after"]["prompts"]
     ]
     return _table(["prompt", "run", "before", "after", "seeds", "data"], rows) if rows else ""
 
 
-def _grids(arms: Sequence[Numbers], pictures: Pictures) -> str:
+def _grids(runs: Sequence[Numbers], pictures: Pictures) -> str:
     parts = []
-    for index, arm in enumerate(arms):
+    for index, run in enumerate(runs):
         figures = "".join(
-            _figure(pictures, f"{when}_{index}", _drawn(arm[when])) for when in ("before", "after") if arm[when]
+            _figure(pictures, f"{when}_{index}", _drawn(run[when])) for when in ("before", "after") if run[when]
         )
         if figures:
-            parts.append(f"<h3>{escape(arm['name'])}</h3><div class='pair'>{figures}</div>")
+            parts.append(f"<h3>{escape(run['name'])}</h3><div class='pair'>{figures}</div>")
     return "<h2>Samples</h2>" + "".join(parts) if parts else ""
 
 
@@ -174,20 +162,20 @@ def _number(value: float | None, form: str) -> str:
     return _NONE if value is None else format(value, form)
 
 
-def _runs_table(arms: Sequence[Numbers]) -> str:
+def _runs_table(runs: Sequence[Numbers]) -> str:
     head = ["run", "noise", "steps", "time", "images/s", "first loss", "last loss", "skipped"]
     rows = [
         [
-            arm["name"],
-            arm["noise"],
-            str(arm["steps"]),
-            _NONE if arm["wall_clock_seconds"] is None else str(timedelta(seconds=round(arm["wall_clock_seconds"]))),
-            _number(arm["images_per_second"], ".1f"),
-            _number(arm["first_loss"], ".4f"),
-            _number(arm["last_loss"], ".4f"),
-            str(arm["steps_skipped"]),
+            run["name"],
+            run["noise"],
+            str(run["steps"]),
+            _NONE if run["wall_clock_seconds"] is None else str(timedelta(seconds=round(run["wall_clock_seconds"]))),
+            _number(run["images_per_second"], ".1f"),
+            _number(run["first_loss"], ".4f"),
+            _number(run["last_loss"], ".4f"),
+            str(run["steps_skipped"]),
         ]
-        for arm in arms
+        for run in runs
     ]
     note = "Time: wall-clock, sampling and checkpoints included. Last loss: the mean of the last tenth logged."
     return _table(head, rows) + f"<p class='note'>{note}</p>"
@@ -196,9 +184,9 @@ def _runs_table(arms: Sequence[Numbers]) -> str:
 def _differences(numbers: Numbers) -> str:
     """A row a field, a column a pool: of a field on which its runs differ, such as the seed, all values."""
     pools = numbers["pools"]
-    if len(numbers["arms"]) < 2:
+    if len(numbers["runs"]) < 2:
         return ""
-    places = {arm["name"]: place for place, arm in enumerate(numbers["arms"])}
+    places = {run["name"]: place for place, run in enumerate(numbers["runs"])}
     rows = []
     for field, values in numbers["config_differences"].items():
         each = ([values[places[run]] for run in pool["runs"]] for pool in pools)
@@ -213,12 +201,12 @@ def _value(value: Any) -> str:
     return text if len(text) <= 160 else text[:159] + "…"
 
 
-def _data_notes(arms: Sequence[Numbers]) -> str:
+def _data_notes(runs: Sequence[Numbers]) -> str:
     notes = []
-    for arm in arms:
-        data = arm["data"]
+    for run in runs:
+        data = run["data"]
         if "unavailable" in data:
-            notes.append(f"{arm['name']}: {data['unavailable']}; its brightness is not shown.")
+            notes.append(f"{run['name']}: {data['unavailable']}; its brightness is not shown.")
             continue
         sampled = (
             f", measured on {data['pictures_measured']:,} of them"
@@ -226,6 +214,6 @@ def _data_notes(arms: Sequence[Numbers]) -> str:
             else ""
         )
         notes.append(
-            f"{arm['name']}: {data['pictures']:,} pictures{sampled}, brightness {_mean_std(data['brightness'])}."
+            f"{run['name']}: {data['pictures']:,} pictures{sampled}, brightness {_mean_std(data['brightness'])}."
         )
     return "<h2>Data</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"

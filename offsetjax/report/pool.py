@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from offsetjax.config import is_indifferent
-from offsetjax.report.read import Arm, Samples
+from offsetjax.report.read import Run, Samples
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,24 @@ class Curve:
 
 @dataclass(frozen=True)
 class Pool:
-    """At least one run; `arm` stands for all of them, with the config, the pictures and the data of the first.
+    """At least one run; `combined` stands for all of them, with the config, the pictures and the data of the first.
 
     Its metrics are means over the runs, its samples the records of all runs.
     """
 
     name: str
-    runs: tuple[Arm, ...]
-    arm: Arm
+    runs: tuple[Run, ...]
+    combined: Run
 
     @property
-    def first(self) -> Arm:
+    def first(self) -> Run:
         """The run whose pictures are shown, by the name that all share."""
         run = next((run for run in self.runs if run.steps), self.runs[0])
         return replace(run, name=_common_name([run.name for run in self.runs]))
 
     def curve(self, field: str) -> Curve | None:
         """A field of the metrics; None where no step has it in all runs that have it at all."""
-        series = [found for run in self.runs if (found := _values([*run.metrics, *run.watched], field))]
+        series = [found for run in self.runs if (found := _values([*run.metrics, *run.evaluations], field))]
         steps = sorted(set.intersection(*map(set, series))) if series else []
         if not steps:
             return None
@@ -49,32 +49,32 @@ class Pool:
         return Curve(np.array(steps), values.mean(0), values.min(0), values.max(0))
 
 
-def pool(arms: Sequence[Arm]) -> list[Pool]:
-    """The arms in their order, those that differ in the config's `seed` alone (and in what is indifferent) together."""
-    groups: dict[str, list[Arm]] = {}
-    for arm in arms:
-        fields = [each for each in arm.config.items() if each[0] != "seed" and not is_indifferent(each[0])]
-        groups.setdefault(repr(sorted(fields)), []).append(arm)
+def pool(runs: Sequence[Run]) -> list[Pool]:
+    """The runs in their order, those that differ in the config's `seed` alone (and in what is indifferent) together."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        fields = [each for each in run.config.items() if each[0] != "seed" and not is_indifferent(each[0])]
+        groups.setdefault(repr(sorted(fields)), []).append(run)
     pools = []
-    for runs in groups.values():
-        has_seeds = len({run.config.get("seed") for run in runs}) == len(runs)
-        pools += [_pool(runs)] if has_seeds else [_pool([run]) for run in runs]
+    for same in groups.values():
+        has_seeds = len({run.config.get("seed") for run in same}) == len(same)
+        pools += [_pool(same)] if has_seeds else [_pool([run]) for run in same]
     return pools
 
 
-def _pool(runs: Sequence[Arm]) -> Pool:
+def _pool(runs: Sequence[Run]) -> Pool:
     if len(runs) == 1:
         return Pool(runs[0].name, tuple(runs), runs[0])
     name = f"{_common_name([run.name for run in runs])} ({len(runs)} seeds)"
-    arm = replace(
+    combined = replace(
         runs[0],
         name=name,
         metrics=_mean_lines([run.metrics for run in runs]),
-        watched=[],  # curves are taken from the runs
+        evaluations=[],  # curves are taken from the runs
         steps=_join([run.steps for run in runs]),
         others=_join([run.others for run in runs]),
     )
-    return Pool(name, tuple(runs), arm)
+    return Pool(name, tuple(runs), combined)
 
 
 def _common_name(names: Sequence[str]) -> str:

@@ -74,23 +74,23 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Run:
     """One training: its config by field path, its metrics by logged step, its samples by step, and the others.
 
-    `watched` are the lines of metrics.jsonl that hold validation losses or the brightness of a probe.
+    `evaluations` are the lines of metrics.jsonl that hold validation losses or the brightness of a probe.
     """
 
     name: str
     config: dict[str, Any]
     metrics: list[dict[str, float]]
-    watched: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
     steps: list[Samples]
     others: list[Samples]
     data: Data | str  # or why it could not be measured
 
 
-def read_arms(workdirs: Sequence[str]) -> list[Arm]:
-    """Reads work directories; an arm is named by its folder, and by its parent too where that is not unique.
+def read_runs(workdirs: Sequence[str]) -> list[Run]:
+    """Reads work directories; a run is named by its folder, and by its parent too where that is not unique.
 
     Args:
         workdirs: each of a training, or of a sweep: a folder of trainings, of which those that have begun are read.
@@ -102,7 +102,7 @@ def read_arms(workdirs: Sequence[str]) -> list[Arm]:
         raise UserError("report: no work directory; give at least one --workdir=DIR")
     workdirs = [run for workdir in workdirs for run in _runs_of(workdir)]
     data: dict[tuple[str, str, bool, int], Data | str] = {}
-    return [_read_arm(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
+    return [_read_run(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
 
 
 def _runs_of(workdir: str) -> list[str]:
@@ -129,7 +129,7 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     raise UserError("report: the same --workdir is given twice; give each one once")
 
 
-def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, int], Data | str]) -> Arm:
+def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, int], Data | str]) -> Run:
     config = _read_config(workdir / "config.json")
     about = (bool(config.get("data.cached_latents")), int(config["data.resolution"]))
     where = (str(config["data.path"]), str(config["data.split"]), *about)
@@ -138,11 +138,11 @@ def _read_arm(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, i
     samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
     by_step = [each for each in samples if re.fullmatch(r"step_\d+", each.name)]
     lines = list(_read_metrics(workdir / "metrics.jsonl"))
-    return Arm(
+    return Run(
         name=name,
         config=config,
-        metrics=[line for line in lines if not _is_watched(line)],
-        watched=[line for line in lines if _is_watched(line)],
+        metrics=[line for line in lines if not _is_evaluation(line)],
+        evaluations=[line for line in lines if _is_evaluation(line)],
         steps=sorted(by_step, key=lambda each: each.step),
         others=[each for each in samples if each not in by_step],
         data=data[where],
@@ -175,7 +175,7 @@ def _read_metrics(path: epath.Path) -> Iterator[dict[str, float]]:
             raise UserError(f"report: {path}, line {number} is not a step's metrics; delete that line") from error
 
 
-def _is_watched(line: dict[str, float]) -> bool:
+def _is_evaluation(line: dict[str, float]) -> bool:
     return any(name.startswith(("validation_", "brightness_")) for name in line)
 
 

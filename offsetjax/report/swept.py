@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from offsetjax.config import is_indifferent
-from offsetjax.report.figures import colour, facets, in_order, prompt_label, style
+from offsetjax.plots import colour, prompt_label, style
+from offsetjax.report.figures import facets
 from offsetjax.report.numbers import config_differences, noise_name, prompt_range, prompts_in_data, spread
 from offsetjax.report.pool import Pool
 
@@ -32,10 +33,10 @@ def find_series(pools: Sequence[Pool]) -> list[Series]:
 
     Only pools with samples of the last step that any of them has are compared.
     """
-    sampled = [each for each in pools if each.arm.steps]
-    last = max((each.arm.steps[-1].step for each in sampled), default=0)
-    sampled = [each for each in sampled if each.arm.steps[-1].step == last]
-    differences = config_differences([each.arm for each in sampled])
+    sampled = [each for each in pools if each.combined.steps]
+    last = max((each.combined.steps[-1].step for each in sampled), default=0)
+    sampled = [each for each in sampled if each.combined.steps[-1].step == last]
+    differences = config_differences([each.combined for each in sampled])
     differences = {field: each for field, each in differences.items() if field != "seed" and not is_indifferent(field)}
     numeric = [field for field, values in differences.items() if all(_is_number(value) for value in values)]
     found = [_series_of(field, differences, sampled) for field in numeric]
@@ -69,7 +70,7 @@ def sentences(found: Sequence[Series]) -> Iterator[str]:
     for series in found:
         ranges = []
         for each in series.pools:
-            last = each.arm.steps[-1]
+            last = each.combined.steps[-1]
             width = prompt_range({prompt: spread(last.brightness(prompt)) for prompt in last.prompts})
             ranges.append(width[2] if width else None)
         known = [width for width in ranges if width is not None]
@@ -87,7 +88,8 @@ def sentences(found: Sequence[Series]) -> Iterator[str]:
 @style
 def swept(found: Sequence[Series]) -> Figure | None:
     """A panel a series: the mean of each prompt in each run, their mean as a line, the data's as dashes."""
-    prompts = in_order(prompt for series in found for each in series.pools for prompt in each.arm.steps[-1].prompts)
+    lasts = [each.combined.steps[-1] for series in found for each in series.pools]
+    prompts = list(dict.fromkeys(prompt for samples in lasts for prompt in samples.prompts))
     if not prompts:
         return None
     canvas, panels = facets(len(found), 2.5)
@@ -106,8 +108,8 @@ def swept(found: Sequence[Series]) -> Figure | None:
 
 
 def _title(series: Series) -> str:
-    step = series.pools[0].arm.steps[-1].step
-    noise = {noise_name(each.arm.config) for each in series.pools}
+    step = series.pools[0].combined.steps[-1].step
+    noise = {noise_name(each.combined.config) for each in series.pools}
     return f"Step {step}" + (f", {noise.pop()}" if len(noise) == 1 else "")
 
 
@@ -123,7 +125,7 @@ def _draw(axes: Axes, series: Series, prompt: str, index: int) -> None:
         axes.plot([value] * len(runs), runs, "o", ms=4, mew=0, alpha=0.6, color=colour(index))
     if means:
         axes.plot(*zip(*means, strict=True), lw=1.5, color=colour(index), label=prompt_label(prompt, 50))
-    if data := prompts_in_data(series.pools[0].arm).get(prompt):
+    if data := prompts_in_data(series.pools[0].combined).get(prompt):
         axes.axhline(data["mean"], color=colour(index), lw=0.9, ls=(0, (2, 3)), zorder=0)
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from offsetjax.article import pictures
+from offsetjax.cli import main
 
 
 def _read(folder: pathlib.Path) -> list[tuple[str, np.ndarray]]:
@@ -60,3 +61,14 @@ def test_the_black_picture_is_black(tmp_path: pathlib.Path) -> None:
     pictures.write_black_picture(str(tmp_path))
     [(prompt, picture)] = _read(tmp_path)
     assert prompt == "all black" and picture.max() == 0
+
+
+def test_the_command_writes_either_set_and_nothing_over_another(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pictures", "article", f"--out={tmp_path / 'any'}", "--count=8"]) == 0
+    assert main(["pictures", "forty", f"--out={tmp_path / 'forty'}"]) == 0
+    assert (len(_read(tmp_path / "any")), len(_read(tmp_path / "forty"))) == (8, 40)
+    assert main(["pictures", "article", f"--out={tmp_path / 'forty'}"]) == 2
+    assert "forty already exists; give another folder" in capsys.readouterr().err
+    assert len(_read(tmp_path / "forty")) == 40

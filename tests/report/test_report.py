@@ -18,6 +18,7 @@ from offsetjax.data.source import Source
 from offsetjax.errors import UserError
 from offsetjax.report import read, report
 from offsetjax.report.headline import cells
+from offsetjax.report.section import Reference, Section
 from offsetjax.sampling.pictures import Picture, write_samples
 from offsetjax.sampling.sample import about_samples
 
@@ -90,8 +91,8 @@ def _source(brightness: Brightness) -> Source:
     return Source("pictures", "train", 0, examples)
 
 
-def _run(out: pathlib.Path, *workdirs: str) -> tuple[dict[str, Any], str]:
-    report(workdirs, str(out / "page.html"))
+def _run(out: pathlib.Path, *workdirs: str, sections: Sequence[Section] = ()) -> tuple[dict[str, Any], str]:
+    report(workdirs, str(out / "page.html"), sections)
     return json.loads((out / "report.json").read_text()), (out / "page.html").read_text()
 
 
@@ -102,16 +103,15 @@ WIDE = {SQUARE: (0.0, 0.2), SKI: (0.6, 0.8), LOGO: (0.8, 1.0)}
 def test_the_numbers_are_those_of_the_files(tmp_path: pathlib.Path, data: Callable[[Brightness], None]) -> None:
     data({SQUARE: (0.0, 0.2), SKI: (0.6,)})
     numbers, html = _run(tmp_path, _workdir(tmp_path / "fine", 0.1, {0: GREY, 50: GREY, 100: WIDE}))
-    [arm] = numbers["arms"]
-    assert (arm["name"], arm["offset_strength"], arm["steps"], arm["wall_clock_seconds"]) == ("fine", 0.1, 100, 50.0)
-    assert [samples["step"] for samples in arm["samples"]] == [0, 50, 100]
-    assert arm["before"]["prompts"][SQUARE] == {"mean": 0.5, "std": pytest.approx(0.1, abs=1e-4), "count": 2}
-    assert arm["after"]["prompts"][SKI]["mean"] == pytest.approx(0.7, abs=0.002)
-    assert arm["last_loss"] == 0.01
-    assert arm["data"]["prompts"][SQUARE] == {"mean": 0.1, "std": 0.1, "count": 2}
-    assert arm["data"]["brightness"]["mean"] == pytest.approx(0.8 / 3, abs=1e-4)
-    assert arm["data"]["brightness"]["std"] == pytest.approx(np.std([0, 0.2, 0.6]), abs=1e-4)
-    assert numbers["article"]["brightness"]["logo"] == {"before": 0.709, "after": 0.974}
+    [run] = numbers["runs"]
+    assert (run["name"], run["offset_strength"], run["steps"], run["wall_clock_seconds"]) == ("fine", 0.1, 100, 50.0)
+    assert [samples["step"] for samples in run["samples"]] == [0, 50, 100]
+    assert run["before"]["prompts"][SQUARE] == {"mean": 0.5, "std": pytest.approx(0.1, abs=1e-4), "count": 2}
+    assert run["after"]["prompts"][SKI]["mean"] == pytest.approx(0.7, abs=0.002)
+    assert run["last_loss"] == 0.01
+    assert run["data"]["prompts"][SQUARE] == {"mean": 0.1, "std": 0.1, "count": 2}
+    assert run["data"]["brightness"]["mean"] == pytest.approx(0.8 / 3, abs=1e-4)
+    assert run["data"]["brightness"]["std"] == pytest.approx(np.std([0, 0.2, 0.6]), abs=1e-4)
     assert "0.100 ± 0.100" in html
 
 
@@ -145,30 +145,6 @@ def test_the_comparison_of_plain_and_offset_follows_the_figures(tmp_path: pathli
 
 
 @pytest.mark.parametrize(
-    ("plain", "offset", "expected"),
-    [
-        ((0.5, 0.3, 0.05), (0.5, 0.05, 0.01), ("Plain noise does learn", "100 steps and offset noise 50, 2.0 times")),
-        ((0.5, 0.5, 0.4), (0.5, 0.05, 0.01), ("agrees with the article", "plain noise not at all")),
-        ((0.5, 0.05, 0.01), (0.5, 0.3, 0.05), ("Plain noise does learn", "plain noise is faster")),
-        ((0.5, 0.5, 0.4), (0.5, 0.5, 0.4), ("agrees with the article", "Offset noise did not learn it")),
-    ],
-)
-def test_the_black_picture(tmp_path: pathlib.Path, data: Any, plain: Any, offset: Any, expected: Any) -> None:
-    data({"all black": (0.0,)})
-    arms = [
-        _workdir(
-            tmp_path / name, strength, {step: {"all black": [x]} for step, x in zip((0, 50, 100), run, strict=True)}
-        )
-        for name, strength, run in (("a", 0.0, plain), ("b", 0.1, offset))
-    ]
-    text = " ".join(_run(tmp_path, *arms)[0]["conclusions"])
-    for sentence in expected:
-        assert sentence in text
-    data({SKI: (0.5,)})
-    assert "black" not in " ".join(_run(tmp_path, *arms)[0]["conclusions"]), "these were not trained on it"
-
-
-@pytest.mark.parametrize(
     ("plain", "matched", "expected"),
     [
         ((0.5, 0.6), (0.1, 0.9), "the matched start noise that restores the spread, not the training"),
@@ -181,14 +157,14 @@ def test_the_unconditional_spread(tmp_path: pathlib.Path, data: Any, plain: Any,
     data({SKI: (0.0, 1.0)})
     workdir = _workdir(tmp_path / "a", 0.1, {}, {"plain": plain, "matched": matched})
     numbers, html = _run(tmp_path, workdir)
-    assert numbers["arms"][0]["unconditional"]["plain"]["std"] == pytest.approx(np.std(plain), abs=0.002)
+    assert numbers["runs"][0]["unconditional"]["plain"]["std"] == pytest.approx(np.std(plain), abs=0.002)
     assert expected in " ".join(numbers["conclusions"])
     assert "Spread of brightness without a prompt" in html
 
 
 def test_a_plain_training_without_samples_or_data(tmp_path: pathlib.Path, data: Any) -> None:
     numbers, html = _run(tmp_path, _workdir(tmp_path / "vae", 0.0, {}))
-    assert numbers["arms"][0]["after"] is None and numbers["conclusions"] == []
+    assert numbers["runs"][0]["after"] is None and numbers["conclusions"] == []
     assert "pictures holds no data set" in html and "Loss" in html
 
 
@@ -222,19 +198,19 @@ def test_the_page_is_self_contained_and_its_text_escaped(tmp_path: pathlib.Path,
 
 def test_a_grid_is_cut_at_its_pictures(tmp_path: pathlib.Path, data: Any) -> None:
     workdir = _workdir(tmp_path / "a", 0.1, {0: WIDE})
-    [arm] = read.read_arms([workdir])
-    cut = cells(arm.steps[0])
+    [run] = read.read_runs([workdir])
+    cut = cells(run.steps[0])
     for prompt, values in WIDE.items():
         for picture, value in zip(cut[prompt], values, strict=True):
             assert np.ptp(np.asarray(picture)) == 0 and picture.size == (16, 16)
             assert np.asarray(picture).mean() / 255 == pytest.approx(value, abs=0.002)
 
 
-def test_arms_of_the_same_name_are_told_apart_by_their_parents(tmp_path: pathlib.Path, data: Any) -> None:
-    arms = [_workdir(tmp_path / parent / "run", 0.0, {}) for parent in ("a", "b")]
-    assert [arm["name"] for arm in _run(tmp_path, *arms)[0]["arms"]] == ["a/run", "b/run"]
+def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path: pathlib.Path, data: Any) -> None:
+    runs = [_workdir(tmp_path / parent / "run", 0.0, {}) for parent in ("a", "b")]
+    assert [run["name"] for run in _run(tmp_path, *runs)[0]["runs"]] == ["a/run", "b/run"]
     with pytest.raises(UserError, match="given twice"):
-        _run(tmp_path, arms[0], arms[0])
+        _run(tmp_path, runs[0], runs[0])
 
 
 def test_a_line_half_written_by_a_running_training_is_left_out(tmp_path: pathlib.Path, data: Any) -> None:
@@ -242,7 +218,7 @@ def test_a_line_half_written_by_a_running_training_is_left_out(tmp_path: pathlib
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 110, "lo')
     numbers, _ = _run(tmp_path, str(workdir))
-    assert numbers["arms"][0]["steps"] == 100
+    assert numbers["runs"][0]["steps"] == 100
 
 
 @pytest.mark.parametrize(
@@ -296,7 +272,7 @@ def test_an_out_that_cannot_be_is_told_before_the_runs_are_read(
     take: Callable[[pathlib.Path], None],
     words: str,
 ) -> None:
-    monkeypatch.setattr("offsetjax.report.read_arms", None)
+    monkeypatch.setattr("offsetjax.report.read_runs", None)
     take(tmp_path / place)
     with pytest.raises(UserError, match=f"^report: {tmp_path / place} {words}; give another --out$"):
         report([str(tmp_path)], str(tmp_path / "page.html"))
@@ -305,7 +281,7 @@ def test_an_out_that_cannot_be_is_told_before_the_runs_are_read(
 def test_a_folder_that_is_not_ours_is_told_before_the_runs_are_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offsetjax.report.read_arms", None)
+    monkeypatch.setattr("offsetjax.report.read_runs", None)
     monkeypatch.setattr("os.access", lambda *_: False)  # as for whoever is not root
     with pytest.raises(UserError, match=f"^report: {tmp_path} cannot be written to; give another --out$"):
         report([str(tmp_path)], str(tmp_path / "new" / "page.html"))
@@ -323,7 +299,7 @@ def test_a_folder_that_is_not_ours_is_told_before_the_runs_are_read(
 )
 def test_a_run_is_named_by_its_noise(tmp_path: pathlib.Path, data: Any, changes: Mapping[str, Any], words: str) -> None:
     numbers, html = _run(tmp_path, _workdir(tmp_path / "run", 0.1, {0: GREY, 100: WIDE}, changes=changes))
-    assert numbers["arms"][0]["noise"] == words
+    assert numbers["runs"][0]["noise"] == words
     assert f"<td>{words}</td>" in html
 
 
@@ -331,15 +307,50 @@ def test_validation_and_probe_are_drawn_and_are_no_training_steps(tmp_path: path
     workdir = _workdir(tmp_path / "run", 0.1, {0: GREY, 100: WIDE})
     assert "Validation loss" not in _run(tmp_path, workdir)[1]
     names = ("mean", "std", "near_black", "near_white", "wasserstein")
-    watched = [
+    evaluations = [
         {"step": step, "validation_plain": 0.5, "validation_plain_t100": 0.4, "validation_plain_t999": 0.6}
         for step in (0, 100)
     ] + [{"step": step, **{f"brightness_{name}": 0.3 for name in names}} for step in (0, 100)]
     file = pathlib.Path(workdir) / "metrics.jsonl"
     before = file.read_text()
-    lines = [json.dumps({**line, "time_seconds": 1.0}) + "\n" for line in watched]
+    lines = [json.dumps({**line, "time_seconds": 1.0}) + "\n" for line in evaluations]
     file.write_text(lines[0] + lines[2] + before + lines[1] + lines[3])
     numbers, html = _run(tmp_path, workdir)
     assert "<h2>Validation loss</h2>" in html and "<h2>Brightness of a probe</h2>" in html
-    assert (numbers["arms"][0]["first_loss"], numbers["arms"][0]["last_loss"]) == (0.1, 0.01)
-    assert numbers["arms"][0]["wall_clock_seconds"] == 50.0
+    assert (numbers["runs"][0]["first_loss"], numbers["runs"][0]["last_loss"]) == (0.1, 0.01)
+    assert numbers["runs"][0]["wall_clock_seconds"] == 50.0
+
+
+def test_a_user_s_report_has_nothing_of_the_article(tmp_path: pathlib.Path, data: Any) -> None:
+    prompts = {"a neon logo of a bakery": (0.3, 0.4), "a town square at noon": (0.6, 0.7), "all black": (0.5, 0.4)}
+    numbers, html = _run(tmp_path, _workdir(tmp_path / "run", 0.1, {0: prompts, 100: prompts}))
+    text = re.sub(r"base64,[^']*", "", html) + json.dumps(numbers)
+    assert "article" not in text.lower() and "Guttenberg" not in text and "black picture" not in text
+    assert list(numbers["runs"][0]["after"]["prompts"]) == list(prompts), "the prompts keep their order"
+
+
+def _height(picture: pathlib.Path) -> int:
+    with Image.open(picture) as image:
+        return image.height
+
+
+def test_a_caller_s_section_is_in_the_numbers_the_sentences_and_the_page(tmp_path: pathlib.Path, data: Any) -> None:
+    section = Section(
+        name="rival",
+        numbers={"year": 2031},
+        note="“A rival” is nobody.",
+        reference=lambda prompt: Reference("a rival", 0.2, 0.8) if prompt == SKI else None,
+        about=lambda run: {"is_long": run.config["train.steps"] > 50},
+        conclusions=lambda runs: [f"{run['name']} is long: {run['rival']['is_long']}." for run in runs],
+    )
+    workdir = _workdir(tmp_path / "run", 0.1, {0: GREY, 100: WIDE})
+    _run(tmp_path, workdir)
+    height_without = _height(tmp_path / "page_files" / "brightness.png")
+    numbers, html = _run(tmp_path, workdir, sections=[section, Section("empty")])
+    assert (numbers["rival"], numbers["runs"][0]["rival"]) == ({"year": 2031}, {"is_long": True})
+    assert "run is long: True." in numbers["conclusions"] and "run is long: True." in html
+    assert "“A rival” is nobody." in html
+    height = _height(tmp_path / "page_files" / "brightness.png")
+    assert height > height_without, "the published figure has a row of its own"
+    other = _workdir(tmp_path / "other", 0.1, {0: {LOGO: (0.1,)}})
+    assert "nobody" not in _run(tmp_path, other, sections=[section])[1], "no prompt has a published figure"

@@ -14,7 +14,7 @@ from offsetjax.config.presets import stable_diffusion_xl
 from offsetjax.config.schema import fields, is_indifferent
 from offsetjax.errors import UserError
 from offsetjax.report.pool import pool
-from offsetjax.report.read import read_arms
+from offsetjax.report.read import read_runs
 from offsetjax.report.swept import find_series, sentences
 from tests.report.test_report import GREY, SKI, SQUARE, WIDE, _run, _workdir, data
 
@@ -39,7 +39,7 @@ FOUR = {
 
 def test_runs_that_differ_in_their_seed_alone_are_one(tmp_path: pathlib.Path, data: Any) -> None:
     numbers, html = _run(tmp_path, _sweep(tmp_path / "runs", FOUR))
-    assert [arm["name"] for arm in numbers["arms"]] == list(FOUR)
+    assert [run["name"] for run in numbers["runs"]] == list(FOUR)
     assert [(each["name"], each["runs"]) for each in numbers["pools"]] == [
         (f"offset_strength={strength} (2 seeds)", [name for name in FOUR if f"={strength}," in name])
         for strength in ("0.0", "0.2")
@@ -63,12 +63,12 @@ def test_seeds_are_averaged_whatever_machine_they_ran_on(tmp_path: pathlib.Path,
     default = dict(flatten(default_config()))[field]
     other = {int: 7, str: "another", tuple: (20, 24)}[type(default)]
     _sweep(tmp_path / "runs", {"seed=0": {"seed": 0}, "seed=1": {"seed": 1, field: other}})
-    assert len(pool(read_arms([str(tmp_path / "runs")]))) == 1
+    assert len(pool(read_runs([str(tmp_path / "runs")]))) == 1
 
 
 def test_the_same_training_twice_is_no_seed_of_another(tmp_path: pathlib.Path, data: Any) -> None:
-    arms = [_workdir(tmp_path / name, 0.1, {}) for name in ("a", "b")]
-    assert [each["name"] for each in _run(tmp_path, *arms)[0]["pools"]] == ["a", "b"]
+    runs = [_workdir(tmp_path / name, 0.1, {}) for name in ("a", "b")]
+    assert [each["name"] for each in _run(tmp_path, *runs)[0]["pools"]] == ["a", "b"]
 
 
 def test_a_curve_is_the_mean_of_the_runs_with_their_range(tmp_path: pathlib.Path, data: Any) -> None:
@@ -77,7 +77,7 @@ def test_a_curve_is_the_mean_of_the_runs_with_their_range(tmp_path: pathlib.Path
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines = [{**line, "loss": 3 * line["loss"]} for line in lines[:6]] + [{"step": 61, "loss": 1.0}]  # still running
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pools = pool(read_arms([str(tmp_path / "runs")]))
+    pools = pool(read_runs([str(tmp_path / "runs")]))
     curve = pools[1].curve("loss")
     assert curve is not None
     steps = np.arange(10, 61, 10)
@@ -95,7 +95,7 @@ def test_two_fields_that_are_varied_make_a_series_each_value_of_the_other(tmp_pa
         for rank in (4, 16, 8)
         for rate in (1e-4, 1e-3)
     }
-    series = find_series(pool(read_arms([_sweep(tmp_path / "runs", points)])))
+    series = find_series(pool(read_runs([_sweep(tmp_path / "runs", points)])))
     assert [(each.field, each.values, each.others) for each in series] == [
         ("lora.rank", (4, 8, 16), {"optimizer.learning_rate": rate}) for rate in (1e-4, 1e-3)
     ]
@@ -116,7 +116,7 @@ def test_no_series_where_no_number_is_varied_alone(
     tmp_path: pathlib.Path, data: Any, changes: Mapping[str, Any]
 ) -> None:
     folder = _sweep(tmp_path / "runs", {"a": {}, "b": changes})
-    assert find_series(pool(read_arms([folder]))) == []
+    assert find_series(pool(read_runs([folder]))) == []
     assert "what was varied" not in _run(tmp_path, folder)[1]
 
 
@@ -124,7 +124,7 @@ def test_only_the_same_step_is_compared(tmp_path: pathlib.Path, data: Any) -> No
     folder = _sweep(tmp_path / "runs", FOUR)
     for seed in (0, 1):
         (tmp_path / "runs" / f"offset_strength=0.2,seed={seed}" / "samples" / "step_100.json").unlink()
-    assert find_series(pool(read_arms([folder]))) == []
+    assert find_series(pool(read_runs([folder]))) == []
 
 
 def test_a_folder_of_runs_is_read_in_the_order_of_its_numbers(tmp_path: pathlib.Path, data: Any) -> None:
@@ -132,13 +132,13 @@ def test_a_folder_of_runs_is_read_in_the_order_of_its_numbers(tmp_path: pathlib.
     _sweep(tmp_path / "runs", {name: {} for name in reversed(names)}, samples={})
     (tmp_path / "runs" / "rate=11").mkdir()  # not begun
     (tmp_path / "runs" / "log.txt").touch()
-    arms = read_arms([str(tmp_path / "runs"), _workdir(tmp_path / "other", 0.0, {})])
-    assert [arm.name for arm in arms] == [*names, "other"]
+    runs = read_runs([str(tmp_path / "runs"), _workdir(tmp_path / "other", 0.0, {})])
+    assert [run.name for run in runs] == [*names, "other"]
     for folder in ("runs/rate=11", "nowhere"):
         with pytest.raises(UserError, match=re.escape(f"{folder}/config.json is missing")):
-            read_arms([str(tmp_path / folder)])
+            read_runs([str(tmp_path / folder)])
     with pytest.raises(UserError, match="given twice"):
-        read_arms([str(tmp_path / "runs"), str(tmp_path / "runs" / "rate=9")])
+        read_runs([str(tmp_path / "runs"), str(tmp_path / "runs" / "rate=9")])
 
 
 def test_runs_that_have_little_in_common_are_reported_together(tmp_path: pathlib.Path, data: Any) -> None:

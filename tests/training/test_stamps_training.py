@@ -15,9 +15,8 @@ SHORT = ("--config.train.steps=6", "--config.train.log_every_steps=2", "--config
 
 @pytest.mark.skipif(not STAMPS.exists() and not os.environ.get("CI"), reason="apt-get install tuxpaint-stamps-default")
 def test_stamps_train_as_the_config_s_docstring_says(tmp_path):
-    script = [sys.executable, ROOT / "launch" / "stamps.py", "--out=runs/stamps_pictures", "--size=64"]
-    subprocess.run(script, check=True, cwd=tmp_path)
     commands = [
+        ["pictures", "stamps", "--out=runs/stamps_pictures", "--size=64"],
         ["data", "build", "--images=runs/stamps_pictures", "--out=runs/stamps_data"],
         ["train", f"--config={ROOT}/configs/stamps_autoencoder.py", "--workdir=runs/stamps_autoencoder", *SHORT],
         ["export", "--workdir=runs/stamps_autoencoder", "--out=runs/stamps_vae"],

@@ -1,7 +1,7 @@
 """The pictures and captions, and what becomes of them before the denoiser."""
 
 from offsetjax.config.field import Change, Field, Section
-from offsetjax.config.ranges import ANY, FRACTION, count, one_of
+from offsetjax.config.ranges import ANY, FRACTION, PLACE, count, one_of
 
 DATA = Section(
     "data",
@@ -11,7 +11,7 @@ DATA = Section(
             "path",
             str,
             "",
-            ANY,
+            PLACE,
             "a data set of `offsetjax data build` or of TFDS: a folder, or gs://",
             elsewhere={"train_data_dir": "kohya, diffusers", "instance_data_dir": "diffusers"},
             change=Change.RESUME,

@@ -1,7 +1,7 @@
 """The networks' weights and how they are computed; their shapes are in `architectures.py`."""
 
 from offsetjax.config.field import Change, Field, Section, Texts
-from offsetjax.config.ranges import ANY, at_least, at_most_letters, count, each_of, one_of
+from offsetjax.config.ranges import ANY, PLACE, at_least, at_most_letters, count, each_of, one_of
 
 MODEL = Section(
     "model",
@@ -11,7 +11,7 @@ MODEL = Section(
             "pretrained",
             str,
             "",
-            ANY,
+            PLACE,
             "a diffusers directory or a single file; its architecture replaces the one in the sections below",
             elsewhere={
                 "pretrained_model_name_or_path": "kohya, diffusers, SimpleTuner",
@@ -131,7 +131,7 @@ LORA = Section(
             "pretrained",
             str,
             "",
-            ANY,
+            PLACE,
             "a LoRA to start from: a .safetensors file with diffusers' or kohya's keys",
             elsewhere={"network_weights": "kohya", "init_lora": "SimpleTuner"},
             change=Change.RESUME,

@@ -5,6 +5,7 @@ from offsetjax.config.ranges import (
     ANY,
     FINITE,
     FINITE_NUMBERS,
+    PLACE,
     Range,
     Registered,
     above,
@@ -118,7 +119,7 @@ NOISE = Section(
             "calibration",
             str,
             "",
-            ANY,
+            PLACE,
             "a file of `offsetjax calibrate`, which fills in strengths or spectrum",
             change=Change.RESUME,  # what it filled in is compared
         ),

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from offsetjax.diffusion.calibration import Calibration, band_means, radial_bands
 from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.process import Process, mode_snr
-from offsetjax.report.figures import style
+from offsetjax.plots import style
 
 # Of the figure, at an SNR of 1 and at the target.
 _LINES: tuple[dict[str, Any], ...] = (

@@ -1,10 +1,5 @@
-"""Draws `configs/noise/kinds.png`: one draw of each kind of noise, and its power by wavelength.
+"""A picture of the kinds of noise: one draw of each, and its power by wavelength."""
 
-.venv/bin/python launch/noise_figures.py [--out=configs/noise/kinds.png]
-"""
-
-import argparse
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +11,7 @@ from offsetjax.config import default_config, validate
 from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.spectrum import frequencies
-from offsetjax.report.figures import colour, style
+from offsetjax.plots import colour, style
 
 SIDE = 64
 KINDS: dict[str, dict[str, Any]] = {
@@ -65,9 +60,3 @@ def figure() -> Figure:
     panels[1, 0].set_ylabel("power of a mode")
     canvas.supxlabel("wavelength in latent pixels; all: the mean of the channel", fontsize=9)
     return canvas
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "configs" / "noise" / "kinds.png")
-    figure().savefig(parser.parse_args().out)

@@ -3,24 +3,15 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.scripts import LAUNCH, load_script
+from offsetjax.cli import main
+from offsetjax.prepare.stamps import INSTALLED, write_stamps
 
-SCRIPT = LAUNCH / "stamps.py"
-INSTALLED = pathlib.Path("/usr/share/tuxpaint/stamps")
 GROUNDS = {"black": 0, "white": 255, "grey": 128}
-
-
-@pytest.fixture(scope="module")
-def stamps() -> ModuleType:
-    return load_script("stamps")
 
 
 @pytest.fixture
@@ -43,10 +34,8 @@ def read(out: pathlib.Path) -> dict[str, np.ndarray]:
     return {line["text"]: np.asarray(Image.open(out / line["file_name"])) for line in lines}
 
 
-def test_each_cut_out_lies_on_each_ground_on_which_it_shows(
-    stamps: ModuleType, folder: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    assert stamps.main([f"--out={tmp_path / 'out'}", f"--stamps={folder}", "--size=64"]) == 0
+def test_each_cut_out_lies_on_each_ground_on_which_it_shows(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert main(["pictures", "stamps", f"--out={tmp_path / 'out'}", f"--stamps={folder}", "--size=64"]) == 0
     pictures = read(tmp_path / "out")
     everywhere = {"black", "white", "grey", "dark blue"}
     expected = {f"A disc, on a {ground} background." for ground in everywhere}
@@ -61,23 +50,27 @@ def test_each_cut_out_lies_on_each_ground_on_which_it_shows(
         assert green_leak.max() <= 1, "the colour hidden under the transparent half shows"
 
 
-def test_mistakes_end_with_status_2_and_one_line(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_mistakes_end_with_status_2_and_one_line(
+    folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "there").mkdir()
     for arguments, message in (
         ([f"--out={tmp_path / 'out'}", f"--stamps={tmp_path / 'none'}"], "apt-get install tuxpaint-stamps-default"),
         ([f"--out={tmp_path / 'there'}", f"--stamps={folder}"], "already exists"),
         ([f"--out={tmp_path / 'out'}", f"--stamps={folder}", "--size=1"], "at least 8"),
     ):
-        done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+        assert main(["pictures", "stamps", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(
-    not INSTALLED.is_dir() and not os.environ.get("CI"), reason="Debian's tuxpaint-stamps-default is not installed"
+    not pathlib.Path(INSTALLED).is_dir() and not os.environ.get("CI"),
+    reason="Debian's tuxpaint-stamps-default is not installed",
 )
-def test_the_real_stamps_cover_the_range_of_brightness(stamps: ModuleType, tmp_path: pathlib.Path) -> None:
-    assert stamps.main([f"--out={tmp_path / 'out'}", f"--stamps={INSTALLED}", "--size=16"]) == 0
+def test_the_real_stamps_cover_the_range_of_brightness(tmp_path: pathlib.Path) -> None:
+    write_stamps(str(tmp_path / "out"), size=16)
     pictures = read(tmp_path / "out")
     assert len(pictures) > 1500 and "A windmill, on a black background." in pictures
     brightness = np.array([picture.mean() / 255 for picture in pictures.values()])

@@ -1,21 +1,24 @@
 """A folder of captioned pictures from Tux Paint's stamps, to try offsetjax with real pictures and no download of data.
 
     apt-get install tuxpaint-stamps-default
-    .venv/bin/python launch/stamps.py --out=runs/stamps_pictures
+    launch/local.sh pictures stamps --out=runs/stamps_pictures
     launch/local.sh data build --images=runs/stamps_pictures --out=runs/stamps_data
 
 Debian's `tuxpaint-stamps-default` (GPL-2) holds cut-out photographs and drawings with English captions. Each is put on
 four grounds, so that the brightness of the pictures covers the whole range: "A windmill, on a black background."
 """
 
-import argparse
 import json
+import logging
 import pathlib
-import sys
 
 import numpy as np
 from PIL import Image
 
+from offsetjax.errors import UserError
+
+_log = logging.getLogger("offsetjax")
+INSTALLED = "/usr/share/tuxpaint/stamps"
 GROUNDS = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
@@ -54,11 +57,30 @@ def shows(picture: Image.Image, ground: tuple[int, int, int]) -> bool:
     return bool((difference > 24).mean() > 0.01)
 
 
-def write_folder(stamps: pathlib.Path, out: pathlib.Path, size: int) -> int:
-    """Writes the pictures of which something shows, and their `metadata.jsonl`; how many."""
-    out.mkdir(parents=True)
+def write_stamps(out: str, stamps: str = INSTALLED, size: int = 128) -> None:
+    """Writes the pictures on which something shows, and their `metadata.jsonl`.
+
+    Args:
+        out: a folder that does not exist yet.
+        stamps: a folder of cut-outs, `name.txt` with the caption beside `name.png`.
+        size: the side of a picture, in pixels.
+
+    Raises:
+        UserError: an argument that cannot be.
+    """
+    source, folder = pathlib.Path(stamps), pathlib.Path(out)
+    if size < 8:
+        raise UserError(f"pictures: --size={size} must be at least 8")
+    found = find_stamps(source) if source.is_dir() else []
+    if not found:
+        raise UserError(
+            f"pictures: {source} holds no stamps; apt-get install tuxpaint-stamps-default, or give --stamps=FOLDER"
+        )
+    if folder.exists():
+        raise UserError(f"pictures: --out={folder} already exists; give another folder")
+    folder.mkdir(parents=True)
     lines = []
-    for number, (file, caption) in enumerate(find_stamps(stamps)):
+    for number, (file, caption) in enumerate(found):
         with Image.open(file) as image:
             stamp = image.convert("RGBA")
         for name, colour in GROUNDS.items():
@@ -66,33 +88,7 @@ def write_folder(stamps: pathlib.Path, out: pathlib.Path, size: int) -> int:
             if not shows(picture, colour):
                 continue
             file_name = f"{number:04}_{file.stem}_{name.replace(' ', '_')}.png"
-            picture.save(out / file_name)
+            picture.save(folder / file_name)
             lines.append(json.dumps({"file_name": file_name, "text": f"{caption}, on a {name} background."}))
-    (out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; the exit status, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the folder to make")
-    parser.add_argument("--stamps", type=pathlib.Path, default=pathlib.Path("/usr/share/tuxpaint/stamps"))
-    parser.add_argument("--size", type=int, default=128, help="the side of a picture, in pixels")
-    options = parser.parse_args(arguments)
-    if options.size < 8:
-        return _mistake(f"--size={options.size} must be at least 8")
-    if not options.stamps.is_dir() or not find_stamps(options.stamps):
-        return _mistake(f"{options.stamps} holds no stamps; apt-get install tuxpaint-stamps-default, or give --stamps")
-    if options.out.exists():
-        return _mistake(f"--out={options.out} already exists; remove it, or give another folder")
-    print(f"{options.out}: {write_folder(options.stamps, options.out, options.size)} pictures")
-    return 0
-
-
-def _mistake(text: str) -> int:
-    print(f"stamps: {text}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _log.info("%s: %d pictures", folder, len(lines))

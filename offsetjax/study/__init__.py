@@ -1,0 +1,1 @@
+"""The study of noise in small: each kind from scratch, with several seeds, compared by the brightness it draws."""
