@@ -14,7 +14,7 @@ from offsetjax import log
 
 _LIBRARIES = (
     *("offsetjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy"),
-    *("diffusers", "transformers", "tokenizers", "safetensors", "tensorflow-datasets", "Pillow"),
+    *("diffusers", "tokenizers", "safetensors", "tensorflow-datasets", "Pillow"),
 )
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "OFFSETJAX_", "CUDA_VISIBLE")  # no secret has such a name
 

@@ -12,8 +12,8 @@ from types import TracebackType
 
 ROOT = Path(__file__).parents[1]
 HEARTBEAT_SECONDS = 10
-# The command needs no PyTorch, but others' libraries import it where there is one, which takes longer than all else.
-WITHOUT_TORCH = {"PYTHONPATH": f"{ROOT / 'tests' / 'without_torch'}:{ROOT}", "USE_TORCH": "0"}
+# Without what only tests have, which libraries import where there is one; that takes longer than all else.
+WITHOUT_TORCH = {"PYTHONPATH": f"{ROOT / 'tests' / 'without_torch'}:{ROOT}"}
 
 
 class Several:
