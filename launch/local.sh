@@ -204,7 +204,7 @@ if (($# == 0)); then
   ruff check .
   ruff format --check .
   mypy
-  shellcheck launch/*.sh .ci/run
+  shellcheck launch/*.sh .ci/*
   # Two processes, for most of a test keeps one core busy; whole files, which share what they have trained, and in their
   # order, for the first takes the longest.
   set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
