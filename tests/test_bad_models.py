@@ -145,20 +145,10 @@ MODELS: dict[str, tuple[str, Change, str]] = {
         with_json("text_encoder/config.json", num_hidden_layers=2**31),
         "text_encoder has num_hidden_layers = 2147483648, which must be at least 1",
     ),
-    "flow matching": (
-        "sd1",
-        with_json("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
-        "scheduler has _class_name = 'FlowMatchEulerDiscreteScheduler', which is not supported",
-    ),
     "EDM": (
         "sd1",
         with_json("scheduler/scheduler_config.json", _class_name="EDMEulerScheduler"),
         "scheduler has _class_name = 'EDMEulerScheduler', which is not supported",
-    ),
-    "flow sigmas": (
-        "sd1",
-        with_json("scheduler/scheduler_config.json", use_flow_sigmas=True),
-        "use_flow_sigmas = True",
     ),
     "autoencoder of other latents": (
         "sd1",

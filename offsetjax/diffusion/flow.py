@@ -27,6 +27,9 @@ from offsetjax.diffusion.process import Grid
 
 ShiftRule = Literal["fixed", "resolution", "tokens"]
 
+# What the header of a single file says of a flow, and the name that kohya's scripts have for its shift.
+METADATA_NAME, SHIFT_METADATA = "flow", "ss_discrete_flow_shift"
+
 _EPSILON = 1e-6  # UniPC of PyTorch diffusers takes this much from a σ of 1, whose λ is infinite
 
 
@@ -147,8 +150,30 @@ class Flow:
             **settings,
         }
 
+    def advice(self, shift: float, plain_share: float) -> str:
+        text = (
+            f"This is a flow (rectified flow), told 1000 t, with a shift of {shift:.4g}. No key of a file says so: in "
+            "ComfyUI put the node ModelSamplingSD3 with that shift behind the checkpoint's loader."
+        )
+        if plain_share > 0.9:
+            return text
+        return (
+            f"{text}\n\n**Do not start it from plain noise**: {plain_share:.0%} of the spread of brightness would be "
+            "left, and pictures would come out alike in brightness. Hand in the latents above."
+        )
+
     def metadata(self) -> dict[str, str]:
-        return {"modelspec.prediction_type": "flow"}
+        return {"modelspec.prediction_type": METADATA_NAME, SHIFT_METADATA: repr(self.shift)}
+
+    @staticmethod
+    def recognise(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A flow has flow sigmas, or a scheduler of flow matching; the shift is stored by two names."""
+        is_flow = scheduler.get("prediction_type") == "flow_prediction" or scheduler.get("use_flow_sigmas")
+        if not is_flow and not str(scheduler.get("_class_name", "")).startswith("FlowMatch"):
+            return None
+        said = {key: scheduler[key] for key in ("num_train_timesteps",) if key in scheduler}
+        shift = scheduler.get("flow_shift", scheduler.get("shift"))
+        return said if shift is None else said | {"shift": shift}
 
     @staticmethod
     def rules(values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
@@ -202,3 +227,14 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": (_DPM, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
 }
+
+
+def stored_scheduler(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The scheduler of a single file whose header says that it is a flow; None: it does not say so."""
+    if metadata.get("modelspec.prediction_type") != METADATA_NAME:
+        return None
+    try:
+        shift = float(metadata.get(SHIFT_METADATA, "1.0"))
+    except ValueError:
+        shift = 1.0
+    return Flow().scheduler("dpmpp_2m", "trailing", shift if 0.0 < shift < math.inf else 1.0)

@@ -125,6 +125,14 @@ class Process(Protocol):
     def scheduler(self, sampler: str, spacing: str, shift: float) -> dict[str, Any]:
         """`scheduler_config.json` of PyTorch diffusers' counterpart of a sampler: `_class_name` and its settings."""
 
+    def advice(self, shift: float, plain_share: float) -> str:
+        """What a model's card says, besides the noise, to those who sample it elsewhere; "" for nothing.
+
+        Args:
+            shift: of the sampler's grid.
+            plain_share: of the standard deviation of a channel's mean in the noise of training, plain noise's.
+        """
+
     def metadata(self) -> dict[str, str]:
         """What the header of an exported file says of the process: `modelspec.*` and `ss_*`."""
 
@@ -134,6 +142,9 @@ class ProcessType(Protocol):
 
     def make(self, schedule: Mapping[str, Any], downscale: int) -> Process:
         """The process of `config.schedule`, whose fields have been checked; `downscale` as in `make_process`."""
+
+    def recognise(self, scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The fields of `config.schedule` that a checkpoint's `scheduler_config.json` says; None: it is of another."""
 
     def rules(self, values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
         """Whether something in a config, by its fields' paths, does not go with this process, and what."""
@@ -160,6 +171,18 @@ def make_process(schedule: Mapping[str, Any], downscale: int = 8) -> Process:
     """
     # A calibration of an earlier version does not name it.
     return PROCESSES[schedule.get("process", "variance_preserving")].make(schedule, downscale)
+
+
+def recognised(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields of `config.schedule`, `process` first, that a checkpoint's `scheduler_config.json` says.
+
+    None is for one that no process knows.
+    """
+    for name in reversed(PROCESSES.names):  # the first takes what says nothing else
+        fields = PROCESSES[name].recognise(scheduler)
+        if fields is not None:
+            return {"process": name, **fields}
+    return None
 
 
 def add_noise(

@@ -33,6 +33,13 @@ _OF_FLOWS = {
     "sample.shift": 0.0,
     "loss.weighting": "none",
 }
+# Of a scheduler's JSON: what may be there, and what is read.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": ("scaled_linear",),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "trained_betas": (None,),
+}
+_STORED = ("num_train_timesteps", "beta_start", "beta_end", "prediction_type")
 _SKIPPING = ("dpmpp_2m", "unipc")
 _TRAILING_START = ("euler", "euler_ancestral", "heun")  # whose PyTorch counterparts begin with noise scaled by σ_T
 
@@ -168,6 +175,9 @@ class VariancePreserving:
             **settings,
         }
 
+    def advice(self, shift: float, plain_share: float) -> str:
+        return ""
+
     def metadata(self) -> dict[str, str]:
         is_velocity = self.prediction_type == "v_prediction"
         return {
@@ -175,6 +185,13 @@ class VariancePreserving:
             "ss_zero_terminal_snr": str(self.zero_terminal_snr),
             "ss_v_parameterization": str(is_velocity),
         }
+
+    @staticmethod
+    def recognise(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+        if any(scheduler.get(key, values[0]) not in values for key, values in _SUPPORTED.items()):
+            return None
+        said = {key: scheduler[key] for key in _STORED if key in scheduler}
+        return said | ({"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") else {})
 
     @staticmethod
     def rules(values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:

@@ -3,9 +3,10 @@
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import Noise, describe
-from offsetjax.diffusion.process import make_process
+from offsetjax.diffusion.process import Process, make_process
 from offsetjax.diffusion.sampler import ANCESTRAL
 from offsetjax.models.pipeline import Pipeline, training_noise
+from offsetjax.sampling.sample import grid_shift
 
 SPECTRUM_FILE = "noise/root_spectrum.safetensors"
 
@@ -19,21 +20,23 @@ def matched_sampler(pipeline: Pipeline, config: ConfigDict) -> str:
     noise, sampler = training_noise(pipeline, config), config.sample.sampler
     if noise.is_plain:
         return sampler
-    if noise.kind == "adjusted":
+    process = make_process(config.schedule, pipeline.autoencoder.downscale)
+    if noise.kind == "adjusted" and not process.includes_rate:
         return sampler if sampler in ANCESTRAL else "euler_ancestral"
     return "ddim" if sampler in ANCESTRAL else sampler
 
 
 def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
     """The text of README.md, with a recipe in PyTorch that runs in the model's folder."""
-    noise = training_noise(pipeline, config)
+    noise, process = training_noise(pipeline, config), make_process(config.schedule, pipeline.autoencoder.downscale)
     size = config.data.resolution // pipeline.autoencoder.downscale
     channels = pipeline.autoencoder.latent_channels
+    shift, plain_share = grid_shift(pipeline, config), float(noise.power(size, size)[:, 0, 0].max() ** -0.5)
     return _CARD.format(
         step=step,
         pipeline="StableDiffusionXLPipeline" if pipeline.family.name == "sdxl" else "StableDiffusionPipeline",
         resolution=config.data.resolution,
-        prediction=make_process(config.schedule, pipeline.autoencoder.downscale).predicts,
+        prediction=process.predicts,
         noise=describe(noise, config.noise, size, size),
         latents="\n".join(f"    {line}" for line in _latents(noise, channels, size)),
         settings=", ".join(
@@ -44,8 +47,14 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
                 ("guidance_rescale", "guidance_rescale"),
             )
         ),
-        advice=_ADVICE["plain" if noise.is_plain else noise.kind],
+        advice="\n\n".join(filter(None, (_scheduler_advice(noise, process), process.advice(shift, plain_share)))),
     )
+
+
+def _scheduler_advice(noise: Noise, process: Process) -> str:
+    if noise.is_plain:
+        return "With plain noise, PyTorch's default start is the right one."
+    return _ANCESTRAL if noise.kind == "adjusted" and not process.includes_rate else _DETERMINISTIC
 
 
 _CARD = """---
@@ -73,16 +82,10 @@ bright pictures.
 """
 
 _DETERMINISTIC = "Any deterministic scheduler will do (DDIM, Euler, DPM-Solver++); an ancestral one adds plain noise."
-_ADVICE = {
-    "plain": "With plain noise, PyTorch's default start is the right one.",
-    "offset": _DETERMINISTIC,
-    "pyramid": _DETERMINISTIC,
-    "spectral": _DETERMINISTIC,
-    "adjusted": (
-        "Use an ancestral scheduler (DDPM, Euler ancestral): the noise's shift changes with time, of which PyTorch's "
-        "deterministic schedulers know nothing."
-    ),
-}
+_ANCESTRAL = (
+    "Use an ancestral scheduler (DDPM, Euler ancestral): the noise's shift changes with time, of which PyTorch's "
+    "deterministic schedulers know nothing."
+)
 
 
 def _latents(noise: Noise, channels: int, size: int) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from offsetjax.diffusion.flow import stored_scheduler
 from offsetjax.diffusion.variance_preserving import latent_side
 from offsetjax.formats.original_names import UNET, VAE
 from offsetjax.formats.tensors import Tensor
@@ -158,6 +159,8 @@ def text_config(tensors: Mapping[str, Tensor], part: str, family: str) -> Config
 
 def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str) -> Config:
     """The schedule; what the model predicts is in the header, or a marker says so, or (2.x) its weights do."""
+    if flow := stored_scheduler(metadata):
+        return flow
     return {
         "_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler",
         "beta_end": 0.012,

@@ -1,5 +1,6 @@
 """What a checkpoint says of itself, and what a config says of it: the family, the architecture, the schedule."""
 
+import logging
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -8,10 +9,13 @@ from offsetjax.config import assign, flatten, is_explicit
 from offsetjax.config.checks import shown
 from offsetjax.config.field import Field
 from offsetjax.config.schema import default, fields
+from offsetjax.diffusion.process import recognised
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
 from offsetjax.models.family import FAMILIES, family_of
 from offsetjax.models.pipeline import network_parts
+
+_log = logging.getLogger("offsetjax")
 
 _ACTIVATIONS = ("quick_gelu", "gelu")
 
@@ -118,16 +122,23 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
     declared, denoiser = fields(), family_of(config).denoiser
     for part, section in sections.items():
         stored = pretrained.read_config(part)
-        _require(part, stored, str(pretrained.path))
+        if part == "scheduler":
+            said, usual = recognised(stored), default("schedule.process")
+            if said is None or said["process"] == usual:
+                _require(part, stored, str(pretrained.path))
+                if config.schedule.process != usual:
+                    _log.info("%s is trained as %s: it becomes a %s", pretrained.path, usual, config.schedule.process)
+                    continue
+            stored = said or stored
+        else:
+            _require(part, stored, str(pretrained.path))
         prefix = "schedule." if part == "scheduler" else f"model.{part}."
         for key in section:
-            if key not in stored:
+            if key not in stored or (prefix + key == "schedule.shift" and is_explicit(config, "schedule.shift")):
                 continue
             value = _normalise(stored[key], key, len(section.get("block_out_channels", ())), section[key])
             _check_value(f"model.pretrained: {pretrained.path}: {part} has {key}", declared[prefix + key], value)
             _adopt_value(config, prefix + key, value, pretrained, denoiser if part == "scheduler" else part)
-        if part == "scheduler" and stored.get("rescale_betas_zero_snr"):
-            _adopt_value(config, "schedule.zero_terminal_snr", True, pretrained, denoiser)
     if config.task == "diffusion" and pretrained.has("model_index"):
         path, index = "model.force_zeros_for_empty_prompt", pretrained.read_config("model_index")
         zeros = bool(index.get("force_zeros_for_empty_prompt", False))
