@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train, or resume, what a config file describes")
     sub.add_argument("--config", required=True, help="a config file, such as configs/stamps.py")
     sub.add_argument("--workdir", required=True, help="where the run lives: a folder or gs://…")
+    sub.add_argument("--check", action="store_true", help="look at everything and say what would happen; train nothing")
     sub.epilog = _OVERRIDES
 
     sub = command("plan", _plan, "say what a training needs of TPUs, and how fast it may be, without having any")
@@ -334,13 +335,31 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
     with processes.together(partial(_explain, options=options)):
-        from offsetjax.config import digest, load_config
+        from offsetjax.config import Origin, digest, load_config
 
         config = load_config(options.config, _overrides(rest))
         logging.getLogger("offsetjax").info("%s, sha256 %s", options.config, digest(options.config)[:16])
+        if options.check:
+            _show_check(config, options.workdir)
+            return
         from offsetjax.train import train
 
-        train(config, options.workdir)
+        train(config, options.workdir, Origin(options.config, _overrides(rest)))
+
+
+def _show_check(config: Any, workdir: str) -> None:
+    from offsetjax.parallel.fallback import warn_of_cpu
+    from offsetjax.training.check import check
+
+    warn_of_cpu()
+    wrong, notes, lines = check(config, workdir)
+    for note in notes:
+        print(f"note: {note}")
+    if wrong:
+        for mistake in wrong[:-1]:
+            log.say(f"offsetjax: error: {mistake}")
+        raise UserError(wrong[-1])
+    print("\n".join([*lines, "nothing is wrong; nothing was written"]))
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:

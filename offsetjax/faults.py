@@ -35,7 +35,7 @@ def write_report(error: BaseException, arguments: Sequence[str], folder: str = "
         [
             f"offsetjax {' '.join(arguments)}",
             f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, process {log.process_index()}, {platform.platform()}",
-            f"Python {platform.python_version()}, {', '.join(_versions())}",
+            ", ".join(f"{name} {version}" for name, version in versions().items()),
             f"devices: {_devices()}",
             *(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)),
             "\nthe stack trace:\n" + trace(error),
@@ -57,11 +57,12 @@ def write_report(error: BaseException, arguments: Sequence[str], folder: str = "
     return ""
 
 
-def _versions() -> list[str]:
-    found = []
+def versions() -> dict[str, str]:
+    """The versions of Python, of this package and of the libraries that are installed, by name."""
+    found = {"python": platform.python_version()}
     for library in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{library} {metadata.version(library)}")
+            found[library] = metadata.version(library)
     return found
 
 

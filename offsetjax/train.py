@@ -16,11 +16,13 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
+from offsetjax.config import Origin
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_source
 from offsetjax.data.stream import Stream
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import fsdp, sharding
+from offsetjax.parallel.fallback import warn_of_cpu
 from offsetjax.parallel.preemption import Preemption
 from offsetjax.parallel.watchdog import Watchdog
 from offsetjax.storage import checkpoint
@@ -29,13 +31,18 @@ from offsetjax.training.instruments import Instruments, compilation_cache, ideal
 from offsetjax.training.metrics import MetricsWriter, StepClock
 from offsetjax.training.objective import Objective, make_objective
 from offsetjax.training.setup import Run, first_state, open_run, open_stream
+from offsetjax.training.starts import write_start
 from offsetjax.training.step import TrainState, TrainStep, make_gradient, make_train_step
+from offsetjax.training.summary import devices_in_words
 
 _log = logging.getLogger("offsetjax")
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> None:
+def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = None) -> None:
     """Trains until `train.steps`, resuming what `workdir` holds.
+
+    Args:
+        origin: the config's file and overrides, which are kept with the run.
 
     Raises:
         UserError: a mistake in the config, the data, the checkpoint or the work directory.
@@ -43,6 +50,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     with Watchdog(config.train.stall_seconds) as watchdog, Preemption() as preemption:
         source = open_source(config.data.path, config.data.split, config.data.cached_latents)
+        warn_of_cpu()
         run = open_run(config, epath.Path(workdir), source)
         config = run.config
         watchdog.progressed()
@@ -53,6 +61,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
             if int(state.step) >= config.train.steps:
                 _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
                 return
+            write_start(run.workdir, int(state.step), devices_in_words(run.mesh), origin)
             evaluators = open_evaluators(run, source)
             _loop(run, state, jit_train_step(run, state_shardings), stream, manager, evaluators, preemption, watchdog)
 

@@ -1,11 +1,12 @@
 """What a training is told: the fields and their ranges, what goes together, files and overrides, architectures."""
 
 from offsetjax.config.checks import validate
-from offsetjax.config.load import digest, from_json, load_config, override, run_file, to_json
+from offsetjax.config.load import Origin, digest, from_json, load_config, override, run_file, to_json
 from offsetjax.config.schema import default_config, is_indifferent, may_change_on_resume
 from offsetjax.config.settings import assign, flatten, is_explicit
 
 __all__ = [
+    "Origin",
     "assign",
     "default_config",
     "digest",

@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from etils import epath
@@ -24,6 +25,18 @@ from offsetjax.errors import UserError
 
 _EXPLICIT = "explicit"  # beside the fields in config.json: those that were set
 _EXAMPLES = {"get_config": "configs/stamps.py", "get_grid": "configs/sweeps/sd15_strength.py"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a config came from: its file, and what the command line changed."""
+
+    path: str
+    overrides: Sequence[tuple[str, str]] = ()
+
+    def text(self) -> str:
+        """The file's, as it is now."""
+        return epath.Path(self.path).read_bytes().decode(errors="replace")
 
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:

@@ -1,9 +1,6 @@
 """The networks, behind one boundary: `build(config)`, then `init` and `apply`. Nothing else imports diffusers' Flax."""
 
-import logging
-
 import diffusers.utils.logging
 
 # diffusers announces at each construction that its Flax classes will go; its version is pinned for that.
 diffusers.utils.logging.set_verbosity_error()
-logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)

@@ -22,7 +22,6 @@ from offsetjax.config import assign, default_config, flatten, is_explicit, may_c
 from offsetjax.data.source import captions
 from offsetjax.data.stream import Stream, check_fingerprint, make_stream
 from offsetjax.diffusion.calibration import FILLED, fill
-from offsetjax.diffusion.noise import describe
 from offsetjax.errors import UserError
 from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.tensors import Tensor
@@ -40,7 +39,7 @@ from offsetjax.models.initial import (
     new_tokenizers,
     pretrained_tokenizers,
 )
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts, training_noise
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts
 from offsetjax.models.resolve import check_resolution, resolve
 from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.models.workdir import read_config, write_config
@@ -48,6 +47,7 @@ from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
 from offsetjax.storage import checkpoint
 from offsetjax.training.step import TrainState, init_state
+from offsetjax.training.summary import summary
 
 _log = logging.getLogger("offsetjax")
 
@@ -89,15 +89,8 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
 
 def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
     """Writes what a work directory has from the start, once all that can be wrong has been looked at."""
-    if (workdir / "checkpoints").exists():
-        raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
-    config = fill(resolve(config))
-    adopt_lora(config)
-    validate(config)  # what was read and filled in may not go with what was set
-    check_resolution(config)
-    tokenizers = _tokenizers(config, source)
+    config, tokenizers = settled(config, workdir, source)
     pipeline = build(config, tokenizers)
-    check_initial(config, pipeline)
     tensors = {part: initial_tensors(config, part, pipeline.parts[part]) for part in frozen_parts(config)}
     autoencoder = pipeline.family.autoencoder
     if config.task == "diffusion" and pipeline.autoencoder.scaling_factor == 0:
@@ -117,6 +110,23 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
         write_config(workdir, config)
     barrier("the work directory is written")
     return config
+
+
+def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config with what its model, calibration and LoRA say, and the tokenizers; nothing is written.
+
+    Raises:
+        UserError: they contradict it or one another, or cannot be read.
+    """
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
+    config = fill(resolve(config))
+    adopt_lora(config)
+    validate(config)  # what was read and filled in may not go with what was set
+    check_resolution(config)
+    tokenizers = _tokenizers(config, source)
+    check_initial(config, build(config, tokenizers))
+    return config, tokenizers
 
 
 def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
@@ -195,18 +205,13 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     config, pipeline = run.config, run.pipeline
     like = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
     shardings = sharding.shardings(run.mesh, like)
-    if config.task == "diffusion":
-        side = config.data.resolution // pipeline.autoencoder.downscale
-        _log.info("noise: %s", describe(training_noise(pipeline, config), config.noise, side, side))
+    for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
+        _log.info("%s", line)
     if manager.all_steps():
         state, data = checkpoint.restore(manager, checkpoint.abstract(like, shardings))
         check_fingerprint(data["fingerprint"], stream.fingerprint())
         _log.info("resuming %s at step %d", run.workdir, int(state.step))
         return state, shardings
-    for part, params in like.params.items():
-        millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
-        what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
-        _log.info("%s: %s%.2f M parameters trained on mesh %s", part, what, millions, dict(run.mesh.shape))
     for row in sharding.placed(run.mesh, like.params):
         held = f"{row.elements_per_device / 1e6:.2f} of {row.elements / 1e6:.2f} M on a device"
         _log.info("  %d arrays of %s: %s", row.arrays, row.pattern, held)

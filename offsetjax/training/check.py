@@ -1,0 +1,116 @@
+"""`offsetjax train --check`: all that can be looked at before a training, in seconds, with nothing written.
+
+What is wrong is collected, so that one look finds all of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from offsetjax.data.source import Source, open_source
+from offsetjax.errors import UserError
+from offsetjax.files import check_folder
+from offsetjax.models.initial import abstract_trained
+from offsetjax.models.pipeline import Pipeline, build, for_training
+from offsetjax.models.weights import read_tokenizers
+from offsetjax.parallel import sharding
+from offsetjax.training.setup import reopened, settled
+from offsetjax.training.summary import GIB, free_bytes, state_bytes, summary
+from offsetjax.training.validation import check_apart
+
+_RECORDS = 16  # that are decoded, evenly over the data
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Found:
+    """What was found: what stops a training, and what a user should know."""
+
+    wrong: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, look: Callable[[], Result]) -> Result | None:
+        """What a look gives; None where it finds a mistake, which is noted."""
+        try:
+            return look()
+        except UserError as error:
+            self.wrong.append(str(error))
+            return None
+
+
+def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[str], list[str]]:
+    """Looks at data, model, mesh, prompts, disk and work directory.
+
+    Returns:
+        What stops the training; what should be known; and, where nothing stops it, what it would do.
+    """
+    found, folder = _Found(), epath.Path(workdir)
+    found.of(lambda: check_folder("train", folder))
+    data = config.data
+    source = found.of(lambda: open_source(data.path, data.split, data.cached_latents))
+    if source:
+        found.of(lambda: _check_records(source, data.resolution))
+        if config.validation.every_steps and config.task == "diffusion":
+            found.of(lambda: _check_held_out(config, source))
+    mesh = found.of(lambda: sharding.make_mesh(config))
+    ready = found.of(lambda: _ready(config, folder, source)) if source else None
+    if source and mesh and ready:
+        resolved, pipeline = ready
+        if resolved.task == "diffusion":
+            platform = mesh.devices.flat[0].platform
+            found.of(lambda: for_training(pipeline, resolved, platform, mesh.shape["fsdp"]))
+        found.notes += _long_prompts(resolved, pipeline)
+        found.of(lambda: _check_room(resolved, pipeline, folder))
+        if not found.wrong:
+            return [], found.notes, list(summary(resolved, pipeline, len(source), mesh, workdir))
+    return found.wrong, found.notes, []
+
+
+def _ready(config: ConfigDict, folder: epath.Path, source: Source) -> tuple[ConfigDict, Pipeline]:
+    """The config as the run would have it, and its parts."""
+    if (folder / "config.json").exists():
+        config = reopened(config, folder)
+        return config, build(config, read_tokenizers(folder / "frozen", build(config).family))
+    config, tokenizers = settled(config, folder, source)
+    return config, build(config, tokenizers)
+
+
+def _check_records(source: Source, resolution: int) -> None:
+    for index in np.unique(np.linspace(0, len(source) - 1, _RECORDS, dtype=int)):
+        source[index] if source.cache else source.cropped(int(index), resolution)
+
+
+def _check_held_out(config: ConfigDict, source: Source) -> None:
+    check_apart(source, open_source(config.data.path, config.validation.split, config.data.cached_latents))
+
+
+def _long_prompts(config: ConfigDict, pipeline: Pipeline) -> Iterator[str]:
+    """The prompts that the text encoders do not read to their end."""
+    if config.task != "diffusion":
+        return
+    named: Sequence[tuple[str, Sequence[str]]] = (
+        ("sample.prompts", config.sample.prompts if config.sample.every_steps else ()),
+        ("sample.negative_prompt", (config.sample.negative_prompt,)),
+        ("probe.prompts", config.probe.prompts if config.probe.every_steps else ()),
+    )
+    for name, prompts in named:
+        for prompt in prompts:
+            tokens = pipeline.tokens(prompt)
+            if tokens.num_tokens > tokens.limit:
+                yield f"{name}: {prompt[:40]!r}… has {tokens.num_tokens} tokens; the model reads {tokens.limit} of them"
+
+
+def _check_room(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
+    """Raises a UserError where the disk cannot hold the checkpoints: those that are kept, and the one being written."""
+    free = free_bytes(folder)
+    needed = (config.checkpoint.max_to_keep + 1) * state_bytes(config, abstract_trained(config, pipeline))
+    if free is not None and not (folder / "checkpoints").exists() and free < needed:
+        raise UserError(
+            f"train: {folder} has room for {free / GIB:.2f} GiB, but {config.checkpoint.max_to_keep} checkpoints and the "
+            f"one being written take {needed / GIB:.2f} GiB; lower checkpoint.max_to_keep, or give another --workdir"
+        )

@@ -1,0 +1,87 @@
+"""What a training will do, in a few lines: said at its start, and by `offsetjax train --check` without one."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.diffusion.noise import describe
+from offsetjax.models.initial import abstract_trained
+from offsetjax.models.pipeline import Pipeline, frozen_parts, training_noise
+from offsetjax.models.weights import abstract_params
+from offsetjax.training.step import init_state
+
+GIB = 2**30
+
+
+def summary(
+    config: ConfigDict, pipeline: Pipeline, num_examples: int, mesh: Mesh, workdir: epath.PathLike
+) -> Iterator[str]:
+    """The lines: data, steps, noise, what is trained and what is not, devices, and where things go."""
+    train, sample = config.train, config.sample
+    kind = "latents" if config.data.cached_latents else "pictures"
+    yield f"data: {num_examples:,} {kind} of {config.data.path} ({config.data.split}), {config.data.resolution} px"
+    epochs = train.steps * train.global_batch_size / num_examples
+    parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
+    yield f"steps: {train.steps:,} of {train.global_batch_size} examples{parts}, {epochs:.3g} epochs"
+    if config.task == "diffusion":
+        side = config.data.resolution // pipeline.autoencoder.downscale
+        yield f"noise: {describe(training_noise(pipeline, config), config.noise, side, side)}"
+    trained = abstract_trained(config, pipeline)
+    rank = f" in adapters of rank {config.lora.rank}" if config.lora.rank else ""
+    yield f"trained: {_counted({part: _size(params) for part, params in trained.items()})}{rank}"
+    frozen = {part: _size(abstract_params(_bare(pipeline.parts[part]))) for part in frozen_parts(config)}
+    yield f"frozen: {_counted(frozen)}"
+    yield f"devices: {devices_in_words(mesh)}"
+    saved = state_bytes(config, trained) / GIB
+    yield (
+        f"checkpoints: {workdir}/checkpoints, every {config.checkpoint.every_steps:,} steps, {saved:.2f} GiB each; the "
+        f"newest {config.checkpoint.max_to_keep} are kept"
+    )
+    if config.task == "diffusion" and sample.every_steps and sample.prompts:
+        grid = len(sample.prompts) * sample.seeds_per_prompt
+        yield f"pictures: {workdir}/samples, {grid} every {sample.every_steps:,} steps"
+
+
+def _bare(model: Any) -> Any:
+    """A part without the adapters that are trained beside it."""
+    return getattr(model, "model", model)
+
+
+def _size(tree: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _counted(sizes: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{part} {size / 1e6:,.2f} M" for part, size in sizes.items())
+    return f"{sum(sizes.values()) / 1e6:,.2f} M parameters ({parts})" if sizes else "nothing"
+
+
+def devices_in_words(mesh: Mesh) -> str:
+    """`8 TPU v5 lite, of 2 processes; mesh data 2, fsdp 4`."""
+    devices = mesh.devices.ravel()
+    processes = f", of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{len(devices)} {devices[0].device_kind}{processes}; mesh {axes}"
+
+
+def state_bytes(config: ConfigDict, trained: Mapping[str, PyTree]) -> int:
+    """The bytes of one checkpoint: parameters, moments and averages."""
+    state = jax.eval_shape(lambda params: init_state(params, config), trained)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def free_bytes(folder: epath.PathLike) -> int | None:
+    """The room where a folder is, or will be; None on a bucket, which has no end."""
+    path = epath.Path(folder)
+    if "://" in str(folder):
+        return None
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
+    return None
