@@ -11,7 +11,7 @@ At first every gate and the output are 0.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from offsetjax.models.blocks import Blocks
 from offsetjax.models.layers import (
     Attention,
     FeedForward,
@@ -35,6 +36,7 @@ from offsetjax.models.layers import (
 )
 from offsetjax.models.norms import layer_norm
 from offsetjax.models.rotary import Rotation, grid_positions, rotation
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
 
 _EPSILON = 1e-6  # of all norms
@@ -69,12 +71,12 @@ class DiT:
     """`init` and `apply`; `config` has diffusers' names and values, and our settings.
 
     Attributes:
-        kernel: of `attention.py`.
+        tracing: how `apply` is traced in training.
     """
 
     config: Mapping[str, Any]
     dtype: Any
-    kernel: str = "xla"
+    tracing: Tracing = PLAIN
     class_name: str = "DiTTransformer2DModel"
 
     @property
@@ -94,7 +96,7 @@ class DiT:
         return not (shape.qk_norm or shape.rotary_theta or shape.is_gated)
 
     def _module(self) -> nn.Module:
-        return _Transformer(self._shape, jnp.dtype(self.dtype), self.kernel)
+        return _Transformer(self._shape, jnp.dtype(self.dtype), self.tracing.kernel)
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """Random float32 parameters, as the paper draws them."""
@@ -120,8 +122,13 @@ class DiT:
             ValueError: the sides of the latents do not divide into patches.
         """
         inputs = jnp.asarray(latents, self.dtype), jnp.asarray(timesteps), jnp.asarray(class_labels)
-        output: Any = self._module().apply({"params": params}, *inputs)
+        with traced(BLOCKS, self.tracing):
+            output: Any = self._module().apply({"params": params}, *inputs)
         return output.astype(jnp.float32)
+
+    def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:
+        """Of the attention of a picture of so many latent pixels."""
+        return (latent_pixels // self.config["patch_size"] ** 2,)
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that PyTorch diffusers reads, which knows nothing of the settings.
@@ -168,6 +175,10 @@ class _Transformer(nn.Module):
     dtype: Any
     kernel: str
 
+    def setup(self) -> None:
+        count = range(self.shape.num_layers)
+        self.transformer_blocks = [DiTBlock(self.shape, self.dtype, self.kernel) for _ in count]
+
     @nn.compact
     def __call__(
         self, latents: Float[Array, "b c h w"], timesteps: Float[Array, " b"], class_labels: Int[Array, " b"]
@@ -187,8 +198,8 @@ class _Transformer(nn.Module):
             side = shape.sample_size // shape.patch_size
             places = (np.arange(count) * side / count for count in (rows, columns))
             x = x + jnp.asarray(place_embedding(width, *places), self.dtype)
-        for place in range(shape.num_layers):
-            x = DiTBlock(shape, self.dtype, self.kernel, name=f"transformer_blocks_{place}")(x, by, condition)
+        for block in self.transformer_blocks:
+            x = block(x, by, condition)
         shift, scale = jnp.split(
             nn.Dense(2 * width, dtype=self.dtype, name="proj_out_1")(nn.silu(condition)), 2, axis=-1
         )
@@ -277,3 +288,11 @@ class DiTBlock(nn.Module):
         x = x + gate[:, None] * attention(modulated(layer_norm(x, _EPSILON), scale, shift), by)
         fed = feed_forward(modulated(layer_norm(x, _EPSILON), other_scale, other_shift))
         return split_over_devices(x + other_gate[:, None] * fed)
+
+
+def _repeated(module: nn.Module) -> Sequence[nn.Module]:
+    is_one = isinstance(module, DiTBlock) and isinstance(module.parent, _Transformer)
+    return module.parent.transformer_blocks if is_one else ()  # type: ignore[union-attr]
+
+
+BLOCKS = Blocks(attention=(Attention,), blocks=(DiTBlock,), repeated=_repeated)

@@ -11,7 +11,7 @@ Positions, on four axes: the text (0, 0, 0, place), the picture (0, row, column,
 too. Latents are those of FLUX.2's autoencoder, packed (`kl_autoencoder.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from offsetjax.models.attention import attend_by_head
+from offsetjax.models.blocks import Blocks
 from offsetjax.models.layers import (
     JointAttention,
     Modulation,
@@ -35,6 +36,7 @@ from offsetjax.models.layers import (
 )
 from offsetjax.models.norms import RMSNorm, layer_norm
 from offsetjax.models.rotary import Rotation, grid_positions, rotated, rotation
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
 
 _TIME_SCALE = 1000.0  # from times in [0, 1]
@@ -69,7 +71,7 @@ class Flux2Transformer:
     """`init` and `apply`; `config` has diffusers' names and values.
 
     Attributes:
-        kernel: of `attention.py`.
+        tracing: how `apply` is traced in training.
 
     Raises:
         ValueError: the config is of another form: patches, or other channels out than in.
@@ -77,7 +79,7 @@ class Flux2Transformer:
 
     config: Mapping[str, Any]
     dtype: Any
-    kernel: str = "xla"
+    tracing: Tracing = PLAIN
     class_name: str = "Flux2Transformer2DModel"
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class Flux2Transformer:
     def _module(self) -> nn.Module:
         fields = {**self.config, "axes_dims_rope": tuple(self.config["axes_dims_rope"])}
         return _Transformer(
-            _Shape(**{name: fields[name] for name in _Shape._fields}), jnp.dtype(self.dtype), self.kernel
+            _Shape(**{name: fields[name] for name in _Shape._fields}), jnp.dtype(self.dtype), self.tracing.kernel
         )
 
     def init(self, key: Key[Array, ""]) -> PyTree:
@@ -118,8 +120,13 @@ class Flux2Transformer:
         if (guidance is None) == self.config["guidance_embeds"]:
             raise ValueError("FLUX.2: guidance goes with guidance_embeds, and with nothing else")
         latents, text = (jnp.asarray(x, self.dtype) for x in (latents, encoder_hidden_states))
-        output: Any = self._module().apply({"params": params}, latents, timesteps, text, guidance)
+        with traced(BLOCKS, self.tracing):
+            output: Any = self._module().apply({"params": params}, latents, timesteps, text, guidance)
         return output.astype(jnp.float32)
+
+    def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:
+        """Of the attention of a picture of so many latent pixels, packed, its text aside."""
+        return (latent_pixels,)
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that PyTorch diffusers reads."""
@@ -130,6 +137,11 @@ class _Transformer(nn.Module):
     shape: _Shape
     dtype: Any
     kernel: str
+
+    def setup(self) -> None:
+        shape, arguments = self.shape, (self.shape, self.dtype, self.kernel)
+        self.transformer_blocks = [DoubleBlock(*arguments) for _ in range(shape.num_layers)]
+        self.single_transformer_blocks = [SingleBlock(*arguments) for _ in range(shape.num_single_layers)]
 
     @nn.compact
     def __call__(
@@ -151,12 +163,10 @@ class _Transformer(nn.Module):
         count = text.shape[1]
         positions = _positions(count, height, width)
         by = rotation(positions, shape.axes_dims_rope, shape.rope_theta, is_interleaved=True)
-        for place in range(shape.num_layers):
-            double = DoubleBlock(shape, self.dtype, self.kernel, name=f"transformer_blocks_{place}")
+        for double in self.transformer_blocks:
             text, picture = double((text, picture), by, of_text, of_picture)
         both = jnp.concatenate([text, picture], axis=1)
-        for place in range(shape.num_single_layers):
-            single = SingleBlock(shape, self.dtype, self.kernel, name=f"single_transformer_blocks_{place}")
+        for single in self.single_transformer_blocks:
             both = single(both, by, of_both)
         scale, shift = Modulation(shape.width, 2, self.dtype, use_bias=False, name="norm_out")(condition)
         picture = modulated(layer_norm(both[:, count:], shape.eps), scale, shift)
@@ -277,3 +287,13 @@ class _Parallel(nn.Module):
         query, key = (rotated(each, by, is_interleaved=True) for each in (query, key))
         attended = flat(attend_by_head(query, key, value, kernel=self.kernel))
         return _linear(width, self.dtype, "to_out")(jnp.concatenate([attended, nn.silu(gate) * up], axis=-1))
+
+
+def _repeated(module: nn.Module) -> Sequence[nn.Module]:
+    parent = module.parent
+    if not isinstance(parent, _Transformer) or not isinstance(module, DoubleBlock | SingleBlock):
+        return ()
+    return parent.transformer_blocks if isinstance(module, DoubleBlock) else parent.single_transformer_blocks
+
+
+BLOCKS = Blocks(attention=(JointAttention, _Parallel), blocks=(DoubleBlock, SingleBlock), repeated=_repeated)

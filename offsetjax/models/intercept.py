@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from offsetjax.models import norms
 
 
 def corrected(corrections: Mapping[type[nn.Module], Callable[..., Any]]) -> AbstractContextManager[None]:
@@ -40,21 +40,7 @@ def group_norm(
     Args:
         epsilon: in place of the module's own.
     """
-    batch, height, _, channels = x.shape
+    channels = x.shape[-1]
     scale = module.param("scale", module.scale_init, (channels,), module.param_dtype)
     bias = module.param("bias", module.bias_init, (channels,), module.param_dtype)
-    epsilon = module.epsilon if epsilon is None else epsilon
-
-    def over_groups(channel_means: Float[Array, "b c"]) -> Float[Array, "b 1 1 c"]:
-        # x itself is never split into groups, which would not fit a TPU's tiles.
-        means = channel_means.reshape(batch, groups, -1).mean(-1)
-        return means.repeat(channels // groups, axis=1)[:, None, None]
-
-    # Both moments in one reading of x, and exact where the mean is large: of x less the mean of its middle row. Moments
-    # about any point give the same result, so the gradient need not pass through the point.
-    point = jax.lax.stop_gradient(over_groups(x[:, height // 2].astype(jnp.float32).mean(1)))
-    centred = x.astype(jnp.float32) - point
-    mean = over_groups(centred.mean((1, 2)))
-    variance = jnp.maximum(over_groups(jnp.square(centred).mean((1, 2))) - jnp.square(mean), 0.0)
-    gain = jax.lax.rsqrt(variance + epsilon) * scale
-    return (centred * gain + (bias - mean * gain)).astype(x.dtype)
+    return norms.group_norm(x, scale, bias, groups, module.epsilon if epsilon is None else epsilon)

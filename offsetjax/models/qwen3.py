@@ -12,9 +12,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from offsetjax.models.blocks import Blocks
 from offsetjax.models.layers import Attention, SwiGLU
 from offsetjax.models.norms import RMSNorm
 from offsetjax.models.rotary import Rotation, rotation
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _FIXED = {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": True}
@@ -40,13 +42,13 @@ class Qwen3:
 
     Attributes:
         states: the numbers of the hidden states that `apply` gives, side by side within a token, in rising order.
-        kernel: of `attention.py`.
+        tracing: how `apply` is traced in training.
     """
 
     config: Mapping[str, Any]
     dtype: Any
     states: tuple[int, ...]
-    kernel: str = "xla"
+    tracing: Tracing = PLAIN
     class_name: str = "Qwen3ForCausalLM"
 
     @property
@@ -56,7 +58,7 @@ class Qwen3:
 
     def _module(self, states: Sequence[int]) -> nn.Module:
         shape = _Shape(**{name: self.config[name] for name in _Shape._fields})
-        return _CausalModel(shape, tuple(states), jnp.dtype(self.dtype), self.kernel)
+        return _CausalModel(shape, tuple(states), jnp.dtype(self.dtype), self.tracing.kernel)
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """Random float32 parameters, also of layers that `states` has no need of."""
@@ -74,7 +76,8 @@ class Qwen3:
         input_ids = jnp.asarray(input_ids)
         if lengths is None:
             lengths = unpadded_lengths(input_ids, self.config["pad_token_id"])
-        states: Any = self._module(self.states).apply({"params": params}, input_ids, lengths)
+        with traced(BLOCKS, self.tracing):
+            states: Any = self._module(self.states).apply({"params": params}, input_ids, lengths)
         return jnp.concatenate(states, axis=-1)
 
     def torch_config(self) -> dict[str, Any]:
@@ -149,3 +152,16 @@ class _Layer(nn.Module):
         normalised = RMSNorm(shape.rms_norm_eps, name="input_layernorm")(hidden)
         hidden = hidden + attention(normalised, by, lengths=lengths, is_causal=True)
         return hidden + feed_forward(RMSNorm(shape.rms_norm_eps, name="post_attention_layernorm")(hidden))
+
+
+def _repeated(module: nn.Module) -> Sequence[nn.Module]:
+    """The layers from one hidden state that is read to the next."""
+    if not isinstance(module, _Layer) or not isinstance(module.parent, _Model):
+        return ()
+    layers, place = module.parent.layers, int(str(module.name).removeprefix("layers_"))
+    bounds = sorted({0, len(layers), *module.parent.states})
+    end = next(bound for bound in bounds if bound > place)
+    return layers[max(bound for bound in bounds if bound <= place) : end]
+
+
+BLOCKS = Blocks(attention=(Attention,), blocks=(_Layer,), repeated=_repeated)

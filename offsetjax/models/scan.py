@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from offsetjax.models.blocks import Blocks
@@ -99,14 +100,29 @@ def _backward(layer: Layer, kept: PyTree, gradient: Array) -> tuple[Sequence[PyT
     ) -> tuple[tuple[Array, PyTree], PyTree]:
         pull_back = jax.vjp(layer, *layer_and_input, others)[1]
         of_params, of_hidden, of_others = pull_back(gradients[0])
-        return (of_hidden, jax.tree.map(jnp.add, gradients[1], of_others)), of_params
+        return (of_hidden, [x + y for x, y in zip(gradients[1], _real(of_others), strict=True)]), of_params
 
-    none = jax.tree.map(jnp.zeros_like, others)
-    (gradient, of_others), of_params = jax.lax.scan(body, (gradient, none), (_stack(params), inputs), reverse=True)
+    none = [jnp.zeros_like(leaf) for leaf in _real(others)]
+    (gradient, of_real), of_params = jax.lax.scan(body, (gradient, none), (_stack(params), inputs), reverse=True)
+    sums = iter(of_real)
+    of_others = jax.tree.map(lambda leaf: next(sums) if _is_real(leaf) else _no_gradient(leaf), others)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], of_params) for i in range(len(params))], gradient, of_others
 
 
 _recomputed.defvjp(_forward, _backward)
+
+
+def _real(tree: PyTree) -> list[Array]:
+    """The leaves that have a gradient: not the lengths of sequences."""
+    return [leaf for leaf in jax.tree.leaves(tree) if _is_real(leaf)]
+
+
+def _is_real(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _no_gradient(leaf: Array) -> np.ndarray:
+    return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
 def _stack(params: Sequence[PyTree]) -> PyTree:

@@ -5,7 +5,7 @@ blocks have a second attention of the picture to itself. Positions are added to 
 picture takes the middle. Blocks are modulated by the time and by the caption as a whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from offsetjax.models.blocks import Blocks
 from offsetjax.models.layers import (
     Attention,
     FeedForward,
@@ -27,6 +28,7 @@ from offsetjax.models.layers import (
     sinusoids,
 )
 from offsetjax.models.norms import layer_norm
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
 
 _EPSILON = 1e-6  # of all norms
@@ -60,7 +62,7 @@ class SD3Transformer:
     """`init` and `apply`; `config` has diffusers' names and values.
 
     Attributes:
-        kernel: of `attention.py`.
+        tracing: how `apply` is traced in training.
 
     Raises:
         ValueError: the config is of another form.
@@ -68,7 +70,7 @@ class SD3Transformer:
 
     config: Mapping[str, Any]
     dtype: Any
-    kernel: str = "xla"
+    tracing: Tracing = PLAIN
     class_name: str = "SD3Transformer2DModel"
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class SD3Transformer:
         return self._module().init(key, latents, jnp.zeros(1), text, pooled)["params"]
 
     def _module(self) -> nn.Module:
-        return _Transformer(self._shape, jnp.dtype(self.dtype), self.kernel)
+        return _Transformer(self._shape, jnp.dtype(self.dtype), self.tracing.kernel)
 
     def apply(
         self,
@@ -113,8 +115,13 @@ class SD3Transformer:
         """
         given = (jnp.asarray(x, self.dtype) for x in (latents, encoder_hidden_states, pooled_projections))
         latents, text, pooled = given
-        output: Any = self._module().apply({"params": params}, latents, timesteps, text, pooled)
+        with traced(BLOCKS, self.tracing):
+            output: Any = self._module().apply({"params": params}, latents, timesteps, text, pooled)
         return output.astype(jnp.float32)
+
+    def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:
+        """Of the attention of a picture of so many latent pixels, its text aside."""
+        return (latent_pixels // self.config["patch_size"] ** 2,)
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that PyTorch diffusers reads."""
@@ -125,6 +132,10 @@ class _Transformer(nn.Module):
     shape: _Shape
     dtype: Any
     kernel: str
+
+    def setup(self) -> None:
+        count = range(self.shape.num_layers)
+        self.transformer_blocks = [SD3Block(self.shape, self.dtype, self.kernel, place) for place in count]
 
     @nn.compact
     def __call__(
@@ -138,8 +149,7 @@ class _Transformer(nn.Module):
         condition = _Condition(width, self.dtype, name="time_text_embed")(timesteps, pooled)
         picture = _Patches(shape, self.dtype, name="pos_embed")(latents)
         text = nn.Dense(width, dtype=self.dtype, name="context_embedder")(text)
-        for place in range(shape.num_layers):
-            block = SD3Block(shape, self.dtype, self.kernel, place, name=f"transformer_blocks_{place}")
+        for block in self.transformer_blocks:
             text, picture = block((text, picture), condition)
         scale, shift = Modulation(width, 2, self.dtype, name="norm_out")(condition)
         features = shape.patch_size**2 * shape.out_channels
@@ -243,3 +253,15 @@ class SD3Block(nn.Module):
         shift, scale, gate = modulation
         feed_forward = FeedForward(4 * self.shape.width, self.dtype, name=name)
         return split_over_devices(x + gate[:, None] * feed_forward(modulated(layer_norm(x, _EPSILON), scale, shift)))
+
+
+def _repeated(module: nn.Module) -> Sequence[nn.Module]:
+    """Those with a second attention, or those without; the last one's text ends."""
+    parent = module.parent
+    if not isinstance(module, SD3Block) or not isinstance(parent, _Transformer):
+        return ()
+    dual = module.shape.dual_attention_layers
+    return [each for each in parent.transformer_blocks[:-1] if (each.place in dual) == (module.place in dual)]
+
+
+BLOCKS = Blocks(attention=(JointAttention, Attention), blocks=(SD3Block,), repeated=_repeated)

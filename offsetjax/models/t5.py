@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from offsetjax.models.attention import attend_by_head
+from offsetjax.models.blocks import Blocks
 from offsetjax.models.layers import by_head, flat
 from offsetjax.models.norms import RMSNorm
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 
 _FIXED = {
     "model_type": "t5",
@@ -47,12 +49,16 @@ class _Shape(NamedTuple):
 class T5Encoder:
     """`init` and `apply`; `config` has transformers' names and values.
 
+    Attributes:
+        tracing: how `apply` is traced in training.
+
     Raises:
         ValueError: `feed_forward_proj` is neither `gated-gelu` (version 1.1) nor `relu` (version 1.0).
     """
 
     config: Mapping[str, Any]
     dtype: Any
+    tracing: Tracing = PLAIN
     class_name: str = "T5EncoderModel"
 
     def __post_init__(self) -> None:
@@ -79,7 +85,8 @@ class T5Encoder:
         Args:
             lengths: tokens of each caption that the others see; by default all, padding too, as in Stable Diffusion 3.
         """
-        states: Any = self._module().apply({"params": params}, jnp.asarray(input_ids), lengths)
+        with traced(BLOCKS, self.tracing):
+            states: Any = self._module().apply({"params": params}, jnp.asarray(input_ids), lengths)
         return states
 
     def torch_config(self) -> dict[str, Any]:
@@ -196,3 +203,6 @@ class _FeedForward(nn.Module):
 
 def _linear(features: int, dtype: Any, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
+
+
+BLOCKS = Blocks(attention=(_SelfAttention,), blocks=(_Block,))

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from offsetjax.models.blocks import Blocks
 from offsetjax.models.layers import Attention, Perceptron, SwiGLU, from_patches, modulated, patches, sinusoids
 from offsetjax.models.norms import RMSNorm, layer_norm
 from offsetjax.models.rotary import Rotation, grid_positions, rotation
+from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
 
 MULTIPLE = 32  # that both sequences are filled up to
@@ -53,7 +55,7 @@ class ZImageTransformer:
     """`init` and `apply`; `config` has diffusers' names and values.
 
     Attributes:
-        kernel: of `attention.py`.
+        tracing: how `apply` is traced in training.
 
     Raises:
         ValueError: the config is of another form: several patch sizes, grouped queries, or pictures as conditions.
@@ -61,7 +63,7 @@ class ZImageTransformer:
 
     config: Mapping[str, Any]
     dtype: Any
-    kernel: str = "xla"
+    tracing: Tracing = PLAIN
     class_name: str = "ZImageTransformer2DModel"
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class ZImageTransformer:
         fields = {"patch_size": self.config["all_patch_size"][0], **self.config}
         fields["axes_dims"] = tuple(fields["axes_dims"])
         shape = _Shape(**{name: fields[name] for name in _Shape._fields})
-        return _Transformer(shape, jnp.dtype(self.dtype), self.kernel)
+        return _Transformer(shape, jnp.dtype(self.dtype), self.tracing.kernel)
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """Random float32 parameters."""
@@ -102,8 +104,13 @@ class ZImageTransformer:
             ValueError: the sides of the latents are no multiples of the patches'.
         """
         latents, text = (jnp.asarray(x, self.dtype) for x in (latents, encoder_hidden_states))
-        output: Any = self._module().apply({"params": params}, latents, timesteps, text, lengths)
+        with traced(BLOCKS, self.tracing):
+            output: Any = self._module().apply({"params": params}, latents, timesteps, text, lengths)
         return output.astype(jnp.float32)
+
+    def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:
+        """Of the attention of a picture of so many latent pixels, its text aside."""
+        return (filled_length(latent_pixels // self.config["all_patch_size"][0] ** 2),)
 
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that PyTorch diffusers reads."""
@@ -119,6 +126,14 @@ class _Transformer(nn.Module):
     shape: _Shape
     dtype: Any
     kernel: str
+
+    def setup(self) -> None:
+        for name, count in (
+            ("noise_refiner", self.shape.n_refiner_layers),
+            ("context_refiner", self.shape.n_refiner_layers),
+            ("layers", self.shape.n_layers),
+        ):
+            setattr(self, name, [ZImageBlock(self.shape, self.dtype, self.kernel) for _ in range(count)])
 
     @nn.compact
     def __call__(
@@ -143,23 +158,20 @@ class _Transformer(nn.Module):
 
         picture = nn.Dense(shape.dim, dtype=dtype, name=f"all_x_embedder.{place}")(tokens)
         picture = self._filled(picture, "x_pad_token", jnp.full(1, count))
-        for block in self._blocks("noise_refiner", shape.n_refiner_layers):
+        for block in self.noise_refiner:
             picture = block(picture, of_picture, None, condition)
         text = RMSNorm(shape.norm_eps, name="cap_embedder_0")(text)
         text = self._filled(nn.Dense(shape.dim, dtype=dtype, name="cap_embedder_1")(text), "cap_pad_token", lengths)
-        for block in self._blocks("context_refiner", shape.n_refiner_layers):
+        for block in self.context_refiner:
             text = block(text, of_text, filled, None)
 
         both = jnp.concatenate([picture, text], axis=1)
         by = Rotation(*(jnp.concatenate(parts, axis=1) for parts in zip(of_picture, of_text, strict=True)))
         seen = picture.shape[1] + filled
-        for block in self._blocks("layers", shape.n_layers):
+        for block in self.layers:
             both = block(both, by, seen, condition)
         last = _Final(size**2 * shape.in_channels, dtype, name=f"all_final_layer.{place}")
         return from_patches(last(both[:, :count], condition), height, width, size)
-
-    def _blocks(self, name: str, count: int) -> list["ZImageBlock"]:
-        return [ZImageBlock(self.shape, self.dtype, self.kernel, name=f"{name}_{place}") for place in range(count)]
 
     def _filled(self, tokens: Float[Array, "b n d"], name: str, lengths: Int[Array, "#b"]) -> Float[Array, "b m d"]:
         """The learned token of that name in place of all from `lengths` on, up to a multiple of 32."""
@@ -236,3 +248,11 @@ class _Final(nn.Module):
     def __call__(self, x: Float[Array, "b n d"], condition: Float[Array, "b e"]) -> Float[Array, "b n f"]:
         scale = nn.Dense(x.shape[-1], dtype=self.dtype, name="adaLN_modulation_1")(nn.silu(condition))
         return nn.Dense(self.features, dtype=self.dtype, name="linear")(modulated(layer_norm(x), scale))
+
+
+def _repeated(module: nn.Module) -> Sequence[nn.Module]:
+    is_one = isinstance(module, ZImageBlock) and isinstance(module.parent, _Transformer)
+    return getattr(module.parent, str(module.name).rpartition("_")[0]) if is_one else ()
+
+
+BLOCKS = Blocks(attention=(Attention,), blocks=(ZImageBlock,), repeated=_repeated)
