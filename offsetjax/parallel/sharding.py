@@ -42,9 +42,16 @@ class Rule(NamedTuple):
     is_split: bool
 
 
+# Of CLIP and Stable Diffusion; of Qwen3, Z-Image, FLUX.2's double blocks and Stable Diffusion 3; of T5.
+_COLUMNS = (
+    "to_q|to_k|to_v|q_proj|k_proj|v_proj|net_0/proj|fc1",
+    "add_q_proj|add_k_proj|add_v_proj|gate_proj|up_proj|linear_in|w1|w3",
+    "SelfAttention/[qkv]|wi|wi_0|wi_1",
+)
+_ROWS = ("to_out_0|out_proj|net_2|fc2", "to_add_out|o_proj|down_proj|linear_out|w2", "SelfAttention/o|wo")
 RULES = (
-    Rule(r"/(to_q|to_k|to_v|q_proj|k_proj|v_proj|net_0/proj|fc1)/kernel$", 1, True),  # columns: heads, hidden units
-    Rule(r"/(to_out_0|out_proj|net_2|fc2)/kernel$", 0, True),  # rows: what those columns give
+    Rule(rf"/({'|'.join(_COLUMNS)})/kernel$", 1, True),  # heads, hidden units
+    Rule(rf"/({'|'.join(_ROWS)})/kernel$", 0, True),  # what those columns give
     Rule(r"/(kernel|embedding)$", None, True),
     Rule(r".*", None, False),
 )

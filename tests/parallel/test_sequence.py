@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from offsetjax.models.flux2 import Flux2Transformer
+from offsetjax.models.qwen3 import Qwen3
+from offsetjax.models.sd3 import SD3Transformer
+from offsetjax.models.t5 import T5Encoder
 from offsetjax.models.z_image import ZImageTransformer
 from offsetjax.parallel.sequence import split_over_devices
-from offsetjax.parallel.sharding import mesh_of
+from offsetjax.parallel.sharding import mesh_of, path_name, spec
 from tests import tiny
+from tests.models import test_flux2, test_sd3, test_text_encoders
 from tests.models.test_z_image import LENGTHS, SMALL, inputs
 
 
@@ -45,3 +50,33 @@ def test_a_networks_blocks_keep_a_share_of_the_tokens_and_predict_the_same() -> 
     # 32 tokens of the picture and 64 of the text, of 36 channels: each device adds to half of them.
     sums = re.findall(r"f32\[3,(\d+),36\]\S* add\(", compiled.as_text())
     assert "48" in sums
+
+
+NETWORKS = {
+    "Z-Image": (ZImageTransformer(SMALL, jnp.float32), ()),
+    # In single blocks all is one kernel, of which each device computes its own tokens.
+    "FLUX.2": (Flux2Transformer(test_flux2.SMALL, jnp.float32), ("to_qkv_mlp_proj", "attn/to_out/")),
+    "SD 3": (SD3Transformer(test_sd3.SMALL, jnp.float32), ()),
+    "Qwen3": (Qwen3(test_text_encoders.QWEN3, jnp.float32, states=(2,)), ()),
+    "T5": (T5Encoder({**test_text_encoders.T5, "num_heads": 4}, jnp.float32), ()),
+}
+_PAIRS = re.compile(
+    r"/(attention|feed_forward|attn2?|ff|ff_context|self_attn|mlp|SelfAttention|DenseReluDense)/.*kernel$"
+)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pairs_of_layers_are_split_over_the_tensor_axis_by_columns_then_rows(name: str) -> None:
+    network, whole = NETWORKS[name]
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    split = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if _PAIRS.search(where := path_name(path)):
+            split[where] = tuple(spec(where, leaf.shape, {"data": 1, "fsdp": 1, "tensor": 2}))
+    assert split
+    for where, axes in split.items():
+        if any(each in where for each in whole):
+            assert axes == ()
+            continue
+        is_second = re.search(r"/(to_out_0|to_add_out|o_proj|o|w2|net_2|linear_out|down_proj|wo)/kernel$", where)
+        assert axes == (("tensor", None) if is_second else (None, "tensor")), where
