@@ -111,6 +111,7 @@ def _check_room(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> N
     needed = (config.checkpoint.max_to_keep + 1) * state_bytes(config, abstract_trained(config, pipeline))
     if free is not None and not (folder / "checkpoints").exists() and free < needed:
         raise UserError(
-            f"train: {folder} has room for {free / GIB:.2f} GiB, but {config.checkpoint.max_to_keep} checkpoints and the "
-            f"one being written take {needed / GIB:.2f} GiB; lower checkpoint.max_to_keep, or give another --workdir"
+            f"train: {folder} has room for {free / GIB:.2f} GiB, where {config.checkpoint.max_to_keep} checkpoints, "
+            f"and the one being written, take {needed / GIB:.2f} GiB; lower checkpoint.max_to_keep, or give another "
+            "--workdir"
         )
