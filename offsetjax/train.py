@@ -18,7 +18,7 @@ from orbax.checkpoint import CheckpointManager
 
 from offsetjax.config import Origin
 from offsetjax.data.devices import on_devices
-from offsetjax.data.source import open_source
+from offsetjax.data.source import open_data
 from offsetjax.data.stream import Stream
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import fsdp, sharding
@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
         PreemptedError: a signal came; what was trained is saved.
     """
     with Watchdog(config.train.stall_seconds) as watchdog, Preemption() as preemption:
-        source = open_source(config.data.path, config.data.split, config.data.cached_latents)
+        source = open_data(config.data)
         warn_of_cpu()
         run = open_run(config, epath.Path(workdir), source)
         config = run.config

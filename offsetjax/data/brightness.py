@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import wasserstein_distance
 
-from offsetjax.data.source import Source
+from offsetjax.data.images import UnreadableImage
+from offsetjax.data.source import Source, unreadable
 
 # A brightness below or above these is near black or near white: a grey model draws no such picture.
 NEAR_BLACK, NEAR_WHITE = 0.1, 0.9
@@ -24,9 +25,10 @@ def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_
     """
 
     def measure(index: int) -> float:
-        if source.cache:
-            return float(source[index]["brightness"])
-        return float(source.cropped(index, resolution)["pixels"].mean() / 255.0)
+        try:
+            return source[index].brightness(resolution)
+        except UnreadableImage as error:
+            raise unreadable(source, index, error) from error
 
     with ThreadPoolExecutor() as pool:  # decoding a picture lets other threads run
         return np.array(list(pool.map(measure, evenly_spaced(source, at_most))))

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from offsetjax.data.folder import list_pictures, read_captions, read_text_file
 from offsetjax.data.images import UnreadableImage, clean, resize_and_crop
-from offsetjax.data.source import Source, open_source
+from offsetjax.data.source import unreadable
+from offsetjax.data.tfds import TfdsPictures, open_pictures
 from offsetjax.errors import UserError
 from offsetjax.progress import tracked
 
@@ -193,7 +194,7 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     Raises:
         UserError: no data set or split, or a record that cannot be decoded.
     """
-    source = open_source(path, split)
+    source = open_pictures(os.fspath(path), split)
     indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
     measured = (
         grain.MapDataset.source(indices)
@@ -205,7 +206,7 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     brightness = np.array([mean for _, _, mean, _ in rows])
     texts = Counter(caption for _, _, _, caption in rows)
     some = f" (of {len(rows)} of them, evenly spaced)" if len(rows) < len(source) else ""
-    print(f"{source.path}, {split}: {len(source)} pictures{some}")
+    print(f"{source.rows.path}, {split}: {len(source)} pictures{some}")
     low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
     print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
     print(
@@ -216,7 +217,7 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     print(f"captions: {len(texts)} distinct; the commonest:")
     for text, count in texts.most_common(5):
         print(f"{count:8d} x {text}")
-    dropped_file = epath.Path(source.path) / DROPPED_FILE
+    dropped_file = epath.Path(source.rows.path) / DROPPED_FILE
     if dropped_file.exists():
         dropped = tuple(json.loads(dropped_file.read_text()).items())
         print(f"dropped when it was built: {len(dropped)}" + (f": {_reasons(dropped)}" if dropped else ""))
@@ -225,14 +226,21 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
         print(f"contact sheet: {out}")
 
 
-def _measure(source: Source, index: int) -> tuple[int, int, float, str]:
+def _measure(source: TfdsPictures, index: int) -> tuple[int, int, float, str]:
     """Height, width, mean of all RGB values over 255, and the caption."""
-    record = source.decoded(index)
-    height, width, _ = record["pixels"].shape
-    return height, width, float(record["pixels"].mean()) / 255, record["caption"]
+    caption, pixels = source[index].caption, _pixels(source, index)
+    height, width, _ = pixels.shape
+    return height, width, float(pixels.mean()) / 255, caption
 
 
-def _contact_sheet(source: Source, columns: int = 6, rows: int = 4, side: int = 160) -> Image.Image:
+def _pixels(source: TfdsPictures, index: int) -> np.ndarray:
+    try:
+        return source[index].pixels()
+    except UnreadableImage as error:
+        raise unreadable(source, index, error) from error
+
+
+def _contact_sheet(source: TfdsPictures, columns: int = 6, rows: int = 4, side: int = 160) -> Image.Image:
     lines, width = 3, 26
     indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), columns * rows)).round().astype(int))
     rows, gap, text_height = -(-len(indices) // columns), 8, 14 * lines
@@ -240,8 +248,7 @@ def _contact_sheet(source: Source, columns: int = 6, rows: int = 4, side: int = 
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for place, index in enumerate(indices):
         x, y = gap + place % columns * (side + gap), gap + place // columns * (side + text_height + gap)
-        record = source.decoded(index)
-        sheet.paste(Image.fromarray(resize_and_crop(record["pixels"], side)), (x, y))
-        text = textwrap.wrap(record["caption"], width)[:lines]
+        sheet.paste(Image.fromarray(resize_and_crop(_pixels(source, index), side)), (x, y))
+        text = textwrap.wrap(source[index].caption, width)[:lines]
         draw.multiline_text((x, y + side + 2), "\n".join(text), fill=(255, 255, 255), font=font, spacing=1)
     return sheet

@@ -1,9 +1,9 @@
-"""The training stream: a TFDS data set in ArrayRecord → batches, through Grain.
+"""The training stream: a source → batches, through Grain.
 
 A batch is a function of the seed and of its number alone. Grain shuffles each epoch, repeats for ever and draws the
 flips, all by the position in one infinite sequence, of which a process takes its own rows of each global batch. So the
-whole state of the data is one integer, the number of the next batch, and a run may go on with
-another number of processes or workers and still see the same global batches.
+whole state of the data is one integer, the number of the next batch, and a run may continue with another number of
+processes or workers and still see the same global batches.
 """
 
 import os
@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from offsetjax.data.cache import Cache
-from offsetjax.data.source import Source, split_names
+from offsetjax.data.source import Record, Source, describe, seen
 from offsetjax.errors import UserError
 
 # How each field of a fingerprint is called in a config, for the remedy.
@@ -53,11 +52,10 @@ class Stream:
         """The batches of this process from number `start_batch` on; close it when done.
 
         Yields:
-            `pixels` uint8 `[b, resolution, resolution, 3]`, or of a cache `moments` float16 `[b, 2, c, h, w]`, the mean
-            and the log-variance of their latents; `input_ids` by text encoder, int32 `[b, n]`;
-            `time_ids` float32 `[b, 6]`, SDXL's micro-conditioning (see `offsetjax.data.images.time_ids`);
-            `is_truncated` bool `[b]`, whose captions were cut; `index` int64 `[b]`, the number of each example in
-            the source. b is the number of this process's rows.
+            the fields of the source's records (`offsetjax.data.source.Record.view`): `pixels` uint8
+            `[b, resolution, resolution, 3]`, or of latents `moments` float16 `[b, 2, c, h, w]`, and `time_ids` float32
+            `[b, 6]`; `input_ids` by text encoder, int32 `[b, n]`; `is_truncated` bool `[b]`, whose captions were cut;
+            `index` int64 `[b]`, the number of each example in the source. b is the number of this process's rows.
 
         Raises:
             UserError: a record that cannot be decoded, or a caption that is refused for its length.
@@ -70,16 +68,12 @@ class Stream:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides on the batches, for `check_fingerprint`; JSON holds it unchanged."""
-        cache = self.source.cache
         return {
-            "num_examples": len(self.source),
-            "num_bytes": self.source.num_bytes,
-            "split": self.source.split,
+            **self.source.fingerprint(),
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "resolution": self.resolution,
             "random_flip": self.random_flip,
-            **(_about_pictures(cache, self.source.split) if cache else {}),
         }
 
 
@@ -145,11 +139,9 @@ class _Rows(grain.MapDataset):
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     block = len(stream.rows)
     indices = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
-    examples = indices.map(partial(_example, stream.source, stream.resolution))
-    if stream.random_flip:
-        examples = examples.random_map(_flip)
-    if stream.source.cache:
-        examples = examples.map(_first_view)
+    records = indices.map(partial(_read, stream.source))
+    show = partial(_shown, stream.source, stream.resolution)
+    examples = records.random_map(partial(_flipped, show)) if stream.random_flip else records.map(partial(show, False))
     examples = _Rows(examples, stream)
     if stream.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
@@ -165,36 +157,19 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
 
 
-def _about_pictures(cache: Cache, split: str) -> dict[str, Any]:
-    """What tells the latents of a split from others, as the files of caches are as large whatever they show."""
-    names = split_names(split)  # a cache may have more splits, which are not read
-    num_bytes = {name: count for name, count in cache.num_bytes.items() if names & {name, "all"}}
-    return {"encoder": cache.encoder, "bytes_of_pictures": num_bytes}
+def _read(source: Source, index: int) -> tuple[int, Record]:
+    return index, source[index]
 
 
-def _example(source: Source, resolution: int, index: int) -> dict[str, Any]:
-    if source.cache:
-        record = source[index]
-        seen = {"views": record["moments"]}
-    else:
-        record = source.cropped(index, resolution)
-        seen = {"pixels": record["pixels"]}
-    return {**seen, "time_ids": record["time_ids"], "caption": record["caption"], "index": np.int64(index)}
+def _shown(source: Source, resolution: int, is_mirrored: bool, numbered: tuple[int, Record]) -> dict[str, Any]:
+    index, record = numbered
+    return {**seen(source, index, record, resolution, is_mirrored), "caption": record.caption, "index": np.int64(index)}
 
 
-def _flip(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    # `time_ids` stay: a central crop is as far from the left of the mirrored picture as it was from its own.
-    if rng.random() >= 0.5:
-        return example
-    if "views" in example:
-        return {**example, "views": example["views"][::-1]}
-    return {**example, "pixels": example["pixels"][:, ::-1]}
-
-
-def _first_view(example: dict[str, Any]) -> dict[str, Any]:
-    """With the latents of one view, the picture or its mirror image, alone."""
-    others = {name: value for name, value in example.items() if name != "views"}
-    return {"moments": example["views"][0], **others}
+def _flipped(
+    show: Callable[[bool, tuple[int, Record]], dict[str, Any]], numbered: tuple[int, Record], rng: np.random.Generator
+) -> dict[str, Any]:
+    return show(bool(rng.random() < 0.5), numbered)
 
 
 def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, Any]:
@@ -204,9 +179,10 @@ def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, Any]:
     is_truncated = np.array([count > limit for _, count, limit in tokens])
     if stream.long_captions == "refuse" and is_truncated.any():
         first = int(is_truncated.argmax())
+        which = describe(stream.source, batch["index"][first])
         raise UserError(
-            f"data: the caption of {stream.source.describe(batch['index'][first])} has {tokens[first][1]} tokens, but "
-            f"the text encoders read {tokens[first][2]}; shorten it, or set encode.long_captions='truncate'"
+            f"data: the caption of {which} has {tokens[first][1]} tokens, but the text encoders "
+            f"read {tokens[first][2]}; shorten it, or set encode.long_captions='truncate'"
         )
     own = {name: _own(field) for name, field in batch.items() if name != "caption"}
     return {**own, "input_ids": input_ids, "is_truncated": is_truncated}

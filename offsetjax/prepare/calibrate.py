@@ -21,7 +21,7 @@ from jaxtyping import Array, Complex, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.data.devices import on_devices
-from offsetjax.data.source import Source, open_source
+from offsetjax.data.source import Source, open_data
 from offsetjax.diffusion.calibration import (
     Calibration,
     band_means,
@@ -72,9 +72,9 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
     if jax.process_index() == 0:  # who writes it
         check_file("calibrate", out)
     mesh = sharding.make_mesh(config)
-    source = open_source(config.data.path, config.data.split, config.data.cached_latents)
+    source = open_data(config.data)
     if len(source) < 2:
-        raise UserError(f"calibrate: {source.path} ({source.split}) has one picture; a variance needs two or more")
+        raise UserError(f"calibrate: {source.label} has one picture; a variance needs two or more")
     config, pipeline, params, _ = open_vae(config, source)
     modes = measure(config, pipeline, params, source, mesh)
     if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from offsetjax.config.checks import validate
 from offsetjax.data import cache as caches
 from offsetjax.data.cache import Cache, Shard
-from offsetjax.data.source import Source, open_source, split_names
+from offsetjax.data.source import Source, describe, open_data, seen, split_names
 from offsetjax.errors import UserError
 from offsetjax.models.autoencoder import Autoencoder, encoder_checksum, standardised
 from offsetjax.models.encode import encode_moments
@@ -60,7 +60,7 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         )
     if config.data.cached_latents:
         raise UserError("data: `data encode` reads pictures: give their data.path, and data.cached_latents=False")
-    config, pipeline, params, statistics = open_vae(config, open_source(config.data.path, config.data.split))
+    config, pipeline, params, statistics = open_vae(config, open_data(config.data))
     sources = _whole_splits(config)
     cache = _describe(config, pipeline.autoencoder, params, statistics, sources)
     finished = caches.is_finished(out, cache)
@@ -129,7 +129,7 @@ def _whole_splits(config: ConfigDict) -> dict[str, Source]:
     names = split_names("+".join(spec for spec in (config.data.split, config.validation.split) if spec))
     if "all" in names:  # TFDS's name for the sum of them, which no data set can have for one of its own
         raise UserError("data: `data encode` has to be told the splits that 'all' stands for, such as 'train+test'")
-    return {name: open_source(config.data.path, name) for name in sorted(names)}
+    return {name: open_data(config.data, name) for name in sorted(names)}
 
 
 def _describe(
@@ -145,9 +145,9 @@ def _describe(
         latent_shape=(vae.latent_channels, side, side),
         resolution=config.data.resolution,
         random_flip=config.data.random_flip,
-        source=next(iter(sources.values())).path,
+        source=config.data.path,
         num_examples={split: len(source) for split, source in sources.items()},
-        num_bytes={split: source.num_bytes for split, source in sources.items()},
+        num_bytes={split: int(source.fingerprint().get("num_bytes", 0)) for split, source in sources.items()},
     )
 
 
@@ -186,8 +186,10 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _picture(source: Source, resolution: int, index: int) -> dict[str, Any]:
-    record = source.cropped(index, resolution)
-    return {**record, "index": index, "brightness": np.float32(record["pixels"].mean() / 255)}
+    record = source[index]
+    fields = seen(source, index, record, resolution)
+    about = {"caption": record.caption, "name": record.name, "index": index}
+    return {**fields, **about, "brightness": np.float32(fields["pixels"].mean() / 255)}
 
 
 def _to_records(
@@ -197,7 +199,7 @@ def _to_records(
     for place, index in enumerate(batch["index"]):
         if not np.isfinite(moments[place]).all():
             raise UserError(
-                f"data: {source.describe(index)} has latents that are not finite, or beyond float16; check "
+                f"data: {describe(source, index)} has latents that are not finite, or beyond float16; check "
                 "model.pretrained"
             )
         about = {name: batch[name][place] for name in ("time_ids", "brightness", "caption", "name")}

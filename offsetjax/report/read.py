@@ -101,7 +101,7 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
     if not workdirs:
         raise UserError("report: no work directory; give at least one --workdir=DIR")
     workdirs = [run for workdir in workdirs for run in _runs_of(workdir)]
-    data: dict[tuple[str, str, bool, int], Data | str] = {}
+    data: dict[tuple[str, str, bool, str, int], Data | str] = {}
     return [_read_run(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
 
 
@@ -129,10 +129,10 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     raise UserError("report: the same --workdir is given twice; give each one once")
 
 
-def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, int], Data | str]) -> Run:
+def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, str, int], Data | str]) -> Run:
     config = _read_config(workdir / "config.json")
-    about = (bool(config.get("data.cached_latents")), int(config["data.resolution"]))
-    where = (str(config["data.path"]), str(config["data.split"]), *about)
+    about = (bool(config.get("data.cached_latents")), str(config.get("data.source", "tfds")))
+    where = (str(config["data.path"]), str(config["data.split"]), *about, int(config["data.resolution"]))
     if where not in data:
         data[where] = _measure(*where)
     samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
@@ -223,11 +223,11 @@ def read_picture(path: epath.Path) -> Image.Image:
         raise UserError(f"report: {path} is not a readable picture; delete it or draw it again") from error
 
 
-def _measure(path: str, split: str, cached_latents: bool, resolution: int) -> Data | str:
+def _measure(path: str, split: str, cached_latents: bool, kind: str, resolution: int) -> Data | str:
     """Measures a data set, or says why it cannot: a report is often made where the data no longer are."""
     try:
-        source = open_source(path, split, cached_latents)
-        captions = tuple(source[index]["caption"] for index in evenly_spaced(source))
+        source = open_source(path, split, cached_latents, kind)
+        captions = tuple(source[index].caption for index in evenly_spaced(source))
         return Data(len(source), captions, tuple(data_brightness(source, resolution).tolist()))
     except (UserError, OSError, KeyError, ValueError) as error:
         reason = one_line(error, most=2000)

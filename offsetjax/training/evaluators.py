@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from offsetjax.data.brightness import compare, data_brightness
-from offsetjax.data.source import Source, open_source
+from offsetjax.data.source import Source, open_data
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import sharding
 from offsetjax.sampling.pictures import Picture, write_samples
@@ -102,7 +102,7 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, 
 
 def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
     config = run.config.copy_and_resolve_references()
-    held_out = open_source(config.data.path, config.validation.split, config.data.cached_latents)
+    held_out = open_data(config.data, config.validation.split)
     check_apart(source, held_out)
     config.seed, config.data.random_flip = 0, False  # the same pictures in every run
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training

@@ -136,7 +136,7 @@ def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
 def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
     """Raises a UserError where the data are latents that this autoencoder would not make of their pictures."""
     if config.data.cached_latents:
-        source.cache.check(source.path, config.data, encoder_checksum(vae_params))
+        source.cache.check(source.label, config.data, encoder_checksum(vae_params))
 
 
 def _reopen(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
@@ -253,8 +253,8 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
     Raises:
         UserError: it was not.
     """
-    if source.cache:
-        return source.cache.statistics(source.path)
+    if config.data.cached_latents:
+        return source.cache.statistics(source.label)
     sampled = config.copy_and_resolve_references()
     sampled.train.global_batch_size, sampled.data.random_flip = 8, False
     batches = open_stream(sampled, pipeline, source).iterator(0)

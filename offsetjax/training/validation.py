@@ -110,6 +110,6 @@ def check_apart(training: Source, validation: Source) -> None:
     """
     if training.shares_records(validation):
         raise UserError(
-            f"config: validation.split = {validation.split!r} has pictures of data.split = {training.split!r}; take "
-            "them apart, such as 'train[:95%]' and 'train[95%:]'"
+            f"config: validation.split = {validation.label} has pictures of data.split = {training.label}; take them "
+            "apart, such as 'train[:95%]' and 'train[95%:]'"
         )

@@ -54,7 +54,7 @@ def test_pictures_and_captions_come_back_in_order(folder: pathlib.Path, tmp_path
         assert record["caption"].decode() == f"Picture {number} — ö."
         assert (record["height"], record["width"]) == (12, 16)
         np.testing.assert_array_equal(record["image"], np.asarray(picture(number)))
-    assert open_source(tmp_path / "set")[3]["image"] == (folder / "03.png").read_bytes()
+    assert open_source(tmp_path / "set")[3].image == (folder / "03.png").read_bytes()
     assert captions(open_source(summary.path))[3] == "Picture 3 — ö."
 
 
@@ -110,7 +110,7 @@ def test_messy_pictures_are_stored_so_that_any_decoder_shows_them(tmp_path: path
         file.with_suffix(".txt").write_text(file.stem)
     assert build(root, tmp_path / "set").kept == 5
     source = open_source(tmp_path / "set")
-    shown = {source[i]["caption"]: Image.open(io.BytesIO(source[i]["image"])) for i in range(5)}
+    shown = {source[i].caption: Image.open(io.BytesIO(source[i].image)) for i in range(5)}
     assert {image.mode for image in shown.values()} == {"RGB"} and shown["turned"].size == (12, 16)
     colours = {name: np.asarray(image).reshape(-1, 3).mean(axis=0) for name, image in shown.items()}
     np.testing.assert_allclose(colours["clear"], 255)

@@ -100,7 +100,7 @@ def test_a_cache_says_what_it_was_made_of_and_has_the_captions(cached: pathlib.P
     source = open_source(cached, cached_latents=True)
     assert source.cache is not None and source.cache.to_json() == CACHE.to_json()
     assert captions(source) == [str(number) for number in range(COUNT)]
-    assert len({file for file, _, _ in source.ranges}) == 3
+    assert len({file for file, _, _ in source.rows.ranges}) == 3
     first, second, third = (open_source(cached, split, True) for split in ("train[:50%]", "train[50%:]", "train[40%:]"))
     assert not first.shares_records(second) and first.shares_records(third)
 
@@ -125,7 +125,7 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
     begin(out, moved)
     assert missing_shards(out, CACHE, shard_size=10) == [first, third]
     with pytest.raises(
-        UserError, match="has an unfinished cache of latents; go on with it by the same `offsetjax data"
+        UserError, match="has an unfinished cache of latents; continue it with the same `offsetjax data"
     ):
         open_source(out, cached_latents=True)
     with pytest.raises(UserError, match=r"has an unfinished cache with resolution = 16, but .* give 32; remove it, or"):
@@ -181,7 +181,7 @@ def test_a_split_is_read_alike_from_a_cache_with_more_splits(cached: pathlib.Pat
 
     def fingerprint(split: str, **num_bytes: int) -> dict[str, Any]:
         of_pictures = dataclasses.replace(CACHE, num_bytes=num_bytes)
-        changed = dataclasses.replace(source, split=split, cache=of_pictures)
+        changed = dataclasses.replace(source, rows=dataclasses.replace(source.rows, split=split), cache=of_pictures)
         stream = make_stream(changed, tokenize=lambda caption: ({}, 1, 1), **options)
         return json.loads(json.dumps(stream.fingerprint()))
 

@@ -232,7 +232,7 @@ def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: path
         "caption": tfds.features.Text(),
         "label": tfds.features.ClassLabel(names=["x"]),
     }
-    image = open_source(data_set)[4]["image"]
+    image = open_source(data_set)[4].image
     write_split(tmp_path / "a", features, [{"image": image, "caption": "4", "label": 0}])
     batch = take(open_source(tmp_path / "a"), 1, global_batch_size=1, random_flip=False)[0]
     assert batch["pixels"][0, 0, 0, 0] == 50 and batch["input_ids"]["long"].tolist() == [[7, 4, 9]]
@@ -258,7 +258,7 @@ def test_features_of_another_kind_are_not_trained_on(
     tmp_path: pathlib.Path, data_set: pathlib.Path, name: str, feature: Any, value: Any, words: str
 ) -> None:
     features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
-    record = {"image": open_source(data_set)[4]["image"], "caption": "4"}
+    record = {"image": open_source(data_set)[4].image, "caption": "4"}
     write_split(tmp_path / "set", {**features, name: feature}, [{**record, name: value}])
     with pytest.raises(UserError, match=f"has the feature '{name}' as {words}; prepare the data with one") as refused:
         open_source(tmp_path / "set")
@@ -267,8 +267,8 @@ def test_features_of_another_kind_are_not_trained_on(
 
 def test_a_string_that_is_not_called_text_is_one(tmp_path: pathlib.Path, data_set: pathlib.Path) -> None:
     features = {"image": tfds.features.Image(), "caption": tfds.features.Tensor(shape=(), dtype=np.str_)}
-    write_split(tmp_path / "set", features, [{"image": open_source(data_set)[4]["image"], "caption": "4"}])
-    assert open_source(tmp_path / "set")[0]["caption"] == "4"
+    write_split(tmp_path / "set", features, [{"image": open_source(data_set)[4].image, "caption": "4"}])
+    assert open_source(tmp_path / "set")[0].caption == "4"
 
 
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])

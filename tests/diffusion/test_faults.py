@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grain
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from offsetjax.config import validate
-from offsetjax.data.stream import Stream, _flip, make_stream
+from offsetjax.data.record import Picture
+from offsetjax.data.source import Source
+from offsetjax.data.stream import Stream, _flipped, _read, _shown, make_stream
 from offsetjax.diffusion.loss import min_snr_weight
 from offsetjax.diffusion.variance_preserving import variance_preserving
 from offsetjax.errors import UserError
@@ -129,16 +132,21 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
     class Pictures:
         """One picture, bright on its left."""
 
-        num_bytes: int = 0
-        cache: None = None
+        label: str = "pictures"
 
         def __len__(self) -> int:
             return 1000
 
-        def cropped(self, index: int, resolution: int = 8) -> dict[str, Any]:
-            pixels = np.zeros((resolution, resolution, 3), np.uint8)
+        def __getitem__(self, index: int) -> Picture:
+            pixels = np.zeros((8, 8, 3), np.uint8)
             pixels[:, :4] = 255
-            return {"pixels": pixels, "time_ids": np.zeros(6, np.float32), "caption": "", "name": ""}
+            return Picture(pixels, "")
+
+        def fingerprint(self) -> dict[str, Any]:
+            return {}
+
+        def shares_records(self, other: Source) -> bool:
+            return False
 
     def stream(batch: int) -> Stream:
         return make_stream(
@@ -152,7 +160,8 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
 
     # The stream's threads are too slow for so many; its flips are read in their order, as a short stretch shows.
     indices = grain.MapDataset.source(range(1000)).seed(0).shuffle().repeat(None)
-    flipped = indices.map(Pictures().cropped).random_map(_flip)
+    show = partial(_shown, Pictures(), 8)
+    flipped = indices.map(partial(_read, Pictures())).random_map(partial(_flipped, show))
     flips = np.array([flipped[place]["pixels"][0, 0, 0] == 0 for place in range(EXAMPLES)])
     with contextlib.closing(stream(256).iterator()) as batches:
         for number in range(2):

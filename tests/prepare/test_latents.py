@@ -165,7 +165,7 @@ def test_standardised_latents_bring_their_statistics(base: pathlib.Path, tmp_pat
     encode_data(config, tmp_path / "cache")
     cached = tiny_config(tmp_path / "cache", data__cached_latents=True, **changes)
     source = open_source(tmp_path / "cache", cached_latents=True)
-    means = np.stack([source[index]["moments"][0, 0] for index in range(COUNT)]).astype(np.float32)
+    means = np.stack([source[index].views[0, 0] for index in range(COUNT)]).astype(np.float32)
     np.testing.assert_allclose(means.mean((0, 2, 3)), 0.0, atol=0.02)
     np.testing.assert_allclose(means.std((0, 2, 3)), 1.0, atol=0.02)
     runs = [
@@ -297,10 +297,10 @@ def test_several_processes_encode_shards_of_their_own(
     assert sorted(shares) == [[0, 12], [6]]
     sources = [open_source(each, "train", cached_latents=True) for each in (tmp_path / "cache", cache)]
     for one, other in ((source[index] for source in sources) for index in range(COUNT)):
-        np.testing.assert_allclose(one.pop("moments"), other.pop("moments"), rtol=2**-9, atol=1e-5)
-        assert {name: np.asarray(value).tolist() for name, value in one.items()} == {
-            name: np.asarray(value).tolist() for name, value in other.items()
-        }
+        np.testing.assert_allclose(one.views, other.views, rtol=2**-9, atol=1e-5)
+        np.testing.assert_array_equal(one.time_ids, other.time_ids)
+        about = ("mean_brightness", "caption", "name")
+        assert [getattr(one, name) for name in about] == [getattr(other, name) for name in about]
 
 
 def _encode(pictures: str, out: str) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from offsetjax.config import default_config, to_json
-from offsetjax.data.source import Source
+from offsetjax.data import record
 from offsetjax.errors import UserError
 from offsetjax.report import read, report
 from offsetjax.report.headline import cells
@@ -79,7 +79,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Callable[[Brightness], None]:
     return use
 
 
-def _source(brightness: Brightness) -> Source:
+def _source(brightness: Brightness) -> list[record.Picture]:
     """Pictures twice as wide as high, of which training sees the middle; the rest is black."""
     examples = []
     for caption, values in brightness.items():
@@ -87,8 +87,8 @@ def _source(brightness: Brightness) -> Source:
             picture, file = Image.new("RGB", (128, 64)), io.BytesIO()
             picture.paste((round(value * 255),) * 3, (32, 0, 96, 64))
             picture.save(file, "PNG")
-            examples.append({"image": file.getvalue(), "caption": caption})
-    return Source("pictures", "train", 0, examples)
+            examples.append(record.Picture(file.getvalue(), caption))
+    return examples
 
 
 def _run(out: pathlib.Path, *workdirs: str, sections: Sequence[Section] = ()) -> tuple[dict[str, Any], str]:

@@ -1,7 +1,8 @@
 """The pictures and captions, and what becomes of them before the denoiser."""
 
 from offsetjax.config.field import Change, Field, Section
-from offsetjax.config.ranges import ANY, FRACTION, PLACE, count, one_of
+from offsetjax.config.ranges import ANY, FRACTION, PLACE, Registered, count, one_of
+from offsetjax.config.registries import SOURCES
 
 DATA = Section(
     "data",
@@ -14,6 +15,14 @@ DATA = Section(
             PLACE,
             "a data set of `offsetjax data build` or of TFDS: a folder, or gs://",
             elsewhere={"train_data_dir": "kohya, diffusers", "instance_data_dir": "diffusers"},
+            change=Change.RESUME,
+        ),
+        Field(
+            "source",
+            str,
+            "tfds",
+            Registered(SOURCES),
+            "the kind of data set that data.path is",
             change=Change.RESUME,
         ),
         Field("split", str, "train", ANY, "of the data set, such as train[:95%]"),

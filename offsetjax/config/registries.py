@@ -1,0 +1,11 @@
+"""What a config names by a word and others may add to: what is in each is said where it is used."""
+
+from typing import Any
+
+from offsetjax.registry import Registry
+
+SOURCES: Registry[Any] = Registry(
+    "data.source",
+    "offsetjax.sources",
+    {"tfds": "offsetjax.data.tfds:open_pictures", "latents": "offsetjax.data.latents:open_latents"},
+)

@@ -1,0 +1,73 @@
+"""Records of pictures and of latents, as a batch takes them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float16, Float32, UInt8
+
+from offsetjax.data.images import decode, resize_and_crop, time_ids
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, as encoded in its file or as RGB, and its caption."""
+
+    image: bytes | UInt8[np.ndarray, "h w 3"]
+    caption: str
+    name: str = ""
+
+    def pixels(self) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole picture in RGB, as a viewer shows it.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        return decode(self.image) if isinstance(self.image, bytes) else self.image
+
+    def view(self, resolution: int, is_mirrored: bool) -> dict[str, np.ndarray]:
+        """`pixels` and `time_ids` of the picture's central square.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        whole = self.pixels()
+        height, width, _ = whole.shape
+        pixels = resize_and_crop(whole, resolution)
+        # `time_ids` stay: a central crop is as far from the left of the mirrored picture as it was from its own.
+        seen = pixels[:, ::-1] if is_mirrored else pixels
+        return {"pixels": seen, "time_ids": time_ids(height, width, resolution)}
+
+    def brightness(self, resolution: int) -> float:
+        """The mean of the central square's values, 0 black and 1 white.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        return float(self.view(resolution, False)["pixels"].mean() / 255.0)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What an autoencoder made of a cropped picture, and of its mirror image where there are two views.
+
+    Attributes:
+        views: mean and log-variance of the posterior, not scaled, of each view.
+        time_ids: of the picture's crop.
+        mean_brightness: of the cropped picture, which its latents do not tell.
+    """
+
+    views: Float16[np.ndarray, "v 2 c h w"]
+    time_ids: Float32[np.ndarray, "6"]
+    mean_brightness: float
+    caption: str
+    name: str = ""
+
+    def view(self, resolution: int, is_mirrored: bool) -> dict[str, np.ndarray]:
+        """`moments` of one view, and `time_ids`; the resolution is that of the cache."""
+        del resolution
+        return {"moments": self.views[-1 if is_mirrored else 0], "time_ids": self.time_ids}
+
+    def brightness(self, resolution: int) -> float:
+        """The mean of the cropped picture's values, 0 black and 1 white; the resolution is that of the cache."""
+        del resolution
+        return self.mean_brightness

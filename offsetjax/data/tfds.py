@@ -1,0 +1,192 @@
+"""Data sets of TFDS in ArrayRecord, opened for random access with no tensorflow."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from offsetjax.data.cache import DESCRIPTION, read_cache
+from offsetjax.data.record import Picture
+from offsetjax.data.source import Source
+from offsetjax.errors import UserError, one_line
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of one split as TFDS gives them, and which records of which files they are.
+
+    Attributes:
+        ranges: file, number of the first record and of the one after the last.
+    """
+
+    path: str
+    split: str
+    num_bytes: int
+    records: Any
+    ranges: tuple[tuple[str, int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self.records[int(index)]
+        except Exception as error:  # the reader's own errors, of several libraries, for bytes that have changed
+            raise UserError(
+                f"data: record {index} of {self.label} cannot be read: {one_line(error)}; "
+                "the file is damaged: copy it again, or build the data set again"
+            ) from error
+
+    @property
+    def label(self) -> str:
+        return f"{self.path} ({self.split})"
+
+    def overlaps(self, other: "Rows") -> bool:
+        """Whether a record is in both."""
+        return any(
+            file == other_file and max(first, other_first) < min(last, other_last)
+            for file, first, last in self.ranges
+            for other_file, other_first, other_last in other.ranges
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Their number, split and size."""
+        return {"num_examples": len(self), "num_bytes": self.num_bytes, "split": self.split}
+
+
+@dataclass(frozen=True)
+class TfdsPictures:
+    """A source of pictures: the features `image` and `caption`, and `name` where there is one."""
+
+    rows: Rows
+
+    @property
+    def label(self) -> str:
+        return self.rows.label
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Picture:
+        row = self.rows[index]
+        return Picture(row["image"], text(row["caption"]), text(row.get("name", b"")))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.rows.fingerprint()
+
+    def shares_records(self, other: Source) -> bool:
+        return isinstance(other, TfdsPictures) and self.rows.overlaps(other.rows)
+
+
+def open_pictures(path: str, split: str = "train") -> TfdsPictures:
+    """Opens pictures: what `offsetjax data build` wrote, or the version folder of another TFDS data set.
+
+    Args:
+        split: a split by TFDS's rules: `train`, `train[:90%]`.
+
+    Raises:
+        UserError: no data set, a damaged one, another format, other features, an unknown or empty split; or latents.
+    """
+    folder = version_folder(path)
+    if cache := read_cache(folder):
+        raise UserError(
+            f"data: {folder} has the latents of pictures, not the pictures; train from them with "
+            f"data.cached_latents=True, or give {cache.source}"
+        )
+    return TfdsPictures(open_rows(folder, split, ("image", "caption"), {"image": tfds.decode.SkipDecoding()}))
+
+
+def open_rows(
+    folder: epath.Path, split: str, features: tuple[str, ...], decoders: Mapping[str, Any] | None = None
+) -> Rows:
+    """Opens a version folder that must have these features.
+
+    Raises:
+        UserError: as for `open_pictures`.
+    """
+    builder = _builder(folder)
+    _check_features(folder, builder.info.features or {}, features)
+    try:
+        info = builder.info.splits[split]
+        num_bytes = int(info.num_bytes)
+        records = builder.as_data_source(split, decoders=decoders)
+    except NotImplementedError:
+        raise UserError(f"data: {folder} is not in ArrayRecord; prepare it with file_format='array_record'") from None
+    except Exception as error:  # TFDS raises several kinds for a split that it cannot parse or find
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"data: {folder} has no split {split!r}; it has {known}") from error
+    if not len(records):
+        raise UserError(f"data: the split {split!r} of {folder} is empty")
+    ranges = [(str(each.filename), each.skip, each.skip + each.take) for each in info.file_instructions]
+    return Rows(str(folder), split, num_bytes, records, tuple(ranges))
+
+
+def _builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(folder)
+    except OSError:  # the disk or the network, not what is written there
+        raise
+    except Exception as error:  # TFDS and its parsers raise several kinds
+        raise UserError(
+            f"data: {folder} cannot be opened: {one_line(error)}; its dataset_info.json or its features.json is "
+            "damaged: copy them again, or build the data set again"
+        ) from error
+
+
+def _check_features(folder: epath.Path, features: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Raises a UserError unless the features of these names are there, and are what they are called."""
+    for name in names:
+        if name not in features:
+            raise UserError(f"data: {folder} has no feature {name!r}; it must have {' and '.join(names)}")
+        kind, is_kind = _FEATURES[name]
+        if not is_kind(features[name]):
+            found = " ".join(repr(features[name]).split())
+            raise UserError(
+                f"data: {folder} has the feature {name!r} as {found}, but it must be {kind}; prepare the data with one"
+            )
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Tensor) and (feature.shape, feature.np_dtype) == ((), np.object_)
+
+
+# What a feature has to be, in TFDS's words, and whether it is: a class label or a list of texts is no caption.
+_FEATURES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "image": ("an Image", lambda feature: isinstance(feature, tfds.features.Image)),
+    "moments": ("a Tensor", lambda feature: isinstance(feature, tfds.features.Tensor)),
+    "caption": ("a Text", _is_text),
+}
+
+
+def version_folder(path: epath.PathLike) -> epath.Path:
+    """The folder with `dataset_info.json`: `path`, or the only one in the two levels below.
+
+    Raises:
+        UserError: none, or several.
+    """
+    found = _find(path, "dataset_info.json")
+    if not found:
+        if unfinished := _find(path, DESCRIPTION):
+            raise UserError(
+                f"data: {unfinished[0].parent} has an unfinished cache of latents; continue it with the same "
+                "`offsetjax data encode`"
+            )
+        raise UserError(f"data: {str(path)!r} holds no data set; make one with `offsetjax data build`")
+    if len(found) > 1:
+        names = ", ".join(str(file.parent) for file in found)
+        raise UserError(f"data: {path} holds several data sets; give one of {names}")
+    return found[0].parent
+
+
+def _find(path: epath.PathLike, name: str) -> list[epath.Path]:
+    """The files of a name in the first of a folder and the two levels below that has any."""
+    patterns = (name, f"*/{name}", f"*/*/{name}") if str(path) else ()
+    return next((files for pattern in patterns if (files := sorted(epath.Path(path).glob(pattern)))), [])
+
+
+def text(value: bytes | str) -> str:
+    """A feature's text; what is not UTF-8 becomes the character that stands for it."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
