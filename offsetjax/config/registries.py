@@ -9,3 +9,6 @@ SOURCES: Registry[Any] = Registry(
     "offsetjax.sources",
     {"tfds": "offsetjax.data.tfds:open_pictures", "latents": "offsetjax.data.latents:open_latents"},
 )
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimizer.name", "offsetjax.optimizers", {"adamw": "offsetjax.training.optimizer:adamw"}
+)

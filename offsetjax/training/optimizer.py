@@ -1,61 +1,96 @@
-"""AdamW with warm-up, decay and clipping, from optax."""
+"""The optimizer: global-norm clipping, then what `optimizer.name` names, with a learning rate for each part.
 
-from collections.abc import Mapping
+Another optimizer is a function of the section `optimizer`, the number of steps and what may decay, which
+`OPTIMIZERS.register(name, function)` makes known; it need know nothing of parts.
+"""
+
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.config.registries import OPTIMIZERS
 
-def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up to `optimizer.learning_rate`, then the decay to 0 at `train.steps`."""
-    optimizer, steps = config.optimizer, config.train.steps
-    warmup = min(optimizer.warmup_steps, steps)
-    remaining = max(1, steps - warmup)
+# Parameters → a tree of the same structure of whether each may decay.
+Mask = Callable[[PyTree], PyTree]
+
+
+class Optimizer(NamedTuple):
+    """How gradients become updates, and the learning rate at each step that is applied, for the log."""
+
+    transform: optax.GradientTransformation
+    learning_rate: optax.Schedule
+
+
+class BuildOptimizer(Protocol):
+    """Builds an optimizer of one learning rate.
+
+    Args:
+        settings: the section `optimizer` of a config; `learning_rate` is that of the part.
+        num_steps: of the whole training.
+        decays: which parameters a weight decay may change.
+    """
+
+    def __call__(self, settings: ConfigDict, num_steps: int, decays: Mask) -> Optimizer: ...
+
+
+def adamw(settings: ConfigDict, num_steps: int, decays: Mask) -> Optimizer:
+    """AdamW (I. Loshchilov and F. Hutter, arXiv 1711.05101)."""
+    rate = learning_rate(settings, num_steps)
+    transform = optax.adamw(
+        rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay, mask=decays
+    )
+    return Optimizer(transform, rate)
+
+
+def learning_rate(settings: ConfigDict, num_steps: int) -> optax.Schedule:
+    """Linear warm-up to `optimizer.learning_rate`, then the decay to 0 at `num_steps`."""
+    warmup = min(settings.warmup_steps, num_steps)
+    remaining = max(1, num_steps - warmup)
     after = {
-        "cosine": lambda: optax.cosine_decay_schedule(optimizer.learning_rate, remaining),
-        "linear": lambda: optax.linear_schedule(optimizer.learning_rate, 0.0, remaining),
-        "constant": lambda: optax.constant_schedule(optimizer.learning_rate),
-    }[optimizer.decay]()
+        "cosine": lambda: optax.cosine_decay_schedule(settings.learning_rate, remaining),
+        "linear": lambda: optax.linear_schedule(settings.learning_rate, 0.0, remaining),
+        "constant": lambda: optax.constant_schedule(settings.learning_rate),
+    }[settings.decay]()
     if warmup == 0:
         return after
     # From 1/warmup rather than 0, so that the first step is not wasted.
-    ramp = optax.linear_schedule(optimizer.learning_rate / warmup, optimizer.learning_rate, warmup)
+    ramp = optax.linear_schedule(settings.learning_rate / warmup, settings.learning_rate, warmup)
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, for parameters by part; the optimizer sees those that are trained alone.
+def make_optimizer(config: ConfigDict) -> Optimizer:
+    """The optimizer of a config, for parameters by part; it sees those that are trained alone.
 
-    The text encoders' learning rate is `optimizer.text_encoder_learning_rate`, with the same warm-up and decay.
+    The text encoders' learning rate is `optimizer.text_encoder_learning_rate`, with the same warm-up and decay. The
+    gradient's norm is that of all parts together.
+
+    Raises:
+        UserError: an unknown `optimizer.name`.
     """
-    optimizer = config.optimizer
-    steps = optax.chain(
-        optax.clip_by_global_norm(optimizer.max_grad_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            mask=partial(_is_read, num_layers=config.model.text_encoder.num_hidden_layers),
-        ),
-    )
-    if not optimizer.text_encoder_learning_rate:
-        return steps
-    # AdamW's step, its decay included, is proportional to the learning rate.
-    ratio = optimizer.text_encoder_learning_rate / optimizer.learning_rate
-    scales = {"unet": optax.identity(), "text_encoder": optax.scale(ratio)}
-    return optax.chain(steps, optax.partition(scales, _labels))
+    settings = config.optimizer
+    build: BuildOptimizer = OPTIMIZERS[settings.name]
+    decays = partial(_is_read, num_layers=config.model.text_encoder.num_hidden_layers)
+    first = build(settings, config.train.steps, decays)
+    transform = first.transform
+    if settings.text_encoder_learning_rate:
+        of_text = settings.copy_and_resolve_references()
+        of_text.learning_rate = settings.text_encoder_learning_rate
+        second = build(of_text, config.train.steps, decays)
+        transform = optax.partition({"unet": first.transform, "text_encoder": second.transform}, _rates)
+    return Optimizer(optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), transform), first.learning_rate)
 
 
-def _labels(params: Mapping[str, PyTree]) -> dict[str, str]:
+def _rates(params: Mapping[str, PyTree]) -> dict[str, str]:
+    """Which of the two learning rates is that of each part."""
     return {part: "unet" if part == "unet" else "text_encoder" for part in params}
 
 
-def _is_read(params: Mapping[str, PyTree], num_layers: int) -> PyTree:
+def _is_read(params: Mapping[str, Any], num_layers: int) -> PyTree:
     """Which parameters the loss depends on; the others have no gradient, and no decay either.
 
     SDXL reads its first text encoder, of `num_layers`, before the last of them.

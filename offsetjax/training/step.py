@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.parallel.fsdp import Gradient
 from offsetjax.training.objective import Batch, Objective, add_position
-from offsetjax.training.optimizer import learning_rate, make_optimizer
+from offsetjax.training.optimizer import make_optimizer
 
 Metrics = Mapping[str, Float[Array, ""]]
 TrainStep = Callable[["TrainState", PyTree, Batch], tuple["TrainState", Metrics]]
@@ -35,7 +35,7 @@ def init_state(params: PyTree, config: ConfigDict) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=make_optimizer(config).transform.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
         skipped=jnp.zeros((), jnp.int32),
         truncated=jnp.zeros((), jnp.uint32),
@@ -62,7 +62,7 @@ def make_train_step(gradient: Gradient, config: ConfigDict) -> TrainStep:
     Args:
         gradient: of a whole batch: `make_gradient`'s, or on several devices `fsdp.on_mesh` of it.
     """
-    optimizer, rate = make_optimizer(config), learning_rate(config)
+    optimizer, rate = make_optimizer(config)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = add_position(batch, config.train.global_batch_size)

@@ -1,7 +1,8 @@
 """How a run goes: steps, optimizer, devices, checkpoints."""
 
 from offsetjax.config.field import Change, Field, Integers, Section
-from offsetjax.config.ranges import DEVICES, STEPS_TO_TRACE, above, at_least, count, from_up_to, one_of
+from offsetjax.config.ranges import DEVICES, STEPS_TO_TRACE, Registered, above, at_least, count, from_up_to, one_of
+from offsetjax.config.registries import OPTIMIZERS
 
 TOP = Section(
     "",
@@ -62,8 +63,9 @@ TRAIN = Section(
 
 OPTIMIZER = Section(
     "optimizer",
-    "AdamW, its learning rate over the steps, and the average of the weights.",
+    "How gradients become updates, the learning rate over the steps, and the average of the weights.",
     (
+        Field("name", str, "adamw", Registered(OPTIMIZERS), "which", elsewhere={"optimizer_type": "kohya"}),
         Field("learning_rate", float, 1e-5, above(0), "the highest, after the warm-up", elsewhere={"unet_lr": "kohya"}),
         Field(
             "text_encoder_learning_rate",
