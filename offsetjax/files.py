@@ -1,9 +1,11 @@
 """Where a command writes: looked at before its work, which may take hours; files are there whole, or not at all."""
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any, NoReturn
 
 from etils import epath
 
@@ -74,7 +76,7 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         OSError: the place cannot be written to; what was there before is unchanged.
     """
     content = content.encode() if isinstance(content, str) else content
-    if _is_remote(path):
+    if is_remote(path):
         epath.Path(path).write_bytes(content)
         return
     path = Path(path).resolve()
@@ -92,6 +94,58 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         raise
 
 
+def parse_json(text: str | bytes, most_bytes: int = 2**28, takes_nan: bool = False) -> Any:
+    """The value that a JSON text stands for; for every text that this program did not write itself.
+
+    Args:
+        takes_nan: whether it may hold NaN, Infinity and -Infinity, which are no JSON but which Python writes.
+
+    Raises:
+        ValueError: too long, nested too deep, not UTF-8, a number that no double holds, or no JSON; says which.
+    """
+    if len(text) > most_bytes:
+        raise ValueError(f"{len(text)} bytes, more than {most_bytes}")
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    constant = float if takes_nan else _no_constant
+    try:
+        return json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def parse_object(text: str | bytes, most_bytes: int = 2**28, takes_nan: bool = False) -> dict[str, Any]:
+    """The object that a JSON text stands for.
+
+    Raises:
+        ValueError: as for `parse_json`, or it is something else than an object.
+    """
+    value = parse_json(text, most_bytes, takes_nan)
+    if not isinstance(value, dict):
+        raise ValueError(f"a {_KINDS[type(value)]}, not an object")
+    return value
+
+
+_KINDS = {list: "list", str: "text", int: "number", float: "number", bool: "truth value", type(None): "null"}
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:20]}, which is out of range")
+    return value
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text}, which is no JSON")
+
+
 def check_folder(command: str, folder: epath.PathLike) -> epath.Path:
     """The path of a folder that is there, or can be made.
 
@@ -99,7 +153,7 @@ def check_folder(command: str, folder: epath.PathLike) -> epath.Path:
         UserError: a file is in its place, or the place cannot be written to.
     """
     folder = epath.Path(folder)
-    if _is_remote(folder):
+    if is_remote(folder):
         _try(command, folder)
         return folder
     there = next((path for path in (folder, *folder.parents) if path.exists()), None)
@@ -120,7 +174,8 @@ def _try(command: str, folder: epath.Path) -> None:
         raise UserError(f"{command}: {folder} cannot be written to ({one_line(error)}); give another --out") from error
 
 
-def _is_remote(path: epath.PathLike) -> bool:
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is of an object store, which has no folders and cannot append."""
     return "://" in os.fspath(path)
 
 

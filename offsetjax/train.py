@@ -28,7 +28,7 @@ from offsetjax.parallel.watchdog import Watchdog
 from offsetjax.storage import checkpoint
 from offsetjax.training.evaluators import Evaluator, open_evaluators
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
-from offsetjax.training.metrics import MetricsWriter, StepClock
+from offsetjax.training.metrics import Metrics, StepClock, open_metrics
 from offsetjax.training.objective import Objective, make_objective
 from offsetjax.training.setup import Run, first_state, open_run, open_stream
 from offsetjax.training.starts import write_start
@@ -103,7 +103,7 @@ def _loop(
     host_batches = stream.iterator(start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
     instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1)
-    metrics = MetricsWriter(run.workdir, start, train.steps)
+    metrics = open_metrics(train.writers, run.workdir, start, train.steps)
     unwritten: tuple[int, Any] | None = None
     last: Any = None
     try:
@@ -122,7 +122,7 @@ def _loop(
             last = step_metrics
             watchdog.progressed()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
-                metrics.write(*_fetch(*unwritten, clock))
+                metrics.scalars(*_fetch(*unwritten, clock))
                 unwritten = None
             if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
                 unwritten = (step, step_metrics)
@@ -132,7 +132,7 @@ def _loop(
             is_preempted = preemption.reached()
             if is_preempted or step % run.config.checkpoint.every_steps == 0 or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
-                    metrics.write(*_fetch(*unwritten, clock))
+                    metrics.scalars(*_fetch(*unwritten, clock))
                     unwritten = None
                 checkpoint.save(manager, step, state, _position(stream, step))
                 watchdog.progressed()
@@ -161,13 +161,16 @@ def _evaluate(
     evaluators: Sequence[Evaluator],
     state: TrainState,
     step: int,
-    metrics: MetricsWriter,
+    metrics: Metrics,
     clock: StepClock,
     watchdog: Watchdog,
 ) -> None:
-    jax.block_until_ready(state)  # the steps under way are not the watches' time
+    jax.block_until_ready(state)  # the steps under way are not the evaluators' time
     with clock.paused():
         for evaluator in evaluators:
-            if values := evaluator.evaluate(state, step):
-                metrics.write_evaluation(step, values)
+            found = evaluator.evaluate(state, step)
+            for name, pictures in found.images.items():
+                metrics.images(step, name, pictures, found.about)
+            if found.scalars:
+                metrics.scalars(step, found.scalars)
             watchdog.progressed()

@@ -22,7 +22,7 @@ from offsetjax.report import report
 from offsetjax.sampling.sample import sample_workdir
 from offsetjax.train import train
 from offsetjax.training.instruments import compilation_cache
-from offsetjax.training.metrics import format_duration
+from offsetjax.training.writers import format_duration
 
 _log = logging.getLogger("offsetjax")
 _CONFIG = Path(__file__).parents[2] / "configs" / "article" / "fine_tune.py"

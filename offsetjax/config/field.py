@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from offsetjax.config.ranges import Range, Registered
+from offsetjax.config.ranges import EachRegistered, Range, Registered
 
 Texts = tuple[str, ...]
 Numbers = tuple[float, ...]
@@ -46,7 +46,7 @@ class Field:
     name: str
     type: Any
     default: Any
-    range: Range | Registered
+    range: Range | Registered | EachRegistered
     meaning: str
     unit: str = ""
     elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)

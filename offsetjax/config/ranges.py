@@ -52,6 +52,27 @@ class Registered:
         return (("",) if self.empty else ()) + self.registry.names
 
 
+@dataclass(frozen=True)
+class EachRegistered:
+    """A tuple of names that a registry knows when it is asked; otherwise as `Range`."""
+
+    registry: Registry[Any]
+
+    def holds(self, values: tuple[str, ...]) -> bool:
+        """Whether all names are known."""
+        return all(value in self.choices for value in values)
+
+    @property
+    def words(self) -> str:
+        """What it must be."""
+        return "made of " + ", ".join(self.choices)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names."""
+        return self.registry.names
+
+
 # What a parameter can hold: beyond it a number that Python takes for finite is infinite where it is used.
 _FLOAT32_MAX = 3.4028235e38
 _INT32_MAX = 2**31 - 1

@@ -12,3 +12,12 @@ SOURCES: Registry[Any] = Registry(
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer.name", "offsetjax.optimizers", {"adamw": "offsetjax.training.optimizer:adamw"}
 )
+WRITERS: Registry[Any] = Registry(
+    "train.writers",
+    "offsetjax.writers",
+    {
+        "jsonl": "offsetjax.training.jsonl:JsonLines",
+        "tensorboard": "offsetjax.training.writers:TensorBoard",
+        "terminal": "offsetjax.training.writers:Terminal",
+    },
+)

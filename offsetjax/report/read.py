@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from offsetjax.config.load import read_json
 from offsetjax.data.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError, one_line
+from offsetjax.training.jsonl import read_log
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,17 @@ def _names(workdirs: Sequence[str]) -> list[str]:
 
 def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, str, int], Data | str]) -> Run:
     config = _read_config(workdir / "config.json")
-    about = (bool(config.get("data.cached_latents")), str(config.get("data.source", "tfds")))
-    where = (str(config["data.path"]), str(config["data.split"]), *about, int(config["data.resolution"]))
+    about = (
+        bool(config.get("data.cached_latents")),
+        str(config.get("data.source", "tfds")),
+        int(config["data.resolution"]),
+    )
+    where = (str(config["data.path"]), str(config["data.split"]), *about)
     if where not in data:
         data[where] = _measure(*where)
     samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
     by_step = [each for each in samples if re.fullmatch(r"step_\d+", each.name)]
-    lines = list(_read_metrics(workdir / "metrics.jsonl"))
+    lines = _read_metrics(workdir)
     return Run(
         name=name,
         config=config,
@@ -162,17 +167,15 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     return config
 
 
-def _read_metrics(path: epath.Path) -> Iterator[dict[str, float]]:
-    if not path.exists():  # a training that is still compiling
-        return
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        try:
-            values = json.loads(line)
-            yield {name: float(value) for name, value in values.items()} | {"step": int(values["step"])}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if not line.endswith("\n"):  # the last line of a training that is still writing
-                return
-            raise UserError(f"report: {path}, line {number} is not a step's metrics; delete that line") from error
+def _read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
+    """The lines of a record; the last one may be half written."""
+    log = read_log(workdir)
+    for number in log.unreadable:
+        raise UserError(
+            f"report: {workdir / 'metrics.jsonl'}, line {number} is not a step's metrics; resume the training, which "
+            "sets such lines aside, or delete that line"
+        )
+    return [{**line.values, "step": line.step} for line in log.lines]
 
 
 def _is_evaluation(line: dict[str, float]) -> bool:

@@ -1,13 +1,14 @@
-"""What a training looks at now and then: sample grids, validation losses and the brightness of what it draws.
+"""What a training evaluates now and then: sample grids, validation losses and the brightness of what it draws.
 
-Each watch is a function of the train state alone, with fixed pictures, prompts, seeds and noise, so that its values
+Each evaluator is a function of the train state alone, with fixed pictures, prompts, seeds and noise, so that its values
 compare between steps and between runs.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -18,7 +19,7 @@ from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.source import Source, open_data
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import sharding
-from offsetjax.sampling.pictures import Picture, write_samples
+from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
 from offsetjax.training.setup import Run, open_stream
 from offsetjax.training.step import TrainState
@@ -26,18 +27,30 @@ from offsetjax.training.validation import check_apart, make_losses, validate
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator found: named values, named grids of pictures, and how these were drawn."""
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    images: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+Evaluate = Callable[[TrainState, int], Evaluation]
+
+
+@dataclass(frozen=True)
 class Evaluator:
-    """`look(state, step)` gives named values, for the metrics; at each multiple of `every_steps` and at the end."""
+    """`evaluate(state, step)` is called at each multiple of `every_steps` and at the end."""
 
     every_steps: int
-    evaluate: Callable[[TrainState, int], dict[str, float]]
+    evaluate: Evaluate
 
     def is_due(self, step: int, num_steps: int) -> bool:
         return step % self.every_steps == 0 or step == num_steps
 
 
 def open_evaluators(run: Run, source: Source) -> list[Evaluator]:
-    """The watches that a config asks for.
+    """The evaluators that a config asks for.
 
     Raises:
         UserError: a hold-out that cannot be read, or that shares pictures with the training data.
@@ -68,39 +81,36 @@ def _draw(run: Run, sampler: Sampler, state: TrainState, prompts: tuple[str, ...
     return draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, prompts, range(num_seeds))
 
 
-def _write(run: Run, name: str, step: int, pictures: list[Picture]) -> None:
-    if jax.process_index() == 0:
-        write_samples(
-            run.workdir / "samples", name, pictures, about_samples(run.config, step, run.config.sample.params)
-        )
+def _about(run: Run, step: int) -> dict[str, Any]:
+    return about_samples(run.config, step, run.config.sample.params)
 
 
-def _sample(run: Run, sampler: Sampler) -> Callable[[TrainState, int], dict[str, float]]:
+def _sample(run: Run, sampler: Sampler) -> Evaluate:
     sample = run.config.sample
 
-    def evaluate(state: TrainState, step: int) -> dict[str, float]:
-        _write(run, f"step_{step}", step, _draw(run, sampler, state, sample.prompts, sample.seeds_per_prompt))
-        return {}
+    def evaluate(state: TrainState, step: int) -> Evaluation:
+        pictures = _draw(run, sampler, state, sample.prompts, sample.seeds_per_prompt)
+        return Evaluation(images={f"step_{step}": pictures}, about=_about(run, step))
 
     return evaluate
 
 
-def _probe(run: Run, sampler: Sampler, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
+def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
     probe = run.config.probe
     measured = functools.cache(lambda: data_brightness(source, run.config.data.resolution))
 
-    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+    def evaluate(state: TrainState, step: int) -> Evaluation:
         pictures = _draw(run, sampler, state, probe.prompts, probe.seeds_per_prompt)
-        _write(run, f"probe_{step}", step, pictures)
         if jax.process_index() != 0:  # who writes no metrics need not read the data for them
-            return {}
+            return Evaluation()
         values = compare([picture.brightness for picture in pictures], measured())
-        return {f"brightness_{name}": value for name, value in values.items()}
+        scalars = {f"brightness_{name}": value for name, value in values.items()}
+        return Evaluation(scalars, {f"probe_{step}": pictures}, _about(run, step))
 
     return evaluate
 
 
-def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[str, float]]:
+def _validation(run: Run, source: Source) -> Evaluate:
     config = run.config.copy_and_resolve_references()
     held_out = open_data(config.data, config.validation.split)
     check_apart(source, held_out)
@@ -119,8 +129,8 @@ def _validation(run: Run, source: Source) -> Callable[[TrainState, int], dict[st
         out_shardings=replicated,
     )
 
-    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+    def evaluate(state: TrainState, step: int) -> Evaluation:
         del step
-        return validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen)
+        return Evaluation(validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen))
 
     return evaluate

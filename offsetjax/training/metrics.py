@@ -1,83 +1,103 @@
-"""Metrics to `metrics.jsonl`, to TensorBoard and to the terminal."""
+"""What a training logs, and who writes it: JSON lines, TensorBoard, the terminal, or a writer of another package.
+
+A writer is a class with `scalars`, `images` and `close`, and a function that opens it, which
+`WRITERS.register(name, function)` makes known to `train.writers`.
+"""
 
 import contextlib
-import json
 import logging
-import math
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
 
-from offsetjax.files import write_whole
+from offsetjax.config.registries import WRITERS
+from offsetjax.errors import one_line
+from offsetjax.sampling.pictures import Picture
 
 _log = logging.getLogger("offsetjax")
 
 
-class MetricsWriter:
-    """A line of JSON, and TensorBoard scalars, for each logged step, and one for each watch's values.
+class Writer(Protocol):
+    """Takes what a training logs, in the order of the steps."""
 
-    Lines of steps that a resumed run writes again are dropped when it opens: those after `start_step`, and all at 0. Of
-    several processes the first writes.
-    """
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """The values of a step, or what an evaluator found after it; they may be NaN or infinite."""
 
-    def __init__(self, workdir: epath.PathLike, start_step: int, num_steps: int):
-        self._file = epath.Path(workdir) / "metrics.jsonl"
-        lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
-        self._kept = [line for line in lines if line.endswith("\n") and start_step and _step_of(line) <= start_step]
-        self._is_local = "://" not in str(workdir)
-        self._writes = jax.process_index() == 0
-        if self._writes:
-            write_whole(self._file, "".join(self._kept))
-            self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
-        self._num_steps, self._began = num_steps, time.monotonic()
-        self._first_written: tuple[int, float] | None = None
-        self._seconds_before = json.loads(self._kept[-1])["time_seconds"] if self._kept else 0.0
+    def images(self, step: int, name: str, pictures: Sequence[Picture], about: Mapping[str, Any]) -> None:
+        """Pictures that were drawn after a step.
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one step's values; `time_seconds` is the training's wall-clock, resumptions included."""
-        if not self._writes:
-            return
-        elapsed = self._record(step, values)
-        text = f"step {step}/{self._num_steps}  loss {values['loss']:.4f}"
-        if self._first_written is None:  # its time is that of the compilation, which says nothing of the rest
-            self._first_written = step, elapsed
-        else:
-            first_step, first_elapsed = self._first_written
-            left = (self._num_steps - step) * (elapsed - first_elapsed) / (step - first_step)
-            mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
-            text += f"  {values['images_per_second']:.1f} images/s{mfu}  {format_duration(left)} left"
-        _log.info(text)
-
-    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes what a watch saw, as a line of its own."""
-        if not self._writes:
-            return
-        self._record(step, values)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if not re.search(r"_t\d+$", name))
-        _log.info("step %d/%d  %s", step, self._num_steps, shown)
-
-    def _record(self, step: int, values: Mapping[str, float]) -> float:
-        elapsed = time.monotonic() - self._began
-        line = json.dumps({"step": step, **values, "time_seconds": round(self._seconds_before + elapsed, 3)}) + "\n"
-        if self._is_local:
-            with self._file.open("a") as file:
-                file.write(line)
-        else:  # object stores cannot append
-            self._kept.append(line)
-            self._file.write_text("".join(self._kept))
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()  # a killed process leaves what it logged
-        return elapsed
+        Args:
+            name: of what drew them, and the step: `step_500`.
+            about: how they were drawn.
+        """
 
     def close(self) -> None:
-        """Flushes the events."""
-        if self._writes:
-            self._events.close()
+        """Nothing comes after it."""
+
+
+class OpenWriter(Protocol):
+    """Opens a writer for the steps after `start_step`; what it may hold of later ones is to be forgotten."""
+
+    def __call__(self, workdir: epath.Path, start_step: int, num_steps: int) -> Writer: ...
+
+
+class Metrics:
+    """All writers of a training. One that fails is reported once, by its name, and never ends the training."""
+
+    def __init__(self, openers: Mapping[str, Callable[[], Writer]]):
+        self._openers, self._reported = openers, set[str]()
+        self._writers: dict[str, Writer] = {}
+        self._each(lambda writer: None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer.scalars`."""
+        self._each(lambda writer: writer.scalars(step, values))
+
+    def images(self, step: int, name: str, pictures: Sequence[Picture], about: Mapping[str, Any]) -> None:
+        """See `Writer.images`."""
+        self._each(lambda writer: writer.images(step, name, pictures, about))
+
+    def close(self) -> None:
+        """Closes all writers."""
+        for name, writer in self._writers.items():
+            with self._reporting(name):
+                writer.close()
+
+    def _each(self, act: Callable[[Writer], None]) -> None:
+        for name, opener in self._openers.items():
+            with self._reporting(name):
+                if name not in self._writers:  # or it failed to open, and may not do so again
+                    self._writers[name] = opener()
+                act(self._writers[name])
+
+    @contextlib.contextmanager
+    def _reporting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a service that is down, a full disk: others' code, which may raise anything
+            if name not in self._reported:
+                self._reported.add(name)
+                _log.warning("train.writers: %s failed (%s); the training continues", name, one_line(error))
+
+
+def open_metrics(names: Sequence[str], workdir: epath.PathLike, start_step: int, num_steps: int) -> Metrics:
+    """The writers of these names. Of several processes the first writes.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    openers: dict[str, OpenWriter] = {name: WRITERS[name] for name in names}
+    if jax.process_index() != 0:
+        return Metrics({})
+    folder = epath.Path(workdir)
+    return Metrics({name: _opening(opener, folder, start_step, num_steps) for name, opener in openers.items()})
+
+
+def _opening(opener: OpenWriter, workdir: epath.Path, start_step: int, num_steps: int) -> Callable[[], Writer]:
+    return lambda: opener(workdir, start_step, num_steps)
 
 
 class StepClock:
@@ -116,17 +136,3 @@ class StepClock:
             "data_wait_seconds": round(waited, 5),
         }
         return rates | ({"mfu": round(self._ideal / seconds, 5)} if self._ideal else {})
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a crash of the machine can leave anything
-        return math.inf
-
-
-def format_duration(seconds: float) -> str:
-    """`75 -> "1:15"`, `3675 -> "1:01:15"`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

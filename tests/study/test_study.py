@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from offsetjax.article.pictures import PROMPTS
@@ -15,7 +16,7 @@ from offsetjax.errors import UserError
 from offsetjax.study import command
 from offsetjax.study.kinds import KINDS, noise_of
 from offsetjax.study.variants import TRAININGS, VARIANTS
-from offsetjax.training.metrics import MetricsWriter
+from offsetjax.training.jsonl import JsonLines
 from tests import tiny
 
 
@@ -24,10 +25,10 @@ def _train(workdir: pathlib.Path) -> None:
     if workdir.exists():
         return
     workdir.mkdir()
-    metrics = MetricsWriter(workdir, 0, 2)
+    metrics = JsonLines(epath.Path(workdir), 0, 2)
     for step in (1, 2):
-        metrics.write_evaluation(step, {"validation_plain": 0.5 / step})
-        metrics.write(step, {"loss": 1.0, "images_per_second": 1.0})
+        metrics.scalars(step, {"validation_plain": 0.5 / step})
+        metrics.scalars(step, {"loss": 1.0, "images_per_second": 1.0})
     metrics.close()
 
 

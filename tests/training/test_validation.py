@@ -198,7 +198,6 @@ def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, mon
         return [Picture("", 0, np.zeros((2, 2, 3), np.uint8))]
 
     monkeypatch.setattr("offsetjax.training.evaluators.draw_pictures", draw)
-    monkeypatch.setattr("offsetjax.training.evaluators.write_samples", lambda *_: None)
     config = run_config(data_path(base), seed=7, sample__brightness=(1.0,), sample__every_steps=0)
     config.probe.every_steps = 1
     mesh = mesh_of(data=1, fsdp=1)
@@ -206,6 +205,7 @@ def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, mon
     source = open_source(config.data.path)
     [evaluator] = open_evaluators(run, source)
     params = {"w": jnp.zeros(1)}
-    values = evaluator.evaluate(TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0)), 0)
+    found = evaluator.evaluate(TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0)), 0)
     assert seen == [(0, ())]
-    assert values["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())
+    assert [len(pictures) for pictures in found.images.values()] == [1] and found.images.keys() == {"probe_0"}
+    assert found.scalars["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())

@@ -1,8 +1,18 @@
 """How a run goes: steps, optimizer, devices, checkpoints."""
 
-from offsetjax.config.field import Change, Field, Integers, Section
-from offsetjax.config.ranges import DEVICES, STEPS_TO_TRACE, Registered, above, at_least, count, from_up_to, one_of
-from offsetjax.config.registries import OPTIMIZERS
+from offsetjax.config.field import Change, Field, Integers, Section, Texts
+from offsetjax.config.ranges import (
+    DEVICES,
+    STEPS_TO_TRACE,
+    EachRegistered,
+    Registered,
+    above,
+    at_least,
+    count,
+    from_up_to,
+    one_of,
+)
+from offsetjax.config.registries import OPTIMIZERS, WRITERS
 
 TOP = Section(
     "",
@@ -49,6 +59,15 @@ TRAIN = Section(
             elsewhere={"gradient_accumulation_steps": "kohya, diffusers, OneTrainer"},
         ),
         Field("log_every_steps", int, 50, count(1), "how often losses are written", "steps", change=Change.FREELY),
+        Field(
+            "writers",
+            Texts,
+            ("jsonl", "tensorboard", "terminal"),
+            EachRegistered(WRITERS),
+            "where losses and pictures are written",
+            elsewhere={"log_with": "kohya", "report_to": "diffusers, SimpleTuner"},
+            change=Change.FREELY,
+        ),
         Field("profile_steps", Integers, (), STEPS_TO_TRACE, "what is traced for xprof", "steps", change=Change.FREELY),
         Field(
             "stall_seconds",
