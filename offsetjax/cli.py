@@ -17,6 +17,7 @@ from offsetjax.parallel import signals
 
 Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
+_TEXT_LINES = "of a text file with several lines: they are one caption, the first is it, or each is one"
 _OVERRIDES = "--config.path=value changes one field of the config, such as --config.noise.offset_strength=0.1"
 _REMEDIES = {
     Status.MISTAKE: "see to it and try again",
@@ -220,9 +221,13 @@ def _parser() -> argparse.ArgumentParser:
     common: dict[str, Any] = {"allow_abbrev": False, "parents": [debug]}
     sub = data.add_parser("build", help="a folder of captioned images → ArrayRecord", **common)
     sub.set_defaults(run=_data_build)
-    sub.add_argument("--images", required=True, help="images with metadata.jsonl, or name.txt beside name.png")
+    sub.add_argument("--images", required=True, help="pictures with metadata.jsonl, or name.txt beside name.png")
     sub.add_argument("--out", required=True)
-    sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken images that is accepted")
+    sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken pictures that is accepted")
+    sub.add_argument("--text_lines", choices=("whole", "first", "each"), default="whole", help=_TEXT_LINES)
+    sub.add_argument("--no_repeats", action="store_true", help="folders called `10_a cat` are not kohya's")
+    sub.add_argument("--follow_links", action="store_true", help="links may lead out of the folder")
+    sub.add_argument("--workers", type=int, default=0, help="processes; by default as many as there are cores")
     sub = data.add_parser("encode", help="the latents of a data set, to train from", **common)
     sub.set_defaults(run=_data_encode)
     sub.add_argument("--config", required=True, help="the config file of the training to be")
@@ -451,7 +456,15 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
     from offsetjax.data.build import build
 
-    build(options.images, options.out, options.max_dropped)
+    build(
+        options.images,
+        options.out,
+        options.max_dropped,
+        workers=options.workers,
+        lines=options.text_lines,
+        repeats=not options.no_repeats,
+        follow_links=options.follow_links,
+    )
 
 
 def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -468,7 +481,7 @@ def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _data_inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     _no_more(rest)
-    from offsetjax.data.build import inspect
+    from offsetjax.data.inspect import inspect
 
     inspect(options.data, options.out, options.split)
 

@@ -1,254 +1,318 @@
-"""A folder of captioned pictures → a TFDS data set in ArrayRecord, with no tensorflow; and a look at one."""
+"""Pictures with captions, wherever they lie → a TFDS data set in ArrayRecord, with no tensorflow.
+
+Each process writes whole shards of its own, under names that tell their items, so that what was interrupted continues
+with those that are missing. `build.json` says what is being built and is the first file; `dataset_info.json` is the
+last.
+"""
 
 import contextlib
-import io
 import json
+import multiprocessing
 import os
 import shutil
-import textwrap
-import uuid
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from offsetjax.data.folder import list_pictures, read_captions, read_text_file
-from offsetjax.data.images import UnreadableImage, clean, resize_and_crop
-from offsetjax.data.source import unreadable
-from offsetjax.data.tfds import TfdsPictures, open_pictures
+from offsetjax.data.folder import list_folder
+from offsetjax.data.images import UnreadableImage, clean
+from offsetjax.data.items import Dropped, Items, Listing, shown
+from offsetjax.data.shards import INFO, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
+from offsetjax.files import parse_object, write_whole
 from offsetjax.progress import tracked
 
-DROPPED_FILE = "dropped.json"
-MAX_MEASURED = 10_000  # pictures that `inspect` decodes
-NO_CAPTION = "no caption: neither a line in metadata.jsonl nor a text file beside it"
+DROPPED_FILE, REPEATS_FILE = "dropped.json", "repeats.json"
+SHARD_SIZE = 1024  # items
+_NAME, _VERSION, _DESCRIPTION = "pictures", "1.0.0", "build.json"
+_OPTIONS = "group_size:1"  # each record is found at once
 
 
-@dataclass(frozen=True)
-class Example:
-    """A picture of the folder: its record, or the reason why it has none."""
-
-    name: str
-    record: dict[str, Any] | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `build` made: the version folder, how many pictures it holds, and (name, reason) of those it does not."""
-
-    path: str
-    kept: int
-    dropped: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        text = f"{self.path}: {self.kept} pictures"
-        return f"{text}, {len(self.dropped)} dropped" + (f": {_reasons(self.dropped)}" if self.dropped else "")
-
-
-class Pictures(tfds.core.GeneratorBasedBuilder):
-    """Pictures with captions, as encoded in their files."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # TFDS looks beside the code for checksums of downloads, with a package (importlib_resources) that it does not
-    # declare for this Python. There are no downloads here.
-    code_path = None
-
-    def __init__(self, *, examples: Iterable[tuple[str, dict[str, Any]]] = (), **kwargs: Any):
-        self._examples = examples
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
+def features() -> tfds.features.FeaturesDict:
+    """What a record holds; `captions` are those beyond the first."""
+    return tfds.features.FeaturesDict(
+        {
             "image": tfds.features.Image(shape=(None, None, 3)),
             "caption": tfds.features.Text(),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
             "name": tfds.features.Text(),
             "height": np.int32,
             "width": np.int32,
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Pictures with captions, built by offsetjax from a folder.",
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # the records keep the order of the names; the stream shuffles
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        yield from self._examples
+    )
 
 
-def build(images_dir: epath.PathLike, out_dir: epath.PathLike, max_dropped: float = 0.1) -> Summary:
-    """Builds the data set `pictures` from a folder and prints what it holds.
+@dataclass(frozen=True)
+class Summary:
+    """What `build` made.
+
+    Attributes:
+        path: the version folder.
+        splits: how many pictures each split holds.
+        dropped: (name, reason) of those that it does not hold.
+        notes: what else there is to say, a line each.
+    """
+
+    path: str
+    splits: dict[str, int]
+    dropped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """How many pictures the data set holds."""
+        return sum(self.splits.values())
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{count} of {split}" for split, count in self.splits.items())
+        text = f"{self.path}: {self.kept} pictures" + (f" ({each})" if len(self.splits) > 1 else "")
+        return f"{text}, {len(self.dropped)} dropped" + (f": {reasons(self.dropped)}" if self.dropped else "")
+
+
+def build(
+    images: epath.PathLike,
+    out_dir: epath.PathLike,
+    max_dropped: float = 0.1,
+    *,
+    workers: int = 0,
+    shard_size: int = SHARD_SIZE,
+    **options: Any,
+) -> Summary:
+    """Builds the data set `pictures` and prints what it holds.
 
     Pictures that any decoder shows right keep their bytes; the others become PNGs of what a viewer shows. Broken
     pictures and those without a caption are left out; `dropped.json` in the data set names them with the reason.
 
     Args:
-        images_dir: the pictures, also in folders below, captioned as `offsetjax.data.folder` says.
-        out_dir: where TFDS puts `pictures/1.0.0`; it appears when it is complete.
+        images: a folder of pictures, captioned as `offsetjax.data.folder` says.
+        out_dir: where `pictures/1.0.0` is put; no reader takes it for a data set until it is complete.
         max_dropped: the share of the pictures that may be left out.
+        workers: processes; 0: as many as this machine has cores, where there are as many shards.
+        options: as for `list_folder`.
 
     Raises:
-        UserError: nothing to read, malformed captions, too much to drop, or `out_dir` is there already.
+        UserError: nothing to read, too much to drop, or something else is in `out_dir`.
     """
     out = epath.Path(out_dir)
     if not 0 <= max_dropped <= 1:
         raise UserError(f"data: --max_dropped={max_dropped} must be between 0 and 1")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"data: {out_dir} already exists; remove it, or give another folder for the data set")
-    names, captions = list_pictures(images_dir), read_captions(images_dir)
-    names = sorted({*names, *captions})
-    dropped: list[tuple[str, str]] = []
-    unfinished = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    # Grain's threads clean the next pictures while one is written, and keep their order.
-    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=32)
-    read = grain.MapDataset.source(names).map(partial(_read, images_dir, captions)).to_iter_dataset(options)
+    folder = out / _NAME / _VERSION
+    _check_free(out, folder)
+    listing = list_folder(images, **options)
+    _begin(out, folder, _plan(listing, shard_size, options))
+    tasks = [task for split in listing.splits for task in _tasks(folder, split, listing.splits[split], shard_size)]
+    missing = [task for task in tasks if not task.is_done]
+    for _ in tracked(_written(missing, workers), "Reading pictures", sum(len(task.items) for task in missing)):
+        pass
+    results = {task.path.name: task.result() for task in tasks}
+    total = sum(map(len, listing.splits.values())) + len(listing.dropped)
+    dropped = (*(each for result in results.values() for each in result.dropped), *listing.dropped)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `clean` refuses what it warns of
-            version = _write(unfinished, _kept(read, len(names), dropped, max_dropped))
-        (version / DROPPED_FILE).write_text(json.dumps(dict(dropped), indent=2) + "\n")
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    summary = Summary(str(out / version.relative_to(unfinished)), len(names) - len(dropped), tuple(dropped))
-    print(summary)
-    for name, reason in dropped[:5]:
-        print(f"  {name}: {reason}")
+        _check_dropped(dropped, total, max_dropped)
+    except UserError:
+        if len(tasks) == 1:  # of more, another try with a larger --max_dropped need not read them again
+            _remove(out)
+        raise
+    splits = {split: [results[task.path.name] for task in tasks if task.split == split] for split in listing.splits}
+    write_whole(folder / DROPPED_FILE, json.dumps(dict(dropped), indent=2) + "\n")
+    if listing.repeats:
+        repeats = {split: _kept_repeats(runs, splits[split]) for split, runs in listing.repeats.items()}
+        write_whole(folder / REPEATS_FILE, json.dumps(repeats) + "\n")
+    lengths = {split: [result.kept for result in each] for split, each in splits.items()}
+    write_info(folder, _NAME, _VERSION, "Pictures with captions, built by offsetjax.", features(), lengths)
+    for task in tasks:
+        task.result_path.unlink()
+    (folder / _DESCRIPTION).unlink()
+    notes = [*listing.notes, *(f"passed over: {count} {why}" for why, count in listing.passed.items())]
+    summary = Summary(str(folder), {split: sum(each) for split, each in lengths.items()}, dropped, tuple(notes))
+    _print(summary)
     return summary
 
 
-def _write(folder: epath.Path, examples: Iterable[tuple[str, dict[str, Any]]]) -> epath.Path:
-    """Writes the data set into `folder`; its version folder."""
-    folder.mkdir(parents=True)
-    tfds.disable_progress_bar()  # rich shows ours
-    builder = Pictures(examples=examples, data_dir=os.fspath(folder), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
-        builder.download_and_prepare(download_dir=os.fspath(folder / "downloads"))
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
-    return epath.Path(builder.data_dir)
+def _print(summary: Summary) -> None:
+    print(summary)
+    for name, reason in summary.dropped[:5]:
+        print(f"  {shown(name)}: {shown(reason)}")
+    for note in summary.notes:
+        print(f"  {shown(note)}")
 
 
-def _kept(
-    read: Iterable[Example], total: int, dropped: list[tuple[str, str]], max_dropped: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The (name, record) of each example that has one; the others are appended to `dropped`."""
-    for example in tracked(read, "Reading pictures", total):
-        if example.record is not None:
-            yield example.name, example.record
-        else:
-            dropped.append((example.name, example.reason))
-    if len(dropped) == total or len(dropped) > max_dropped * total:
-        first = "; ".join(f"{name}: {reason}" for name, reason in dropped[:3])
-        allowed = "none is left" if len(dropped) == total else f"more than --max_dropped={max_dropped} allows"
+def _check_free(out: epath.Path, folder: epath.Path) -> None:
+    """Raises a UserError where something else than an unfinished build is in the way."""
+    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_free and ((folder / INFO).exists() or not (folder / _DESCRIPTION).exists()):
+        raise UserError(f"data: {out} already exists; remove it, or give another folder for the data set")
+
+
+def _plan(listing: Listing, shard_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What decides on the content of every shard."""
+    digests = {split: items.digest() for split, items in listing.splits.items()}
+    settings = {name: str(value) for name, value in options.items()}
+    return {"items": digests, "shard_size": shard_size, "options": settings}
+
+
+def _begin(out: epath.Path, folder: epath.Path, plan: dict[str, Any]) -> None:
+    file = folder / _DESCRIPTION
+    if not file.exists():
+        write_whole(file, json.dumps(plan) + "\n")
+        return
+    try:
+        before = parse_object(file.read_bytes())
+    except ValueError:
+        before = {}
+    if before != plan:
         raise UserError(
-            f"data: {len(dropped)} of {total} pictures cannot be used, {allowed}: {_reasons(dropped)}; first {first}"
+            f"data: {out} has an unfinished build of other pictures, or with other settings; remove it, or give "
+            "another folder for the data set"
         )
 
 
-def _read(images_dir: epath.PathLike, captions: dict[str, str], name: str) -> Example:
-    caption = captions[name] if name in captions else read_text_file(images_dir, name)
-    if caption is None:
-        return Example(name, reason=NO_CAPTION)
-    if not caption.strip():
-        return Example(name, reason="empty caption")
-    try:
-        image, height, width = clean((epath.Path(images_dir) / name).read_bytes())
-    except FileNotFoundError:
-        return Example(name, reason="named in metadata.jsonl, but missing")
-    except OSError as error:
-        return Example(name, reason=f"cannot be read: {error.strerror}")
-    except UnreadableImage as error:
-        return Example(name, reason=str(error))
-    record = {"image": image, "caption": caption.strip(), "name": name, "height": height, "width": width}
-    return Example(name, record)
+def _remove(out: epath.Path) -> None:
+    """Removes what this build has written, and nothing else."""
+    shutil.rmtree(out / _NAME / _VERSION, ignore_errors=True)
+    for folder in (out / _NAME, out):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
-def _reasons(dropped: Sequence[tuple[str, str]]) -> str:
-    counts = Counter(reason for _, reason in dropped)
-    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(4))
+@dataclass(frozen=True)
+class Result:
+    """What became of a shard's items: how many are kept, and (name, reason) of the others with their places."""
+
+    kept: int
+    dropped: tuple[tuple[str, str], ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to write, and its items."""
+
+    path: epath.Path
+    split: str
+    items: Items
+
+    @property
+    def result_path(self) -> epath.Path:
+        return self.path.parent / f".{self.path.name}.json"
+
+    @property
+    def is_done(self) -> bool:
+        return self.result_path.exists() and self.path.exists()
+
+    def result(self) -> Result:
+        """What became of its items, once it is done."""
+        stored = parse_object(self.result_path.read_bytes())
+        dropped = tuple((str(name), str(reason)) for name, reason in stored["dropped"])
+        return Result(int(stored["kept"]), dropped, tuple(stored["places"]))
+
+    def write(self, threads: int) -> int:
+        """Writes the shard and what became of its items; how many there were."""
+        dropped: list[tuple[str, str]] = []
+        places: list[int] = []
+
+        def kept() -> Iterator[dict[str, Any]]:
+            # Grain's threads clean the next pictures while one is written, and keep their order.
+            options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+            records = grain.MapDataset.source(range(len(self.items))).map(self._read).to_iter_dataset(options)
+            for place, record in enumerate(records):
+                if isinstance(record, Dropped):
+                    dropped.append((self.items.name(place), str(record)))
+                    places.append(place)
+                else:
+                    yield record
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `clean` refuses what it warns of
+            count = write_shard(self.path, features(), kept(), _OPTIONS)
+        write_whole(self.result_path, json.dumps(asdict(Result(count, tuple(dropped), tuple(places)))) + "\n")
+        return len(self.items)
+
+    def _read(self, place: int) -> dict[str, Any] | Dropped:
+        try:
+            item = self.items[place]
+            image, height, width = clean(item.image)
+        except Dropped as reason:
+            return reason
+        except UnreadableImage as error:
+            return Dropped(str(error))
+        first, *others = item.captions
+        about = {"caption": first, "captions": others, "name": item.name}
+        return {"image": image, "height": height, "width": width, **about}
+
+
+def _tasks(folder: epath.Path, split: str, items: Items, shard_size: int) -> list[Task]:
+    firsts = range(0, len(items), shard_size)
+    paths = shard_paths(folder, _NAME, split, len(firsts))
+    parts = (items.part(first, min(first + shard_size, len(items))) for first in firsts)
+    return [Task(path, split, part) for path, part in zip(paths, parts, strict=True)]
+
+
+def _written(tasks: Sequence[Task], workers: int) -> Iterator[int]:
+    """Writes all shards; something for each item that is done with."""
+    cores = os.cpu_count() or 1
+    workers = min(workers or cores, len(tasks))
+    if workers < 2:
+        for task in tasks:
+            yield from range(task.write(cores))
+        return
+    context = multiprocessing.get_context("spawn")  # the threads of grain and of Pillow do not survive a fork
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+        futures: list[Future[int]] = [pool.submit(Task.write, task, max(1, cores // workers)) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield from range(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however that ended."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _check_dropped(dropped: Sequence[tuple[str, str]], total: int, max_dropped: float) -> None:
+    if len(dropped) < total and len(dropped) <= max_dropped * total:
+        return
+    first = "; ".join(f"{shown(name)}: {shown(reason)}" for name, reason in dropped[:3])
+    allowed = "none is left" if len(dropped) == total else f"more than --max_dropped={max_dropped} allows"
+    raise UserError(
+        f"data: {len(dropped)} of {total} pictures cannot be used, {allowed}: {reasons(dropped)}; first {first}"
+    )
+
+
+def _kept_repeats(runs: Sequence[tuple[int, int]], results: Sequence[Result]) -> list[tuple[int, int]]:
+    """The runs of equal repeats among the items that are kept."""
+    times = np.repeat([each for _, each in runs], [count for count, _ in runs])
+    is_kept = np.ones(len(times), bool)
+    first = 0
+    for result in results:
+        is_kept[[first + place for place in result.places]] = False
+        first += result.kept + len(result.places)
+    return [(len(list(same)), int(each)) for each, same in groupby(times[is_kept].tolist())]
+
+
+def reasons(dropped: Sequence[tuple[str, str]]) -> str:
+    """The commonest reasons with their numbers; what follows a colon is the single item's."""
+    counts = Counter(reason.partition(":")[0] for _, reason in dropped)
+    listed = ", ".join(f"{count} {shown(reason)}" for reason, count in counts.most_common(4))
     return listed + (", ..." if len(counts) > 4 else "")
-
-
-def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str = "train") -> None:
-    """Prints what a data set holds: sizes, brightness, captions, what was dropped.
-
-    Args:
-        path: as for `open_source`.
-        out: a PNG to write, a contact sheet of up to 24 pictures with their captions.
-        split: as for `open_source`.
-
-    Raises:
-        UserError: no data set or split, or a record that cannot be decoded.
-    """
-    source = open_pictures(os.fspath(path), split)
-    indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
-    measured = (
-        grain.MapDataset.source(indices)
-        .map(partial(_measure, source))
-        .to_iter_dataset(grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=32))
-    )
-    rows = list(measured)
-    sides = np.array([(height, width) for height, width, _, _ in rows])
-    brightness = np.array([mean for _, _, mean, _ in rows])
-    texts = Counter(caption for _, _, _, caption in rows)
-    some = f" (of {len(rows)} of them, evenly spaced)" if len(rows) < len(source) else ""
-    print(f"{source.rows.path}, {split}: {len(source)} pictures{some}")
-    low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
-    print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
-    print(
-        f"mean brightness (0 black, 1 white): mean {brightness.mean():.3f}, standard deviation {brightness.std():.3f}"
-    )
-    for edge, count in enumerate(np.histogram(brightness, 10, (0, 1))[0]):
-        print(f"  {edge / 10:.1f}-{(edge + 1) / 10:.1f} {count:7d} {'#' * round(40 * count / len(rows))}")
-    print(f"captions: {len(texts)} distinct; the commonest:")
-    for text, count in texts.most_common(5):
-        print(f"{count:8d} x {text}")
-    dropped_file = epath.Path(source.rows.path) / DROPPED_FILE
-    if dropped_file.exists():
-        dropped = tuple(json.loads(dropped_file.read_text()).items())
-        print(f"dropped when it was built: {len(dropped)}" + (f": {_reasons(dropped)}" if dropped else ""))
-    if out is not None:
-        _contact_sheet(source).save(os.fspath(out), "PNG")
-        print(f"contact sheet: {out}")
-
-
-def _measure(source: TfdsPictures, index: int) -> tuple[int, int, float, str]:
-    """Height, width, mean of all RGB values over 255, and the caption."""
-    caption, pixels = source[index].caption, _pixels(source, index)
-    height, width, _ = pixels.shape
-    return height, width, float(pixels.mean()) / 255, caption
-
-
-def _pixels(source: TfdsPictures, index: int) -> np.ndarray:
-    try:
-        return source[index].pixels()
-    except UnreadableImage as error:
-        raise unreadable(source, index, error) from error
-
-
-def _contact_sheet(source: TfdsPictures, columns: int = 6, rows: int = 4, side: int = 160) -> Image.Image:
-    lines, width = 3, 26
-    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), columns * rows)).round().astype(int))
-    rows, gap, text_height = -(-len(indices) // columns), 8, 14 * lines
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), (128, 128, 128))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for place, index in enumerate(indices):
-        x, y = gap + place % columns * (side + gap), gap + place // columns * (side + text_height + gap)
-        sheet.paste(Image.fromarray(resize_and_crop(_pixels(source, index), side)), (x, y))
-        text = textwrap.wrap(source[index].caption, width)[:lines]
-        draw.multiline_text((x, y + side + 2), "\n".join(text), fill=(255, 255, 255), font=font, spacing=1)
-    return sheet

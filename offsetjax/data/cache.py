@@ -7,32 +7,26 @@ those of the picture mirrored; `time_ids` and the `brightness` of the cropped pi
 same records of both.
 
 `latents.json` says what a cache was made of, and is its first file; `dataset_info.json` is the last. Between them whole
-shards appear, under names that tell their records, so that what was interrupted goes on with those that are missing.
+shards appear, under names that tell their records, so that what was interrupted continues with those that are missing.
 """
 
-import contextlib
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from ml_collections import ConfigDict
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from offsetjax.data.shards import INFO, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
-from offsetjax.files import unfinished, write_whole
+from offsetjax.files import parse_object, unfinished, write_whole
 
 SHARD_SIZE = 1024  # pictures: 100 to 500 MB, and as much encoding as an interruption can cost a process
 _NAME, _VERSION = "latents", "1.0.0"
 DESCRIPTION = f"{_NAME}.json"
-_ASKED_AT_ONCE = 32  # files of a bucket, for their sizes
 _OPTIONS = "group_size:1,uncompressed"  # each record is found at once, and latents do not compress
 
 
@@ -133,7 +127,7 @@ def read_cache(folder: epath.Path) -> Cache | None:
     if not file.exists():
         return None
     try:
-        return Cache(**json.loads(file.read_text()))
+        return Cache(**parse_object(file.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"data: {file} is damaged; restore it from a copy, or encode the pictures again") from error
 
@@ -149,24 +143,17 @@ class Shard:
 
     def write(self, records: Iterable[Mapping[str, Any]], cache: Cache) -> None:
         """Writes its records; the file is there once it is whole."""
-        features = cache.features()
-        serializer = ExampleSerializer(features.get_serialized_info())
-        with tempfile.TemporaryDirectory(prefix="offsetjax_latents_") as local:  # ArrayRecord writes to no bucket
-            file = Path(local) / self.path.name
-            with contextlib.closing(ArrayRecordWriter(str(file), _OPTIONS)) as writer:
-                for record in records:
-                    writer.write(serializer.serialize_example(features.encode_example(record)))
-            write_whole(self.path, file.read_bytes())
+        write_shard(self.path, cache.features(), records, _OPTIONS)
 
 
 def is_finished(out: epath.PathLike, cache: Cache) -> bool:
-    """Whether a folder has the whole of a cache; if not, it can be begun there, or go on.
+    """Whether a folder has the whole of a cache; if not, it can be begun there, or continued.
 
     Raises:
         UserError: something else is there.
     """
     out, folder = epath.Path(out), _folder(out)
-    finished, there = (folder / "dataset_info.json").exists(), read_cache(folder)
+    finished, there = (folder / INFO).exists(), read_cache(folder)
     if there is None:
         if not _is_free(out):
             raise UserError(f"data: {out} already exists; remove it, or give another folder for the cache")
@@ -200,23 +187,12 @@ def missing_shards(out: epath.PathLike, cache: Cache, shard_size: int) -> list[S
 
 def finish(out: epath.PathLike, cache: Cache, shard_size: int) -> None:
     """Writes TFDS's metadata, with which the cache is one."""
-    folder = _folder(out)
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name=_NAME, version=tfds.core.Version(_VERSION), data_dir=str(folder), module_name=__name__
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity, description="Latents of pictures, encoded by offsetjax.", features=cache.features()
-    )
-    info.set_file_format("array_record")
-    splits = []
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        for split in cache.num_examples:
-            shards = list(_shards(out, cache, split, shard_size))
-            num_bytes = sum(pool.map(lambda shard: shard.path.stat().length, shards))
-            lengths = [shard.last - shard.first for shard in shards]
-            splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=_template(folder, split)))
-    info.set_splits(tfds.core.splits.SplitDict(splits))
-    info.write_to_directory(folder)
+    lengths = {
+        split: [shard.last - shard.first for shard in _shards(out, cache, split, shard_size)]
+        for split in cache.num_examples
+    }
+    description = "Latents of pictures, encoded by offsetjax."
+    write_info(_folder(out), _NAME, _VERSION, description, cache.features(), lengths)
 
 
 def _folder(out: epath.PathLike) -> epath.Path:
@@ -236,12 +212,8 @@ def _is_free(out: epath.Path) -> bool:
 
 
 def _shards(out: epath.PathLike, cache: Cache, split: str, shard_size: int) -> Iterator[Shard]:
-    template, total = _template(_folder(out), split), cache.num_examples[split]
+    total = cache.num_examples[split]
     firsts = range(0, total, shard_size)
-    for place, first in enumerate(firsts):
-        path = epath.Path(template.sharded_filepath(shard_index=place, num_shards=len(firsts)))
+    paths = shard_paths(_folder(out), _NAME, split, len(firsts))
+    for first, path in zip(firsts, paths, strict=True):
         yield Shard(path, split, first, min(first + shard_size, total))
-
-
-def _template(folder: epath.Path, split: str) -> tfds.core.ShardedFileTemplate:
-    return tfds.core.ShardedFileTemplate(folder, dataset_name=_NAME, split=split, filetype_suffix="array_record")

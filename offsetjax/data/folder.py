@@ -1,14 +1,33 @@
-"""A folder of pictures and their captions, in the Hugging Face `imagefolder` form or with text files.
+"""A folder of pictures and captions: as for Hugging Face's `imagefolder`, for kohya's scripts, or with text files.
 
-A caption is the `text` (or `caption`) of the picture's line in a `metadata.jsonl` of its folder or one above, whose
-`file_name` is relative to that file, or else the text of `name.txt` beside `name.png`.
+One walk decides what is there. A caption is in the `metadata.jsonl` or `metadata.csv` of the picture's folder or one
+above, whose `file_name` is relative to that file, or else in `name.txt`, `name.caption` or `name.json` beside
+`name.png`. Regular files within the folder are read, also by links within it; all else is passed over and counted.
+
+Where all pictures lie in folders called `train`, `validation` or `test`, those are splits. A folder `10_a cat` is
+kohya's: its pictures are seen ten times an epoch, and "a cat" is the caption of those without one.
 """
 
-import json
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+import stat
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
+from offsetjax.data.captions import (
+    METADATA,
+    SIDE_SUFFIXES,
+    Row,
+    TextLines,
+    inside,
+    read_metadata,
+    read_side_file,
+    same_name,
+)
+from offsetjax.data.items import MAX_PICTURE_BYTES, Dropped, Item, Listing, digest_of, writable
 from offsetjax.errors import UserError
 
 # What is taken for a picture; those that Pillow cannot read are dropped with that reason, not silently passed over.
@@ -16,9 +35,130 @@ SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 ) | {".heic", ".heif", ".avif", ".jxl"}
 
+NO_CAPTION = "no caption"
+_SYSTEM = frozenset(("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"))
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev"), "validation"
+)
+_KOHYA = re.compile(r"(\d{1,3})_(.+)")
 
-def list_pictures(images_dir: str | os.PathLike) -> list[str]:
-    """The pictures below a folder and those that a `metadata.jsonl` names, relative to it, sorted.
+
+@dataclass
+class Found:
+    """What a walk found below a folder, by names relative to it with `/`.
+
+    Attributes:
+        files: all regular files that are neither hidden nor led to from outside.
+        stamps: when each was last changed, in nanoseconds.
+        passed: what was passed over, counted by why.
+        why: why each of these was.
+    """
+
+    files: dict[str, pathlib.Path] = field(default_factory=dict)
+    stamps: dict[str, int] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
+    why: dict[str, str] = field(default_factory=dict)
+
+    def passes(self, name: str, why: str) -> None:
+        """Notes what is passed over."""
+        self.passed[why] += 1
+        self.why[name] = why
+
+
+def walk(root: pathlib.Path, follow_links: bool = False) -> Found:
+    """All that lies below a folder.
+
+    Args:
+        follow_links: whether links may lead out of it.
+    """
+    found, home = Found(), os.path.realpath(root)
+    _walk(root, "", home, {home}, follow_links, found)
+    return found
+
+
+def _walk(folder: pathlib.Path, name: str, home: str, above: set[str], follow_links: bool, found: Found) -> None:
+    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+        here = f"{name}/{entry.name}" if name else entry.name
+        if entry.name.startswith(".") or entry.name in _SYSTEM:
+            found.passes(here, "hidden, or the system's own")
+            continue
+        target = os.path.realpath(entry.path)
+        if entry.is_symlink() and not (follow_links or target == home or target.startswith(home + os.sep)):
+            is_there = os.path.lexists(target)
+            found.passes(here, "links that lead out (--follow_links reads them)" if is_there else "links to nothing")
+            continue
+        try:
+            status = entry.stat()
+        except OSError:
+            found.passes(here, "links to nothing")
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            if target in above:
+                found.passes(here, "links to a folder that they are in")
+                continue
+            _walk(folder / entry.name, here, home, above | {target}, follow_links, found)
+        elif stat.S_ISREG(status.st_mode):
+            found.files[here], found.stamps[here] = folder / entry.name, status.st_mtime_ns
+        else:
+            found.passes(here, "pipes, devices and sockets")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture's file, and its captions or the file that has them."""
+
+    name: str
+    path: pathlib.Path
+    captions: tuple[str, ...] | pathlib.Path
+    reason: str = ""  # where it cannot be used
+    stamp: int = 0  # when the file was last changed, in nanoseconds
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The pictures of one split of a folder."""
+
+    entries: Sequence[Entry]
+    lines: TextLines
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        return self.entries[index].name
+
+    def part(self, first: int, last: int) -> "Folder":
+        return Folder(self.entries[first:last], self.lines)
+
+    def digest(self) -> str:
+        return digest_of(f"{entry.name} {entry.stamp} {entry.captions}" for entry in self.entries)
+
+    def __getitem__(self, index: int) -> Item:
+        entry = self.entries[index]
+        if entry.reason:
+            raise Dropped(entry.reason)
+        try:
+            captions = entry.captions
+            if isinstance(captions, pathlib.Path):
+                captions = read_side_file(captions, self.lines)
+            if not captions:
+                raise Dropped("empty caption")
+            if (size := entry.path.stat().st_size) > MAX_PICTURE_BYTES:
+                raise Dropped(f"a file of more than {MAX_PICTURE_BYTES} bytes: {size}")
+            return Item(entry.name, entry.path.read_bytes(), captions)
+        except OSError as error:
+            raise Dropped(f"cannot be read: {error.strerror}") from error
+
+
+def list_folder(
+    images_dir: str | os.PathLike, *, lines: TextLines = "whole", repeats: bool = True, follow_links: bool = False
+) -> Listing:
+    """The pictures below a folder and those that a metadata file names, sorted, by splits.
+
+    Args:
+        lines: which lines of a text file are captions.
+        repeats: whether folders called `10_a cat` are kohya's.
+        follow_links: whether links may lead out of the folder.
 
     Raises:
         UserError: no folder, or no pictures in it.
@@ -26,74 +166,122 @@ def list_pictures(images_dir: str | os.PathLike) -> list[str]:
     root = pathlib.Path(images_dir)
     if not root.is_dir():
         raise UserError(f"data: {images_dir} is not a folder; give the folder of the pictures")
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-    names = [name for name in files if not _is_hidden(name)]
-    if not names:
-        raise UserError(f"data: {images_dir} holds no pictures ({' '.join(sorted(SUFFIXES))})")
-    return names
+    found = walk(root, follow_links)
+    rows, dropped = _metadata(root, found)
+    entries = [_entry(found, rows, name, repeats) for name in _pictures(found, rows)]
+    if not entries:
+        raise UserError(f"data: {images_dir} holds no pictures ({' '.join(sorted(SUFFIXES))}){_shown(found.passed)}")
+    used = {str(entry.captions) for entry in entries if isinstance(entry.captions, pathlib.Path)}
+    names = {entry.name for entry in entries}
+    for name, path in found.files.items():
+        if name not in names and str(path) not in used and path.name.lower() not in METADATA:
+            found.passes(name, "files that are neither pictures nor read as captions")
+    splits, notes = _splits(entries)
+    counted = {split: _repeats(of_split) for split, of_split in splits.items()} if repeats else {}
+    notes += _kohya_notes(entries) if repeats else []
+    return Listing(
+        splits={split: Folder(of_split, lines) for split, of_split in splits.items()},
+        repeats={split: runs for split, runs in counted.items() if any(times != 1 for _, times in runs)},
+        dropped=dropped,
+        passed=found.passed,
+        notes=notes,
+    )
 
 
-def read_captions(images_dir: str | os.PathLike) -> dict[str, str]:
-    """The captions of every `metadata.jsonl` below a folder, by the picture's name relative to it.
-
-    Raises:
-        UserError: a malformed line, a second caption of one picture, a name that leads out of the folder.
-    """
-    root = pathlib.Path(images_dir)
-    found: dict[str, str] = {}
-    for file in sorted(root.rglob("metadata.jsonl")):
-        folder = file.parent.relative_to(root)
-        for place, name, caption in _read_metadata(file):
-            inside = (folder / name).as_posix()
-            if inside in found:
-                raise UserError(f"data: {place}: a second caption for {inside}; leave one")
-            found[inside] = caption
-    return found
+def _shown(passed: Mapping[str, int]) -> str:
+    return "; passed over: " + ", ".join(f"{count} {why}" for why, count in passed.items()) if passed else ""
 
 
-def read_text_file(images_dir: str | os.PathLike, name: str) -> str | None:
-    """The text of `name.txt` beside `name.png`; None if there is none.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    file = (pathlib.Path(images_dir) / name).with_suffix(".txt")
-    try:
-        return file.read_text(encoding="utf-8-sig") if file.exists() else None
-    except UnicodeDecodeError:
-        raise UserError(f"data: {file} is not UTF-8 text; convert it") from None
-
-
-def _read_metadata(file: pathlib.Path) -> Iterator[tuple[str, pathlib.PurePosixPath, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"data: {file} is not UTF-8 text; convert it") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+def _metadata(root: pathlib.Path, found: Found) -> tuple[dict[str, Row | Dropped], list[tuple[str, str]]]:
+    """The rows of all metadata files, by the names of their pictures; and what is no row."""
+    rows: dict[str, Row | Dropped] = {}
+    dropped: list[tuple[str, str]] = []
+    for place, path in found.files.items():
+        if path.name.lower() not in METADATA:
             continue
-        place = f"{file}:{number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"data: {place}: not a JSON object on one line: {error}") from None
-        if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
-            raise UserError(f"data: {place}: no file_name; a line is like {_EXAMPLE}")
-        caption = fields.get("text", fields.get("caption", ""))
-        if not isinstance(caption, str | None):
-            raise UserError(f"data: {place}: the caption is {caption!r}, not a text; a line is like {_EXAMPLE}")
-        yield place, _safe_name(place, fields["file_name"]), caption or ""
+        folder = pathlib.PurePosixPath(place).parent
+        for row in read_metadata(path, place):
+            if not isinstance(row, Row):
+                dropped.append(row)
+                continue
+            try:
+                name = same_name(inside(folder, row.file_name, root))
+            except Dropped as error:
+                dropped.append((row.place, str(error)))
+                continue
+            before = rows.get(name)
+            rows[name] = Dropped(f"several captions: the second in {row.place}") if before is not None else row
+    return rows, dropped
 
 
-_EXAMPLE = '{"file_name": "a.png", "text": "A windmill."}'
+def _pictures(found: Found, rows: Mapping[str, Row | Dropped]) -> list[str]:
+    """The names of all pictures: by their suffix, or because a row names them, whether they are there or not."""
+    there = {same_name(name): name for name in found.files}
+    pictures = {name for name in found.files if pathlib.PurePosixPath(name).suffix.lower() in SUFFIXES}
+    return sorted(pictures | {there.get(name, name) for name in rows})
 
 
-def _safe_name(place: str, text: str) -> pathlib.PurePosixPath:
-    name, as_windows = pathlib.PurePosixPath(text), pathlib.PureWindowsPath(text)
-    if as_windows.drive or as_windows.root or ".." in as_windows.parts or not name.parts:
-        raise UserError(f"data: {place}: file_name {text!r} leads out of the folder; use names below it, without '..'")
-    return name
+def _entry(found: Found, rows: Mapping[str, Row | Dropped], name: str, is_kohya: bool) -> Entry:
+    path, row = found.files.get(name), rows.get(same_name(name))
+    reason = ""
+    if not writable(name):
+        reason = "its name is not UTF-8"
+    elif path is None:
+        why = found.why.get(name)
+        reason = "named in a metadata file, but " + (f"passed over as one of the {why}" if why else "missing")
+    elif isinstance(row, Dropped):
+        reason = str(row)
+    if reason or path is None:
+        return Entry(name.encode("utf-8", "backslashreplace").decode(), path or pathlib.Path(), (), reason)
+    captions = row.captions if isinstance(row, Row) else _beside(found, name, is_kohya)
+    reason = captions if isinstance(captions, str) else ""
+    return Entry(name, path, () if isinstance(captions, str) else captions, reason, found.stamps[name])
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+def _beside(found: Found, name: str, is_kohya: bool) -> tuple[str, ...] | pathlib.Path | str:
+    """The caption of a picture that no row names, or the file beside it that has one; or why there is none."""
+    stems = (os.path.splitext(name)[0], name)  # noqa: PTH122 - it is no path
+    for suffix in SIDE_SUFFIXES:
+        for stem in stems:
+            for written in (suffix, suffix.upper()):
+                if stem + written in found.files:
+                    return found.files[stem + written]
+    folder = _kohya_folder(name) if is_kohya else None
+    if folder:
+        return (folder[1].replace("_", " ").strip(),)
+    near = [why for other, why in found.why.items() if os.path.splitext(other)[0] == stems[0]]  # noqa: PTH122
+    beside = f" (beside it lies one of the {near[0]})" if near else ""
+    return f"{NO_CAPTION}: neither a line in metadata.jsonl nor a text file beside it{beside}"
+
+
+def _kohya_folder(name: str) -> tuple[int, str] | None:
+    """How often, and what: (10, "a cat") for `10_a cat/picture.png`."""
+    match = _KOHYA.fullmatch(pathlib.PurePosixPath(name).parent.name)
+    return (int(match[1]), match[2]) if match and int(match[1]) else None
+
+
+def _repeats(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    times = [(_kohya_folder(entry.name) or (1, ""))[0] for entry in entries]
+    return [(len(list(same)), each) for each, same in groupby(times)]
+
+
+def _kohya_notes(entries: Sequence[Entry]) -> list[str]:
+    counts = Counter(
+        (pathlib.PurePosixPath(entry.name).parent.name, folder[0])
+        for entry in entries
+        if (folder := _kohya_folder(entry.name))
+    )
+    return [f"{count} pictures of {name} are seen {times} times an epoch" for (name, times), count in counts.items()]
+
+
+def _splits(entries: Sequence[Entry]) -> tuple[dict[str, list[Entry]], list[str]]:
+    """The entries by splits, and what is to be said of it."""
+    tops = {entry.name.partition("/")[0] if "/" in entry.name else "" for entry in entries}
+    known = {top: _SPLITS[top.lower()] for top in tops if top.lower() in _SPLITS}
+    if len(known) == len(tops) and "train" in known.values():
+        splits: dict[str, list[Entry]] = {}
+        for entry in entries:
+            splits.setdefault(known[entry.name.partition("/")[0]], []).append(entry)
+        return dict(sorted(splits.items(), key=lambda each: each[0] != "train")), []
+    notes = [f"{', '.join(sorted(known))} are no splits, as pictures lie beside them"] if len(known) > 1 else []
+    return {"train": list(entries)}, notes

@@ -1,14 +1,16 @@
 """Bytes of a picture → its RGB pixels, for the messy files that people have.
 
-Everything becomes 8-bit RGB as a viewer would show it: rotated as its EXIF says, transparency over white, 16 bits
-scaled down (white is 65535), CMYK and palettes converted. A file that cannot be shown so raises `UnreadableImage`.
+Everything becomes 8-bit sRGB as a viewer would show it: rotated as its EXIF says, its colours as its profile says,
+transparency over white, 16 bits scaled down (white is 65535), CMYK and palettes converted. A file that cannot be shown
+so raises `UnreadableImage`.
 """
 
+import functools
 import io
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageCms
 
 from offsetjax.errors import one_line
 
@@ -47,16 +49,19 @@ def clean(data: bytes) -> tuple[bytes, int, int]:
     """An encoded picture that any decoder shows as `decode` does.
 
     Returns:
-        The bytes, and the picture's height and width. They are the same bytes if the picture is plain RGB or grey
-        in a common format with nothing to rotate, and a PNG of its pixels otherwise.
+        The bytes, and the picture's height and width. They are the same bytes if the picture is plain sRGB or grey
+        in a common format with nothing to rotate, but for a PNG's texts where they are long, and a PNG of its pixels
+        otherwise.
 
     Raises:
         UnreadableImage: as for `decode`.
     """
+    data = without_texts(data)
     image, orientation = _load(data)
     pixels = _pixels(image, orientation)
     height, width, _ = pixels.shape
     is_plain = image.mode in ("RGB", "L") and "transparency" not in image.info and orientation == 1
+    is_plain = is_plain and _to_srgb(image) is None
     if is_plain and image.format in _KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
         return data, height, width
     buffer = io.BytesIO()
@@ -102,7 +107,7 @@ def _load(data: bytes) -> tuple[Image.Image, int]:
     if not data:
         raise UnreadableImage("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_texts(data)), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableImage(f"more than {MAX_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
@@ -139,9 +144,69 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("32-bit pixels do not say which value is white")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        colours = rgba.convert("RGB")
+        colours.info["icc_profile"] = image.info.get("icc_profile")
+        if transform := _to_srgb(colours):
+            rgba = Image.merge("RGBA", (*_applied(transform, colours).split(), rgba.getchannel("A")))
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    transform = _to_srgb(image)
+    return _applied(transform, image) if transform else image.convert("RGB")
+
+
+def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
+    shown = ImageCms.applyTransform(image, transform)
+    assert shown is not None  # it is None where the image is changed in place
+    return shown
+
+
+def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """The transform from the image's colours to sRGB; None where it has no profile, a broken one, or sRGB's."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "L", "CMYK"):
+        return None
+    return _transform(bytes(profile), image.mode)
+
+
+@functools.lru_cache(maxsize=64)  # one camera's pictures share a profile
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "CMYK":
+            return transform
+        probe = Image.fromarray(_PROBE).convert(mode)
+        shown = np.asarray(_applied(transform, probe), np.int16)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a profile that cannot be used is none
+        return None
+    is_srgb = np.abs(shown - np.asarray(probe.convert("RGB"), np.int16)).max() <= 1
+    return None if is_srgb else transform
+
+
+_LEVELS = np.arange(0, 256, 51).astype(np.uint8)
+_PROBE = np.stack(np.meshgrid(_LEVELS, _LEVELS, _LEVELS), -1).reshape(6, 36, 3)
+
+
+def without_texts(data: bytes) -> bytes:
+    """A PNG without its texts, where they are compressed or long: decoders refuse them, and programs store workflows.
+
+    Other data are given back as they are.
+    """
+    if not data.startswith(_PNG):
+        return data
+    kept, at, is_long = [_PNG], len(_PNG), False
+    while at + 8 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if kind in (b"zTXt", b"iTXt") or (kind == b"tEXt" and length > _LONG_TEXT):
+            is_long = True
+        else:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept) if is_long else data
+
+
+_PNG, _LONG_TEXT = b"\x89PNG\r\n\x1a\n", 2**16
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

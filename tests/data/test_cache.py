@@ -13,8 +13,8 @@ import pytest
 from etils import epath
 
 from offsetjax.config.schema import default_config
-from offsetjax.data.build import inspect
 from offsetjax.data.cache import Cache, Shard, begin, finish, is_finished, missing_shards, read_cache
+from offsetjax.data.inspect import inspect
 from offsetjax.data.source import Source, captions, open_source
 from offsetjax.data.stream import check_fingerprint, make_stream
 from offsetjax.errors import UserError

@@ -1,0 +1,93 @@
+"""A look at a data set: sizes, brightness, captions, what was dropped."""
+
+import os
+import textwrap
+from collections import Counter
+from functools import partial
+
+import grain
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from offsetjax.data.build import DROPPED_FILE, reasons
+from offsetjax.data.images import UnreadableImage, resize_and_crop
+from offsetjax.data.items import shown
+from offsetjax.data.source import unreadable
+from offsetjax.data.tfds import TfdsPictures, open_pictures
+from offsetjax.files import check_file, parse_object
+
+MAX_MEASURED = 10_000  # pictures that are decoded
+
+
+def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str = "train") -> None:
+    """Prints what a data set holds: sizes, brightness, captions, what was dropped.
+
+    Args:
+        path: as for `open_source`.
+        out: a PNG to write, a contact sheet of up to 24 pictures with their captions.
+        split: as for `open_source`.
+
+    Raises:
+        UserError: no data set or split, a record that cannot be decoded, or an `out` that cannot be written.
+    """
+    if out is not None:
+        check_file("data", out)
+    source = open_pictures(os.fspath(path), split)
+    indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
+    measured = (
+        grain.MapDataset.source(indices)
+        .map(partial(_measure, source))
+        .to_iter_dataset(grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=32))
+    )
+    rows = list(measured)
+    sides = np.array([(height, width) for height, width, _, _ in rows])
+    brightness = np.array([mean for _, _, mean, _ in rows])
+    texts = Counter(caption for _, _, _, caption in rows)
+    some = f" (of {len(rows)} of them, evenly spaced)" if len(rows) < len(source) else ""
+    print(f"{source.rows.path}, {split}: {len(source)} pictures{some}")
+    low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
+    print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
+    print(
+        f"mean brightness (0 black, 1 white): mean {brightness.mean():.3f}, standard deviation {brightness.std():.3f}"
+    )
+    for edge, count in enumerate(np.histogram(brightness, 10, (0, 1))[0]):
+        print(f"  {edge / 10:.1f}-{(edge + 1) / 10:.1f} {count:7d} {'#' * round(40 * count / len(rows))}")
+    print(f"captions: {len(texts)} distinct; the commonest:")
+    for text, count in texts.most_common(5):
+        print(f"{count:8d} x {shown(text)}")
+    dropped_file = epath.Path(source.rows.path) / DROPPED_FILE
+    if dropped_file.exists():
+        dropped = tuple((name, str(why)) for name, why in parse_object(dropped_file.read_bytes()).items())
+        print(f"dropped when it was built: {len(dropped)}" + (f": {reasons(dropped)}" if dropped else ""))
+    if out is not None:
+        _contact_sheet(source).save(os.fspath(out), "PNG")
+        print(f"contact sheet: {out}")
+
+
+def _measure(source: TfdsPictures, index: int) -> tuple[int, int, float, str]:
+    """Height, width, mean of all RGB values over 255, and the caption."""
+    caption, pixels = source[index].caption, _pixels(source, index)
+    height, width, _ = pixels.shape
+    return height, width, float(pixels.mean()) / 255, caption
+
+
+def _pixels(source: TfdsPictures, index: int) -> np.ndarray:
+    try:
+        return source[index].pixels()
+    except UnreadableImage as error:
+        raise unreadable(source, index, error) from error
+
+
+def _contact_sheet(source: TfdsPictures, columns: int = 6, rows: int = 4, side: int = 160) -> Image.Image:
+    lines, width = 3, 26
+    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), columns * rows)).round().astype(int))
+    rows, gap, text_height = -(-len(indices) // columns), 8, 14 * lines
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), (128, 128, 128))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for place, index in enumerate(indices):
+        x, y = gap + place % columns * (side + gap), gap + place // columns * (side + text_height + gap)
+        sheet.paste(Image.fromarray(resize_and_crop(_pixels(source, index), side)), (x, y))
+        text = textwrap.wrap(source[index].caption, width)[:lines]
+        draw.multiline_text((x, y + side + 2), "\n".join(text), fill=(255, 255, 255), font=font, spacing=1)
+    return sheet

@@ -1,0 +1,94 @@
+"""What a data set is built from: pictures with their captions, one by one, wherever they lie.
+
+A folder, tars and tables each give `Items`; `build` writes them as records. What cannot be used is `Dropped`, with a
+name and a reason, and never ends a build.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+MAX_PICTURE_BYTES = 2**28
+MAX_CAPTION_BYTES = 2**16
+
+
+class Dropped(Exception):  # noqa: N818 - the house names errors by what they say
+    """This item cannot be used; the text is the reason: a few words that many may share, then what is its own.
+
+    The two are set apart by a colon: `corrupt: broken data stream`.
+    """
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture as its file has it, and its captions; most have one."""
+
+    name: str
+    image: bytes
+    captions: Sequence[str]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Items(Protocol):
+    """Random access to pictures; other processes are sent it."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What an item is called, also where it cannot be read."""
+
+    def __getitem__(self, index: int) -> Item:
+        """Reads an item.
+
+        Raises:
+            Dropped: it cannot be used.
+        """
+
+    def part(self, first: int, last: int) -> "Items":
+        """Those from `first` up to `last`, which is not among them."""
+
+    def digest(self) -> str:
+        """What tells these items from others: their names and, as far as is known without reading, their content."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What was found at a place.
+
+    Attributes:
+        splits: the items of each split, in the order in which they are written.
+        repeats: of each split, (number of items, how often each is seen in an epoch) in their order; empty: once.
+        dropped: (name, reason) of what was named or lay there, but is no item.
+        passed: how many of what were passed over, and why: in words, for the summary.
+        notes: what else the summary says.
+    """
+
+    splits: Mapping[str, Items]
+    repeats: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    dropped: Sequence[tuple[str, str]] = ()
+    passed: Mapping[str, int] = field(default_factory=Counter)
+    notes: Sequence[str] = ()
+
+
+def writable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(text: str) -> str:
+    """A name or a caption as a terminal may print it: what would steer the terminal, or is no text, is escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape", "replace").decode() for each in text)
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """The SHA-256 of texts, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
