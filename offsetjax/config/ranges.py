@@ -67,6 +67,10 @@ class EachRegistered:
         """What it must be."""
         return "made of " + ", ".join(self.choices)
 
+    def remedy(self, values: tuple[str, ...]) -> str:
+        """The name nearest to the first that is not known."""
+        return next((_did_you_mean(value, self.choices) for value in values if value not in self.choices), "")
+
     @property
     def choices(self) -> tuple[str, ...]:
         """The names."""

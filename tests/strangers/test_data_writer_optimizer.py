@@ -143,9 +143,12 @@ def test_other_pictures_of_the_source_are_refused_on_resume(tmp_path: pathlib.Pa
         ({"data__source": "noize"}, "config: data.source = 'noize' is not known; did you mean 'noise'?"),
         (
             {"train__writers": ("json",)},
-            "config: train.writers = ('json',) must be made of jsonl, tensorboard, terminal, service",
+            "config: train.writers = ('json',) must be made of jsonl, tensorboard, terminal, service; did you mean jsonl?",
         ),
-        ({"optimizer__name": "adam"}, "config: optimizer.name = 'adam' must be one of adamw, momentum"),
+        (
+            {"optimizer__name": "adam"},
+            "config: optimizer.name = 'adam' must be one of adamw, momentum; did you mean adamw?",
+        ),
     ],
 )
 def test_a_name_that_is_not_known_is_refused_before_anything_is_written(
