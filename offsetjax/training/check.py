@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from offsetjax.data.source import Source, open_source
+from offsetjax.data.source import Source, open_data, seen
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.initial import abstract_trained
@@ -52,7 +52,7 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
     found, folder = _Found(), epath.Path(workdir)
     found.of(lambda: check_folder("train", folder))
     data = config.data
-    source = found.of(lambda: open_source(data.path, data.split, data.cached_latents))
+    source = found.of(lambda: open_data(data))
     if source:
         found.of(lambda: _check_records(source, data.resolution))
         if config.validation.every_steps and config.task == "diffusion":
@@ -81,12 +81,12 @@ def _ready(config: ConfigDict, folder: epath.Path, source: Source) -> tuple[Conf
 
 
 def _check_records(source: Source, resolution: int) -> None:
-    for index in np.unique(np.linspace(0, len(source) - 1, _RECORDS, dtype=int)):
-        source[index] if source.cache else source.cropped(int(index), resolution)
+    for index in np.unique(np.linspace(0, len(source) - 1, _RECORDS, dtype=int)).tolist():
+        seen(source, index, source[index], resolution)
 
 
 def _check_held_out(config: ConfigDict, source: Source) -> None:
-    check_apart(source, open_source(config.data.path, config.validation.split, config.data.cached_latents))
+    check_apart(source, open_data(config.data, config.validation.split))
 
 
 def _long_prompts(config: ConfigDict, pipeline: Pipeline) -> Iterator[str]:
