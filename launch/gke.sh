@@ -95,6 +95,7 @@ command=${1-}
 [[ $command == manifest || $command == xpk ]] || mistake "a command is expected: manifest or xpk"
 read_settings "${@:2}"
 check_settings
+[[ $command != xpk ]] || check_config
 case $command in
   manifest) manifest ;;
   xpk) workload ;;

@@ -115,3 +115,22 @@ check_arguments() {
   # The workers share no disk, and theirs go with the slice.
   [[ $folder == gs://* ]] || mistake "--$flag=$(quoted "$folder"): a place on gs://… is needed"
 }
+
+# What would be found out on slices that are paid for: that there is no such config, or that it is refused.
+# shellcheck disable=SC2154 # root is the script's that sources this
+check_config() {
+  local argument config="" changes=() why
+  [[ -d $root/offsetjax ]] || return 0
+  for argument in ${arguments[@]+"${arguments[@]}"}; do
+    case $argument in
+      --config=*) config=${argument#*=} ;;
+      --config.*) changes+=("$argument") ;;
+    esac
+  done
+  [[ -n $config ]] || mistake "--config is missing, such as --config=configs/sd15_offset.py"
+  # An absolute path may be made by PREPARE; all else comes with this checkout.
+  [[ $config == /* || -f $root/$config ]] || mistake "--config=$(quoted "$config"): there is no such file in $root"
+  [[ $config != /* && -x $root/.venv/bin/python ]] || return 0
+  why=$(cd "$root" && JAX_PLATFORMS=cpu .venv/bin/python -m offsetjax config --config="$config" \
+    ${changes[@]+"${changes[@]}"} 2>&1 >/dev/null) || mistake "${why##*offsetjax: error: }"
+}

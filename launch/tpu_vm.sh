@@ -272,6 +272,7 @@ main() {
     train) check_arguments ;;
     supervise)
       check_arguments
+      check_config
       # shellcheck source=launch/supervise.sh
       source "$root/launch/supervise.sh"
       ;;

@@ -249,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "name", nargs="?", default="", help="a section, a field, or a setting of another trainer; all without it"
     )
+    sub.add_argument("--config", help="a config file to check instead; what it sets is listed")
     sub.add_argument("--markdown", action="store_true", help="all of them as a page, offsetjax/config/REFERENCE.md")
 
     sub = command("demo", _demo, "re-enact the article's experiment")
@@ -494,6 +495,12 @@ def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _config(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    if options.config:
+        from offsetjax.config import flatten, is_explicit, load_config
+
+        config = load_config(options.config, _overrides(rest))
+        print("\n".join(f"{path} = {value!r}" for path, value in flatten(config) if is_explicit(config, path)))
+        return
     _no_more(rest)
     from rich.console import Console
 

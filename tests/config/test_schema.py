@@ -240,3 +240,11 @@ def test_a_stored_config_is_read_by_type() -> None:
 def test_a_stored_config_of_another_shape_is_one_error(text: str) -> None:
     with pytest.raises((UserError, ValueError)):
         from_json(text)
+
+
+def test_the_command_checks_a_file_and_lists_what_it_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(pathlib.Path(__file__).parents[2] / "configs" / "sd15_offset.py")
+    assert main(["config", f"--config={file}", "--config.train.steps=7"]) == 0
+    printed = capsys.readouterr().out
+    assert "train.steps = 7\n" in printed and "noise.pyramid_levels" not in printed
+    assert main(["config", f"--config={file}", "--config.train.steps=0"]) == 2

@@ -191,3 +191,23 @@ def test_a_dead_slice_of_an_active_resource_is_made_again(cloud: Cloud) -> None:
     run_file(cloud, "hold").unlink()
     status, err = end_of(process)
     assert (status, len(cloud.calls("create"))) == (0, 2), err
+
+
+def test_a_config_that_is_not_there_is_found_before_a_slice_is_made(cloud: Cloud) -> None:
+    (cloud.checkout / "offsetjax").mkdir()
+    status, err = end_of(cloud.start("supervise", *TRAINING))
+    assert status == 2 and "--config=configs/a.py: there is no such file in " in err and not cloud.calls("create")
+
+
+def test_a_config_that_is_refused_is_found_before_a_slice_is_made(cloud: Cloud) -> None:
+    (cloud.checkout / "offsetjax").mkdir()
+    (cloud.checkout / "configs").mkdir()
+    (cloud.checkout / "configs" / "a.py").write_text("")
+    python = cloud.checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\necho "$@" >&2\necho "offsetjax: error: config: no function get_config()" >&2\nexit 2\n'
+    )
+    python.chmod(0o755)
+    status, err = end_of(cloud.start("supervise", *TRAINING, "--config.train.steps=1"))
+    assert status == 2 and "config: no function get_config()" in err and not cloud.calls("create")
