@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.noise.offset_strength = 0.067
-    config.noise.reference_resolution = 768  # at another data.resolution the mean is hidden as well
+    config.noise.reference_resolution = 768  # at another data.resolution the mean's SNR is the same
     config.optimizer.learning_rate = 1e-5
     config.optimizer.ema_decay = 0.999
     config.sample.every_steps = 250

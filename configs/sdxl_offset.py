@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.noise.offset_strength = 0.05
-    config.noise.reference_resolution = 1024  # at another data.resolution the mean is hidden as well
+    config.noise.reference_resolution = 1024  # at another data.resolution the mean's SNR is the same
     config.loss.min_snr_gamma = 5.0
     config.optimizer.learning_rate = 1e-5
     config.optimizer.ema_decay = 0.999

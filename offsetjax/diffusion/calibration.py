@@ -190,6 +190,13 @@ def _strengths(
 ) -> dict[str, tuple[float, ...]]:
     side = config.data.resolution // downscale
     strengths, floor = recommended_strengths(config, calibration, process, downscale)
+    needed = offset_strengths(calibration, process, calibration.target_terminal_snr, side**2, floor)
+    if np.any((needed > 0) & (strengths == 0)):
+        raise UserError(
+            f"config: noise.reference_resolution = {config.noise.reference_resolution} cannot apply with "
+            f"noise.calibration: at data.resolution = {config.data.resolution} the mean needs an offset of "
+            f"{needed[(needed > 0) & (strengths == 0)].max():.3g}, which no strength at that size has; leave it out"
+        )
     present = mode_snr(side**2 * calibration.mean_variance, floor, terminal_snr(process))
     _check_needed(config, calibration, bool(strengths.any()), present, "mean")
     return {"channel_strengths": _numbers(strengths)}
@@ -207,8 +214,7 @@ def recommended_strengths(
     spectrum = noise.spectrum if noise.kind == "pyramid" else None
     floor = np.ones(1) if spectrum is None else spectrum(side, side)[:, 0, 0]
     strengths = offset_strengths(calibration, process, calibration.target_terminal_snr, side**2, floor)
-    share = noise.probability * (1 / 3 if noise.random_strength else 1.0)
-    return strengths / (noise.scale_at(side**2) * math.sqrt(share)), floor
+    return noise.strengths_for(strengths, side, side), floor
 
 
 def _spectrum(

@@ -74,8 +74,9 @@ class Noise:
     """
 
     kind: Kind
-    strengths: Float[np.ndarray, " c"]  # c of each channel (or one for all), for a latent of `reference_pixels`
+    strengths: Float[np.ndarray, " c"]  # c of each channel (or one for all), for a square latent of `reference_pixels`
     reference_pixels: float = 0.0  # 0: whatever the latent's size
+    shift_at: Callable[[int], float] = lambda pixels: 1.0  # the process's
     random_strength: bool = False
     probability: float = 1.0
     adaptive_scale: float = 0.0
@@ -88,13 +89,53 @@ class Noise:
         """Whether `n` is white."""
         return self.spectrum is None and not self.strengths.any() and not self.adaptive_scale
 
-    def scale_at(self, pixels: int) -> float:
-        """What strengths are multiplied by for a latent of that many pixels: `c √N` is what stays the same."""
-        return float(np.sqrt(self.reference_pixels / pixels)) if self.reference_pixels else 1.0
+    def shift_from_reference(self, pixels: int) -> float:
+        """`k`: what the process multiplies σ/α by at this size, relative to the size that the strengths are for."""
+        if not self.reference_pixels:
+            return 1.0
+        return self.shift_at(pixels) / self.shift_at(round(self.reference_pixels))
 
-    def strengths_at(self, pixels: int) -> Float[np.ndarray, " c"]:
-        """The strengths in effect for a latent of that many pixels, without the adaptive part."""
-        return self.strengths * self.scale_at(pixels)
+    def strengths_at(self, height: int, width: int) -> Float[np.ndarray, " c"]:
+        """The strengths in effect for latents of a size, without the adaptive part.
+
+        The mean's SNR, at the last timestep and at any share of the timesteps, is what it is at the reference's size:
+        `c'² = (V + c²) / k² - V'`, V the variance of a channel's mean without an offset, 1/N for white noise. On one
+        and the same schedule (k = 1) this is nearly the same strength at every size; `c √N` is kept where the schedule
+        is shifted by `k = √(N'/N)`. A channel without an offset has none at any size.
+        """
+        pixels = height * width
+        if not self.reference_pixels or pixels == self.reference_pixels:
+            return self.strengths
+        effective = self._mean_variance_at_reference() + self._share * self.strengths**2
+        rest = effective / self.shift_from_reference(pixels) ** 2 - self._white_mean_variance(height, width)
+        return np.where(self.strengths > 0, np.sqrt(np.maximum(rest, 0.0) / self._share), 0.0)
+
+    def strengths_for(self, effective: Float[np.ndarray, " c"], height: int, width: int) -> Float[np.ndarray, " c"]:
+        """The inverse: the strengths whose root mean square for latents of a size, over examples, is `effective`."""
+        pixels = height * width
+        if not self.reference_pixels or pixels == self.reference_pixels:
+            return effective / np.sqrt(self._share)
+        total = (effective**2 + self._white_mean_variance(height, width)) * self.shift_from_reference(pixels) ** 2
+        rest = np.maximum(total - self._mean_variance_at_reference(), 0.0)
+        return np.where(effective > 0, np.sqrt(rest / self._share), 0.0)
+
+    def adaptive_scale_at(self, pixels: int) -> float:
+        """The adaptive scale in effect: a strength that is not small goes with `1 / k`."""
+        return self.adaptive_scale / self.shift_from_reference(pixels)
+
+    @property
+    def _share(self) -> float:
+        """The mean of the squared strengths, over examples, relative to the full strength's square."""
+        return self.probability * (1 / 3 if self.random_strength else 1.0)
+
+    def _mean_variance_at_reference(self) -> Float[np.ndarray, "#c"]:
+        side = round(np.sqrt(self.reference_pixels))
+        return self._white_mean_variance(side, side)
+
+    def _white_mean_variance(self, height: int, width: int) -> Float[np.ndarray, "#c"]:
+        """The variance of a channel's mean without an offset."""
+        power = np.ones(1) if self.spectrum is None else self.spectrum(height, width)[:, 0, 0]
+        return power / (height * width)
 
     def draw(
         self, key: Key[Array, ""], latent: Float[Array, "c h w"], timestep: Timestep | None = None
@@ -139,7 +180,7 @@ class Noise:
     def power(self, height: int, width: int, timestep: Any = None) -> Float[np.ndarray, "c h w2"]:
         """The expected power spectrum of `n_t`, a channel; by default of the last timestep."""
         spectrum = np.ones((1, height, width // 2 + 1)) if self.spectrum is None else self.spectrum(height, width)
-        variance = self._shift_variance(height * width) * self._psi(timestep) ** 2
+        variance = self._shift_variance(height, width) * self._psi(timestep) ** 2
         power = np.repeat(spectrum, max(len(variance), len(spectrum)) // len(spectrum), 0)
         power[:, 0, 0] += variance * height * width
         return power
@@ -147,7 +188,7 @@ class Noise:
     def variance(self, height: int, width: int, timestep: Any = None) -> Any:
         """The expected variance of a pixel of `n_t`, over channels; by default at the last timestep."""
         colours = 1.0 if self.spectrum is None else mean_power(self.spectrum(height, width), width).mean()
-        return colours + self._psi(timestep) ** 2 * self._shift_variance(height * width).mean()
+        return colours + self._psi(timestep) ** 2 * self._shift_variance(height, width).mean()
 
     def _psi(self, timestep: Any) -> Any:
         return 1.0 if self.growth is None or timestep is None else self.growth(timestep)[0]
@@ -159,19 +200,19 @@ class Noise:
         return colour(white, jnp.asarray(np.sqrt(self.spectrum(*shape[1:])), jnp.float32))
 
     def _strength(self, key: Key[Array, ""], latent: Float[Array, "c h w"]) -> Float[Array, "#c 1 1"]:
-        strength = jnp.asarray(self.strengths_at(latent[0].size), jnp.float32)[:, None, None]
+        strength = jnp.asarray(self.strengths_at(*latent.shape[1:]), jnp.float32)[:, None, None]
         if self.random_strength:
             strength = strength * jax.random.uniform(jax.random.fold_in(key, 2))
         if self.adaptive_scale:
             means = jnp.abs(latent.mean((1, 2), keepdims=True))
-            strength = jnp.maximum(strength + self.adaptive_scale * self.scale_at(latent[0].size) * means, 0.0)
+            strength = jnp.maximum(strength + self.adaptive_scale_at(latent[0].size) * means, 0.0)
         if self.probability < 1.0:
             strength = strength * jax.random.bernoulli(jax.random.fold_in(key, 3), self.probability)
         return strength
 
-    def _shift_variance(self, pixels: int) -> Float[np.ndarray, " c"]:
+    def _shift_variance(self, height: int, width: int) -> Float[np.ndarray, " c"]:
         """E[c²] of each channel: over the random strengths, and over the data's means where they are known."""
-        strength = self.strengths_at(pixels)[:, None, None]
+        strength = self.strengths_at(height, width)[:, None, None]
         nodes, weights = np.polynomial.legendre.leggauss(16)
         if self.random_strength:
             strength = strength * (0.5 + 0.5 * nodes)[:, None]
@@ -181,7 +222,7 @@ class Noise:
             density = np.exp(-(quantiles**2) / 2)
             mean, deviation = self.data_mean or (np.zeros(1), np.zeros(1))
             means = mean[:, None, None] + deviation[:, None, None] * quantiles
-            strength = np.maximum(strength + self.adaptive_scale * self.scale_at(pixels) * np.abs(means), 0.0)
+            strength = np.maximum(strength + self.adaptive_scale_at(height * width) * np.abs(means), 0.0)
             weight = weight * density / density.sum()
         return self.probability * (strength**2 * weight).sum((1, 2))
 
@@ -204,6 +245,7 @@ def make_noise(config: ConfigDict, process: Process, downscale: int) -> Noise:
         kind=config.kind,
         strengths=np.array(config.channel_strengths or (config.offset_strength,), np.float64),
         reference_pixels=(config.reference_resolution / downscale) ** 2,
+        shift_at=process.shift_at,
         random_strength=config.random_strength,
         probability=config.probability,
         adaptive_scale=config.adaptive_scale,
@@ -218,7 +260,7 @@ def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
     perturbed = f", with {config.input_perturbation:g} more in the input" * (config.input_perturbation > 0)
     if noise.is_plain:
         return "plain" + perturbed
-    strengths = noise.strengths_at(height * width)
+    strengths = noise.strengths_at(height, width)
     text: str = noise.kind
     if noise.kind == "pyramid":
         text += f" of {config.pyramid_levels} levels, discount {config.pyramid_discount:g}"
@@ -233,6 +275,6 @@ def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
     if noise.probability < 1:
         text += f", for a share of {noise.probability:g} of the examples"
     if noise.adaptive_scale:
-        scale = noise.adaptive_scale * noise.scale_at(height * width)
+        scale = noise.adaptive_scale_at(height * width)
         text += f", and {scale:.4g} times the absolute mean of a latent's channel"
     return text + perturbed

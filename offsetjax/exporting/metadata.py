@@ -52,7 +52,7 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
 def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
     """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None."""
     noise, side = config.noise, config.data.resolution // pipeline.autoencoder.downscale
-    strength = float(f"{training_noise(pipeline, config).strengths_at(side * side).max():.6g}")
+    strength = float(f"{training_noise(pipeline, config).strengths_at(side, side).max():.6g}")
     return {
         "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
         "ss_noise_offset_random_strength": str(noise.random_strength),

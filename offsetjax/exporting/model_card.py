@@ -99,7 +99,7 @@ def _latents(noise: Noise, channels: int, size: int) -> list[str]:
             f'root_spectrum = load_file("{SPECTRUM_FILE}")["root_spectrum"]',
             f"latents = torch.fft.irfft2(torch.fft.rfft2(latents) * root_spectrum, s=({size}, {size}))",
         ]
-    strengths = noise.strengths_at(size * size)
+    strengths = noise.strengths_at(size, size)
     if strengths.any() or noise.adaptive_scale:
         # Nine digits tell float32 numbers apart.
         values = ", ".join(f"{strength:.9g}" for strength in strengths)
@@ -107,7 +107,7 @@ def _latents(noise: Noise, channels: int, size: int) -> list[str]:
         if noise.random_strength:
             lines.append("strength = strength * torch.rand(b, 1, 1, 1)")
         if noise.adaptive_scale and noise.data_mean is not None:
-            scale = noise.adaptive_scale * noise.scale_at(size * size)
+            scale = noise.adaptive_scale_at(size * size)
             mean, deviation = (", ".join(f"{x:.9g}" for x in values) for values in noise.data_mean)
             lines += [
                 f"mean, deviation = torch.tensor([[{mean}], [{deviation}]]).reshape(2, 1, -1, 1, 1)",

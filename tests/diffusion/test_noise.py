@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from offsetjax.config.schema import default_config
+from offsetjax.diffusion.flow import Flow
 from offsetjax.diffusion.noise import (
     Noise,
     make_noise,
     offset_noise,
 )
+from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.spectrum import pyramid_spectrum
 from offsetjax.diffusion.variance_preserving import variance_preserving
 from offsetjax.parallel.sharding import mesh_of
@@ -211,19 +215,66 @@ def test_an_examples_noise_depends_on_no_other_and_keeps_its_whole_offset(kind: 
 
 @pytest.mark.usefixtures("_quickly")
 @pytest.mark.parametrize("kind", ["pyramid with offset", "adjusted", "channels"])
-def test_a_reference_resolution_keeps_the_strength_of_the_mean_at_any_size(kind: str) -> None:
+def test_a_reference_resolution_keeps_the_snr_of_the_mean_at_any_size(kind: str) -> None:
     noise = noise_of(kind, reference_resolution=128)  # latents of 16 x 16
     strengths = np.array(KINDS[kind].get("channel_strengths", (0.5,)))
     keys = jax.random.split(jax.random.key(7), COUNT)
     for size in ((16, 16), (8, 24), (5, 7)):
-        plain = noise_of("pyramid").power(*size)[0, 0, 0] if "pyramid" in kind else 1.0
-        expected = plain + strengths**2 * 256
+        pixels = size[0] * size[1]
+        white = noise_of("pyramid").power(16, 16)[0, 0, 0] / 256 if "pyramid" in kind else 1 / 256
+        expected = (white + strengths**2) * pixels  # the variance of the mean is what it is at 16 x 16
+        if kind == "channels":  # whose second offset is less than the mean of so few pixels varies by itself
+            expected = np.maximum(expected, 1.0)
         np.testing.assert_allclose(noise.power(*size)[:, 0, 0], expected)
         start = jax.jit(jax.vmap(lambda key, size=size: noise.start(key, (2, *size)).mean((1, 2))))(keys)
         measured = np.var(start, 0) * np.prod(size)
         np.testing.assert_allclose(measured, np.broadcast_to(expected, 2), rtol=4 * np.sqrt(2 / COUNT))
     unscaled = noise_of(kind)
     assert unscaled.power(16, 16)[0, 0, 0] > 2 * unscaled.power(8, 8)[0, 0, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    process=st.sampled_from(["variance_preserving", "flow"]),
+    rule=st.sampled_from(["fixed", "resolution", "tokens"]),
+    strength=st.floats(0.1, 0.5),
+    side=st.integers(256, 2048),
+    reference=st.integers(256, 2048),
+    mixture=st.sampled_from([{}, {"random_strength": True}, {"probability": 0.4}]),
+)
+def test_brightness_is_decided_where_it_was_at_every_size(
+    process: str, rule: str, strength: float, side: int, reference: int, mixture: dict[str, Any]
+) -> None:
+    """The SNR of the mean at each share of the timesteps, as they are shifted, and so its t*: any size, any process."""
+    config = default_config()
+    config.schedule.process = process
+    if process == "flow":
+        config.schedule.update(shift_rule=rule, shift_resolution=512 if rule == "resolution" else 0)
+    config.noise.update(offset_strength=strength, reference_resolution=8 * (reference // 8), **mixture)
+    made = make_process(config.schedule)
+    noise = make_noise(config.noise, made, downscale=8)
+    variances, ratios = [], []
+    for size in (reference // 8, side // 8):
+        variances.append(noise.power(size, size)[0, 0, 0] / size**2)  # of the mean
+        ratios.append(made.shift_at(size**2))  # σ/α at each share of the timesteps goes with it
+    if noise.strengths_at(side // 8, side // 8)[0] == 0:  # so large a shift hides the mean by itself
+        assert variances[0] * ratios[0] ** 2 <= variances[1] * ratios[1] ** 2
+        return
+    assert variances[1] * ratios[1] ** 2 == pytest.approx(variances[0] * ratios[0] ** 2, rel=1e-9)
+    effective = noise.strengths_at(side // 8, side // 8) * np.sqrt(mixture.get("probability", 1.0))
+    effective *= np.sqrt(1 / 3) if mixture.get("random_strength") else 1.0
+    np.testing.assert_allclose(noise.strengths_for(effective, side // 8, side // 8), strength, rtol=1e-6)
+
+
+def test_a_fixed_strength_hides_the_mean_equally_on_one_schedule_and_c_root_n_does_not() -> None:
+    noise = noise_of("offset", offset_strength=0.1, reference_resolution=512)
+    assert noise.strengths_at(128, 128)[0] == pytest.approx(np.sqrt(0.01 + 1 / 4096 - 1 / 16_384))
+    snr = {c: 1 / (1 / 16_384 + c**2) * (1 / 4096 + 0.01) for c in (0.1, 0.05)}  # relative to .1 at 512 px
+    assert snr[0.1] == pytest.approx(1.0, rel=0.02) and snr[0.05] == pytest.approx(4.0, rel=0.02)
+    config = default_config().noise
+    config.update(offset_strength=0.1, reference_resolution=512)
+    shifted = make_noise(config, Flow(shift_rule="resolution", reference_pixels=4096), downscale=8)
+    assert shifted.strengths_at(128, 128)[0] * 128 == pytest.approx(0.1 * 64)
 
 
 def test_adjusted_noise_is_that_of_a_chain_whose_shift_enters_step_by_step() -> None:

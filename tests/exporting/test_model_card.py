@@ -19,7 +19,7 @@ NOISES: dict[str, dict[str, Any]] = {
     "plain": {"noise__offset_strength": 0.0},
     "offset": {"noise__offset_strength": 0.5},
     "channels": {"noise__offset_strength": 0.0, "noise__channel_strengths": (0.1, 0.2, 0.3, 0.4)},
-    "reference": {"noise__offset_strength": 0.1, "noise__reference_resolution": 64},
+    "reference": {"noise__offset_strength": 0.5, "noise__reference_resolution": 64},
     "random": {"noise__offset_strength": 0.5, "noise__random_strength": True, "noise__probability": 0.5},
     "adaptive": {
         "noise__offset_strength": 0.2,

@@ -140,7 +140,7 @@ def test_the_spectrum_brings_every_band_to_the_target() -> None:
 
 
 @pytest.mark.parametrize("kind", ["offset", "adjusted", "pyramid"])
-@pytest.mark.parametrize(("resolution", "reference"), [(128, 0), (256, 0), (128, 512), (256, 64)])
+@pytest.mark.parametrize(("resolution", "reference"), [(128, 0), (256, 0), (128, 512), (256, 128)])
 def test_strengths_are_filled_in_for_each_kind_and_size(
     file: pathlib.Path, kind: str, resolution: int, reference: int
 ) -> None:
@@ -156,6 +156,13 @@ def test_strengths_are_filled_in_for_each_kind_and_size(
     side = resolution // 8
     power = make_noise(filled.noise, SCHEDULE, 8).power(side, side)[:, 0, 0]
     np.testing.assert_allclose(TERMINAL_SNR * side**2 * _calibration().mean_variance[:3] / power[:3], 0.1, rtol=1e-4)
+
+
+def test_a_reference_at_which_the_mean_is_hidden_by_plain_noise_is_refused(file: pathlib.Path) -> None:
+    with pytest.raises(
+        UserError, match=r"reference_resolution = 64 .* which no strength at that size has; leave it out"
+    ):
+        fill(_config(file, data__resolution=256, noise__reference_resolution=64))
 
 
 def test_a_spectrum_is_filled_in(file: pathlib.Path) -> None:

@@ -132,10 +132,10 @@ def test_the_variance_of_a_channels_mean_is_that_of_offset_noise() -> None:
     assert means.var() == pytest.approx(1 / pixels + strength**2, rel=0.12)  # N. Guttenberg 2023: (1 + c² N) / N
 
 
-def test_a_strength_for_a_reference_resolution_keeps_c_root_n() -> None:
-    """Latents of 16 pixels are pictures of 32 px here; a strength that is for 64 px doubles there."""
-    fixed = _look(_config(noise__offset_strength=0.4))
-    scaled = _look(_config(noise__offset_strength=0.2, noise__reference_resolution=64))
+def test_a_strength_for_a_reference_resolution_keeps_the_snr_of_the_mean() -> None:
+    """Latents of 16 pixels are pictures of 32 px here, where 1/64 + .4² of 64 px is less the larger 1/16."""
+    fixed = _look(_config(noise__offset_strength=(0.4**2 + 1 / 64 - 1 / 16) ** 0.5))
+    scaled = _look(_config(noise__offset_strength=0.4, noise__reference_resolution=64))
     assert np.asarray(scaled.target) == pytest.approx(np.asarray(fixed.target), abs=1e-6)
 
 

@@ -44,13 +44,13 @@ def test_a_scaling_factor_of_0_standardises_on_the_data(tmp_path):
 
 
 def test_the_log_says_the_strength_that_is_in_effect(tmp_path, caplog):
-    config = tiny_config(build_data(tmp_path), noise__offset_strength=0.1, noise__reference_resolution=64)
+    config = tiny_config(build_data(tmp_path), noise__offset_strength=0.3, noise__reference_resolution=64)
     source = open_source(config.data.path)
     run = open_run(config, epath.Path(tmp_path / "run"), source)
     with open_checkpoints(tmp_path / "run") as manager, caplog.at_level("INFO", "offsetjax"):
         first_state(run, manager, open_stream(config, run.pipeline, source))
-    # Pictures of 16 px, a quarter of the reference's side: c √N = 0.1 · 32 = 0.4 · 8.
-    assert "noise: offset, strength 0.4 for 8x8 latents (c √N = 3.2)" in caplog.text
+    # Pictures of 16 px, a quarter of the reference's side: c² = 0.3² + 1/1024 - 1/64.
+    assert "noise: offset, strength 0.2745 for 8x8 latents (c √N = 2.196)" in caplog.text
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1])

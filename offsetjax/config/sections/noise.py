@@ -112,7 +112,7 @@ NOISE = Section(
             int,
             0,
             count(0, 65_536),
-            "the strength is for pictures of this size, and c √N is kept; 0: it is for all",
+            "the strength is for pictures of this size, at others the mean's SNR is kept; 0: it is for all",
             "pixels",
         ),
         Field(
