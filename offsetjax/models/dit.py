@@ -108,9 +108,9 @@ class DiT:
     def apply(
         self,
         params: PyTree,
-        latents: Float[Array, "b c h w"],
-        timesteps: Float[Array, " b"],
-        class_labels: Int[Array, " b"],
+        latents: Float[Array | np.ndarray, "b c h w"],
+        timesteps: Float[Array | np.ndarray, " b"],
+        class_labels: Int[Array | np.ndarray, " b"],
     ) -> Float[Array, "b c h w"]:
         """The prediction, computed in `dtype` and returned in float32.
 

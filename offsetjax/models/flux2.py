@@ -103,10 +103,10 @@ class Flux2Transformer:
     def apply(
         self,
         params: PyTree,
-        latents: Float[Array, "b c h w"],
-        timesteps: Float[Array, " b"],
-        encoder_hidden_states: Float[Array, "b n d"],
-        guidance: Float[Array, " b"] | None = None,
+        latents: Float[Array | np.ndarray, "b c h w"],
+        timesteps: Float[Array | np.ndarray, " b"],
+        encoder_hidden_states: Float[Array | np.ndarray, "b n d"],
+        guidance: Float[Array | np.ndarray, " b"] | None = None,
     ) -> Float[Array, "b c h w"]:
         """The prediction, noise - data, computed in `dtype` and returned in float32.
 
@@ -120,8 +120,9 @@ class Flux2Transformer:
         if (guidance is None) == self.config["guidance_embeds"]:
             raise ValueError("FLUX.2: guidance goes with guidance_embeds, and with nothing else")
         latents, text = (jnp.asarray(x, self.dtype) for x in (latents, encoder_hidden_states))
+        given = None if guidance is None else jnp.asarray(guidance)
         with traced(BLOCKS, self.tracing):
-            output: Any = self._module().apply({"params": params}, latents, timesteps, text, guidance)
+            output: Any = self._module().apply({"params": params}, latents, jnp.asarray(timesteps), text, given)
         return output.astype(jnp.float32)
 
     def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from offsetjax.models.blocks import Blocks
@@ -66,7 +67,10 @@ class Qwen3:
         return module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))["params"]
 
     def apply(
-        self, params: PyTree, input_ids: Int[Array, "b n"], lengths: Int[Array, " b"] | None = None
+        self,
+        params: PyTree,
+        input_ids: Int[Array | np.ndarray, "b n"],
+        lengths: Int[Array | np.ndarray, " b"] | None = None,
     ) -> Float[Array, "b n d"]:
         """The hidden states of the tokens, in `dtype`; also of those that pad a caption.
 
@@ -77,7 +81,7 @@ class Qwen3:
         if lengths is None:
             lengths = unpadded_lengths(input_ids, self.config["pad_token_id"])
         with traced(BLOCKS, self.tracing):
-            states: Any = self._module(self.states).apply({"params": params}, input_ids, lengths)
+            states: Any = self._module(self.states).apply({"params": params}, input_ids, jnp.asarray(lengths))
         return jnp.concatenate(states, axis=-1)
 
     def torch_config(self) -> dict[str, Any]:
@@ -85,7 +89,7 @@ class Qwen3:
         return {**_FIXED, **self.config, "architectures": [self.class_name]}
 
 
-def unpadded_lengths(input_ids: Int[Array, "b n"], pad_token_id: int) -> Int[Array, " b"]:
+def unpadded_lengths(input_ids: Int[Array | np.ndarray, "b n"], pad_token_id: int) -> Int[Array, " b"]:
     """The tokens of each caption before the padding on its right, at least 1."""
     places = jnp.arange(1, input_ids.shape[1] + 1)
     return jnp.max(jnp.where(input_ids != pad_token_id, places, 1), axis=1)

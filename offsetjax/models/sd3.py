@@ -98,10 +98,10 @@ class SD3Transformer:
     def apply(
         self,
         params: PyTree,
-        latents: Float[Array, "b c h w"],
-        timesteps: Float[Array, " b"],
-        encoder_hidden_states: Float[Array, "b n d"],
-        pooled_projections: Float[Array, "b p"],
+        latents: Float[Array | np.ndarray, "b c h w"],
+        timesteps: Float[Array | np.ndarray, " b"],
+        encoder_hidden_states: Float[Array | np.ndarray, "b n d"],
+        pooled_projections: Float[Array | np.ndarray, "b p"],
     ) -> Float[Array, "b c h w"]:
         """The prediction, noise - data, computed in `dtype` and returned in float32.
 
@@ -116,7 +116,7 @@ class SD3Transformer:
         given = (jnp.asarray(x, self.dtype) for x in (latents, encoder_hidden_states, pooled_projections))
         latents, text, pooled = given
         with traced(BLOCKS, self.tracing):
-            output: Any = self._module().apply({"params": params}, latents, timesteps, text, pooled)
+            output: Any = self._module().apply({"params": params}, latents, jnp.asarray(timesteps), text, pooled)
         return output.astype(jnp.float32)
 
     def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:

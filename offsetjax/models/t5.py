@@ -78,15 +78,19 @@ class T5Encoder:
         return self._module().init(key, jnp.zeros((1, 1), jnp.int32), None)["params"]
 
     def apply(
-        self, params: PyTree, input_ids: Int[Array, "b n"], lengths: Int[Array, " b"] | None = None
+        self,
+        params: PyTree,
+        input_ids: Int[Array | np.ndarray, "b n"],
+        lengths: Int[Array | np.ndarray, " b"] | None = None,
     ) -> Float[Array, "b n d"]:
         """The last hidden state of the tokens, in `dtype`.
 
         Args:
             lengths: tokens of each caption that the others see; by default all, padding too, as in Stable Diffusion 3.
         """
+        given = None if lengths is None else jnp.asarray(lengths)
         with traced(BLOCKS, self.tracing):
-            states: Any = self._module().apply({"params": params}, jnp.asarray(input_ids), lengths)
+            states: Any = self._module().apply({"params": params}, jnp.asarray(input_ids), given)
         return states
 
     def torch_config(self) -> dict[str, Any]:

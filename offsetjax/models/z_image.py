@@ -89,10 +89,10 @@ class ZImageTransformer:
     def apply(
         self,
         params: PyTree,
-        latents: Float[Array, "b c h w"],
-        timesteps: Float[Array, " b"],
-        encoder_hidden_states: Float[Array, "b n d"],
-        lengths: Int[Array, " b"],
+        latents: Float[Array | np.ndarray, "b c h w"],
+        timesteps: Float[Array | np.ndarray, " b"],
+        encoder_hidden_states: Float[Array | np.ndarray, "b n d"],
+        lengths: Int[Array | np.ndarray, " b"],
     ) -> Float[Array, "b c h w"]:
         """The prediction, computed in `dtype` and returned in float32.
 
@@ -105,7 +105,9 @@ class ZImageTransformer:
         """
         latents, text = (jnp.asarray(x, self.dtype) for x in (latents, encoder_hidden_states))
         with traced(BLOCKS, self.tracing):
-            output: Any = self._module().apply({"params": params}, latents, timesteps, text, lengths)
+            output: Any = self._module().apply(
+                {"params": params}, latents, jnp.asarray(timesteps), text, jnp.asarray(lengths)
+            )
         return output.astype(jnp.float32)
 
     def attention_lengths(self, latent_pixels: int) -> tuple[int, ...]:
