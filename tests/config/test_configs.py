@@ -18,8 +18,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.cli import main
-from offsetjax.config import load_config, validate
+from offsetjax.config import from_json, load_config, to_json, validate
 from offsetjax.data.source import open_source
+from offsetjax.errors import UserError
 from offsetjax.formats.header import Entry, format_header
 from offsetjax.formats.pretrained import open_pretrained
 from offsetjax.formats.single_file import to_original
@@ -241,3 +242,20 @@ def test_pretraining_begins_with_a_random_denoiser_and_the_models_other_parts(
         whole = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded(config, run, part))
         assert is_same(run.frozen[part], whole)
     assert dtypes(state.params) == {"float32"}
+
+
+def test_an_explicit_default_contradicts_a_checkpoint_like_any_other_value(tmp_path: pathlib.Path) -> None:
+    """The article's model predicts v; ε, the default, is replaced where it was not set, and refused where it was."""
+    model = f"config.model.pretrained = {str(ROOT / 'configs/article/pretrained')!r}"
+    bodies = {"silent": model, "stated": f"{model}\n    config.schedule.prediction_type = 'epsilon'"}
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.py").write_text(
+            "from offsetjax.config import default_config\ndef get_config():\n    config = default_config()\n"
+            f"    {body}\n    return config\n"
+        )
+    silent = load_config(str(tmp_path / "silent.py"))
+    assert resolve(silent).schedule.prediction_type == "v_prediction"
+    override = load_config(str(tmp_path / "silent.py"), [("schedule.prediction_type", "epsilon")])
+    for stated in (load_config(str(tmp_path / "stated.py")), override, from_json(to_json(override))):
+        with pytest.raises(UserError, match=r"prediction_type = 'epsilon', but .* has 'v_prediction'; set it to that"):
+            resolve(stated)
