@@ -1,6 +1,7 @@
 """Data sets of TFDS in ArrayRecord, opened for random access with no tensorflow."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from offsetjax.data.cache import DESCRIPTION, read_cache
 from offsetjax.data.record import Picture
 from offsetjax.data.source import Source
 from offsetjax.errors import UserError, one_line
+from offsetjax.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def open_rows(
 
 
 def _builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
+    _check_classes(folder)
     try:
         return tfds.builder_from_directory(folder)
     except OSError:  # the disk or the network, not what is written there
@@ -134,6 +137,39 @@ def _builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
             f"data: {folder} cannot be opened: {one_line(error)}; its dataset_info.json or its features.json is "
             "damaged: copy them again, or build the data set again"
         ) from error
+
+
+def _check_classes(folder: epath.Path) -> None:
+    """Refuses features that are not TFDS's own: it imports the classes that a data set names, which runs their code.
+
+    Raises:
+        UserError: such a class, before anything is imported.
+    """
+    file = folder / "features.json"
+    if not file.exists():
+        return
+    try:
+        described = parse_json(file.read_bytes())
+    except ValueError:
+        return  # TFDS says what is wrong with it
+    for name in _class_names(described):
+        if not isinstance(name, str) or not re.fullmatch(r"tensorflow_datasets\.core\.features(\.\w+)+", name):
+            raise UserError(
+                f"data: {file} asks for the class {str(name)[:80]!r}, whose code would be run to read the data; only "
+                "TFDS's own features are read: prepare the data with these"
+            )
+
+
+def _class_names(described: Any) -> Iterator[Any]:
+    """The Python classes that a description of features names, at any depth."""
+    if isinstance(described, Mapping):
+        for key, value in described.items():
+            if key in ("pythonClassName", "python_class_name", "type"):
+                yield from [value] if not isinstance(value, Mapping | list) else []
+            yield from _class_names(value)
+    elif isinstance(described, list):
+        for each in described:
+            yield from _class_names(each)
 
 
 def _check_features(folder: epath.Path, features: Mapping[str, Any], names: tuple[str, ...]) -> None:

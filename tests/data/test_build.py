@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from offsetjax.data.build import build
+from offsetjax.data.build import Task, build
 from offsetjax.data.inspect import inspect
 from offsetjax.data.source import captions, open_source
 from offsetjax.errors import UserError
@@ -193,7 +193,7 @@ def test_tensorflow_is_never_imported(folder: pathlib.Path, tmp_path: pathlib.Pa
     program = """
 import sys
 import numpy as np
-from offsetjax.data.build import build
+from offsetjax.data.build import Task, build
 from offsetjax.data.inspect import inspect
 from offsetjax.data.source import open_source
 from offsetjax.data.stream import make_stream
@@ -216,3 +216,44 @@ print("tensorflow" in sys.modules)
     )
     assert done.stdout.splitlines()[-1] == "False"
     assert done.stderr == "", "warnings, or a progress bar where there is no terminal"
+
+
+def test_a_build_that_was_interrupted_continues_with_the_shards_that_are_missing(
+    folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folder, "x.png", None)
+    whole = pathlib.Path(build(folder, tmp_path / "whole", shard_size=6, workers=1).path)
+    wrote, write_one = [], Task.write
+
+    def interrupted(task: Task, threads: int) -> int:
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+        wrote.append(task.path.name)
+        return write_one(task, threads)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, tmp_path / "set", shard_size=6, workers=1)
+    with pytest.raises(UserError, match="holds no data set"):
+        open_source(tmp_path / "set")
+    with pytest.raises(UserError, match="has an unfinished build of other pictures, or with other settings"):
+        build(folder, tmp_path / "set", shard_size=5, workers=1)
+    wrote.clear()
+    summary = build(folder, tmp_path / "set", shard_size=6, workers=2)
+    assert summary.kept == 20 and [name for name, _ in summary.dropped] == ["x.png"]
+    first, second = (
+        {file.name: file.read_bytes() for file in path.iterdir()} for path in (whole, pathlib.Path(summary.path))
+    )
+    assert first == second and len(first) == 4 + 3
+    assert len(open_source(tmp_path / "set")) == 20
+
+
+def test_splits_and_repeats_are_written(tmp_path: pathlib.Path) -> None:
+    for name in ("train/5_cat/a.png", "train/5_cat/b.png", "train/c.png", "test/d.png"):
+        write(tmp_path / "pictures", name, name)
+    (tmp_path / "pictures" / "train" / "5_cat" / "a.png").write_bytes(b"broken")
+    summary = build(tmp_path / "pictures", tmp_path / "set", max_dropped=0.5)
+    assert summary.splits == {"train": 2, "test": 1} and "3 pictures (2 of train, 1 of test)" in str(summary)
+    assert captions(open_source(tmp_path / "set", "test")) == ["test/d.png"]
+    assert json.loads((pathlib.Path(summary.path) / "repeats.json").read_text()) == {"train": [[1, 5], [1, 1]]}

@@ -11,7 +11,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from offsetjax.data.images import MAX_PIXELS, UnreadableImage, clean, decode, resize_and_crop, time_ids
 
@@ -224,3 +225,53 @@ def test_resizing_keeps_the_brightness_and_a_stripe_does_not_alias() -> None:
 def test_a_single_pixel_and_a_sliver_can_be_resized() -> None:
     for shape in ((1, 1, 3), (1, 5000, 3), (5000, 1, 3)):
         np.testing.assert_array_equal(resize_and_crop(np.full(shape, 90, np.uint8), 8), np.full((8, 8, 3), 90))
+
+
+def display_p3() -> bytes:
+    """An ICC profile of version 4 with the primaries of Display P3 and sRGB's curve."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    white = fixed(0.9642, 1.0, 0.8249)
+    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    primaries = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 3) + b"P3" + bytes(79), b"cprt": b"text" + bytes(8)}
+    tags |= {b"wtpt": b"XYZ " + bytes(4) + white}
+    for letter, primary in zip(b"rgb", primaries, strict=True):
+        tags |= {bytes([letter]) + b"XYZ": b"XYZ " + bytes(4) + fixed(*primary), bytes([letter]) + b"TRC": curve}
+    table, body, start = b"", b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    about = struct.pack(">I4x", start + len(body)) + bytes([4, 0x30, 0, 0]) + b"mntrRGB XYZ "
+    header = about + struct.pack(">6H", 2020, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + white
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_are_those_of_the_profile(mode: str) -> None:
+    """(200, 100, 50) of Display P3 is (215, 93, 31) of sRGB."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (200, 100, 50)).convert(mode).save(file, "PNG", icc_profile=display_p3())
+    assert (np.abs(decode(file.getvalue()).astype(int) - (215, 93, 31)) <= 1).all()
+    stored, _, _ = clean(file.getvalue())
+    shown = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"), int)
+    assert (np.abs(shown - (215, 93, 31)) <= 1).all() and "icc_profile" not in Image.open(io.BytesIO(stored)).info
+
+
+@pytest.mark.parametrize("profile", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_a_profile_of_srgb_or_a_broken_one_leaves_the_file_as_it_is(profile: bytes) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (200, 100, 50)).save(file, "PNG", icc_profile=profile)
+    assert clean(file.getvalue())[0] == file.getvalue()
+
+
+def test_long_texts_of_a_png_are_left_out() -> None:
+    info, file = PngInfo(), io.BytesIO()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    info.add_itxt("workflow", "y" * 3_000_000)
+    Image.new("RGB", (4, 4), (200, 100, 50)).save(file, "PNG", pnginfo=info)
+    stored, height, width = clean(file.getvalue())
+    assert len(stored) < 200 and (height, width) == (4, 4)
+    assert (decode(file.getvalue()) == (200, 100, 50)).all() and (decode(stored) == (200, 100, 50)).all()

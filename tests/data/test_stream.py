@@ -284,6 +284,24 @@ def test_a_damaged_description_is_told(
     assert "\n" not in str(refused.value)
 
 
+def test_a_data_set_runs_no_code_of_its_own(
+    tmp_path: pathlib.Path, data_set: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('was_here').touch()\nclass X: ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, name in enumerate(("evil.X", "tensorflow_datasets.core.features.evil-X", "os.system", 3)):
+        copied = shutil.copytree(data_set, tmp_path / f"copy{number}")
+        [features] = copied.rglob("features.json")
+        described = json.loads(features.read_text())
+        described["featuresDict"]["features"]["name"]["pythonClassName"] = name
+        features.write_text(json.dumps(described))
+        with pytest.raises(UserError, match=r"asks for the class .*TFDS's own features are read") as refused:
+            open_source(copied)
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "was_here").exists()
+
+
 def position_picture(height: int, width: int, orientation: int) -> bytes:
     """Red is twice the column of a pixel and green twice its row, once the picture is turned as its EXIF says."""
     rows, columns = np.mgrid[:height, :width]
