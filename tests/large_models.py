@@ -72,8 +72,8 @@ def write_model(directory: pathlib.Path, config: ConfigDict, dtype: str = "float
     write_tokenizers(directory, pipeline.family, dict.fromkeys(pipeline.family.encoders, tokenizer))
     scheduler = files.scheduler_config(make_process(config.schedule).scheduler("ddim", "trailing"))
     files.write_scheduler(directory, scheduler)
-    zeros = config.model.force_zeros_for_empty_prompt
-    files.write_index(directory, scheduler["_class_name"], pipeline.family.name, zeros)
+    described = pipeline.family.files
+    files.write_index(directory, described.pipeline, scheduler["_class_name"], described.index(pipeline.settings))
 
 
 def run_config(model: pathlib.Path, **changes: Any) -> ConfigDict:

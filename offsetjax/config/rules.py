@@ -6,6 +6,7 @@ A combination that makes none is refused with the reason, and so is a setting th
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from offsetjax.config.families import FAMILIES, family_of_values
 from offsetjax.config.schema import default_config
 from offsetjax.config.settings import flatten
 from offsetjax.diffusion.process import PROCESSES
@@ -59,18 +60,11 @@ def _training(values: Values) -> Wrongs:
 
 def _model(values: Values) -> Wrongs:
     """Settings of weights that could not apply."""
+    yield from _parts(values)
     defaults = dict(flatten(default_config()))
     for path in ("model.variant", "model.from_scratch"):
         yield values[path] and not values["model.pretrained"], f"{path} cannot apply without model.pretrained"
-    is_sdxl = "sdxl" in (values["model.family"], "sdxl" if values["model.unet.addition_embed_type"] else "")
-    is_known = bool(values["model.family"]) or not values["model.pretrained"]
-    second = [path for path in values if path.startswith("model.text_encoder_2.") and values[path] != defaults[path]]
-    if is_known and not is_sdxl:
-        yield second, f"{', '.join(second)} cannot apply: only SDXL (model.family = 'sdxl') has a second text encoder"
-        yield (
-            "text_encoder_2" in values["model.from_scratch"],
-            "model.from_scratch has text_encoder_2, but only SDXL (model.family = 'sdxl') has a second text encoder",
-        )
+    family = family_of_values(values)
     adapted = [path for path in values if path.startswith("lora.") and values[path] != defaults[path]]
     yield (
         adapted and not values["lora.rank"] and not values["lora.pretrained"],
@@ -87,11 +81,34 @@ def _model(values: Values) -> Wrongs:
         text_targets in adapted and not learns_text,
         f"{text_targets} cannot apply: the text encoders are frozen; set optimizer.text_encoder_learning_rate",
     )
-    is_drawn = not values["model.pretrained"] or "unet" in values["model.from_scratch"]
+    is_drawn = not values["model.pretrained"] or family.denoiser in values["model.from_scratch"]
     yield (
         has_adapters and is_drawn and values["task"] == "diffusion",
-        "lora.rank needs a model to adapt: set model.pretrained, with unet not in model.from_scratch, or lora.rank = 0",
+        f"lora.rank needs a model to adapt: set model.pretrained, with {family.denoiser} not in model.from_scratch, or "
+        "lora.rank = 0",
     )
+
+
+def _parts(values: Values) -> Wrongs:
+    """Settings of parts that the family does not have, or no family."""
+    families = [FAMILIES[name] for name in FAMILIES.names]
+    known = dict.fromkeys([*(part for family in families for part in family.parts), "tokenizer"])
+    scratch = values["model.from_scratch"]
+    yield set(scratch) - known.keys(), f"model.from_scratch = {scratch!r} must be made of {', '.join(known)}"
+    if values["model.pretrained"] and not values["model.family"]:
+        return
+    own, defaults = family_of_values(values).parts, dict(flatten(default_config()))
+
+    def those_with(part: str) -> str:
+        return " and ".join(
+            f"{family.title} (model.family = {family.name!r})" for family in families if part in family.parts
+        )
+
+    for part in [part for part in scratch if part not in (*own, "tokenizer")]:
+        yield True, f"model.from_scratch has {part}, but only {those_with(part)} has one"
+    for part in [part for part in known if part not in own]:
+        wrong = [path for path in values if path.startswith(f"model.{part}.") and values[path] != defaults[path]]
+        yield wrong, f"{', '.join(wrong)} cannot apply: only {those_with(part)} has a {part}"
 
 
 def _schedule(values: Values) -> Wrongs:
@@ -158,7 +175,7 @@ def _noise(values: Values) -> Wrongs:
         {"noise.offset_strength", "noise.channel_strengths"} <= noise,
         "noise.offset_strength and noise.channel_strengths both say how strong the offset is; set one",
     )
-    channels = values["model.vae.latent_channels"]
+    channels, _ = family_of_values(values).latents(values)
     for path in ("noise.channel_strengths", "noise.data_mean", "noise.data_mean_std"):
         yield (
             len(values[path]) not in (0, channels),
@@ -200,7 +217,8 @@ def _noise_extras(values: Values) -> Wrongs:
 
 
 def _spectrum(values: Values) -> Wrongs:
-    side = max(2, values["data.resolution"] // 2 ** (len(values["model.vae.block_out_channels"]) - 1))
+    _, downscale = family_of_values(values).latents(values)
+    side = max(2, values["data.resolution"] // downscale)
     for formula in values["noise.spectrum"]:
         try:
             formula_spectrum(formula, side, side)
@@ -246,7 +264,7 @@ def _task(values: Values) -> Wrongs:
         and path not in named_by_presets
         and value not in (defaults[path], 0, "", ())
     ]
-    if set(values["model.from_scratch"]) - {"vae"}:
+    if set(values["model.from_scratch"]) - {family_of_values(values).autoencoder}:
         wrong.append("model.from_scratch")
     back = "it" if len(wrong) == 1 else "them"
     yield wrong, f"{', '.join(wrong)} cannot apply to task = 'autoencoder'; set {back} back"

@@ -138,27 +138,34 @@ def _numbers(values: Float[np.ndarray, " k"]) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in values)
 
 
-def fill(config: ConfigDict) -> ConfigDict:
+def fill(config: ConfigDict, channels: int, downscale: int) -> ConfigDict:
     """The config with what `noise.calibration` fills in; the same config where that is empty.
+
+    Args:
+        channels, downscale: see `filled`.
 
     Raises:
         UserError: the file cannot be read, or `filled` refuses it.
     """
     path = config.noise.calibration
-    return filled(config, read_calibration(path)) if path else config
+    return filled(config, read_calibration(path), channels, downscale) if path else config
 
 
-def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
+def filled(config: ConfigDict, calibration: Calibration, channels: int, downscale: int) -> ConfigDict:
     """The config with what is empty in `config.noise` and follows from the data, for the calibration's target.
 
     - `data_mean` and `data_mean_std` with an `adaptive_scale`, and nothing else;
     - `spectrum`, for spectral noise;
     - `channel_strengths`, for the other kinds, where neither they nor `offset_strength` are set.
 
+    Args:
+        channels: of the latents.
+        downscale: pixels a latent pixel, on a side.
+
     Raises:
         UserError: nothing is empty, nothing is needed, or the latents have another number of channels or another size.
     """
-    channels, noise = config.model.vae.latent_channels, config.noise
+    noise = config.noise
     if len(calibration.mean) != channels:
         raise UserError(
             f"config: noise.calibration = {noise.calibration!r} has {len(calibration.mean)} channels, but the latents "
@@ -168,7 +175,6 @@ def filled(config: ConfigDict, calibration: Calibration) -> ConfigDict:
     given = [name for name in ("spectrum", "channel_strengths", "offset_strength") if noise[name]]
     if not given and not noise.adaptive_scale:
         compute = _spectrum if noise.kind == "spectral" else _strengths
-        downscale = 2 ** (len(config.model.vae.block_out_channels) - 1)  # pixels a latent pixel, on a side
         fields |= compute(config, calibration, make_process(config.schedule, downscale), downscale)
     if noise.adaptive_scale and not noise.data_mean:
         mean, deviation = calibration.mean, np.sqrt(calibration.mean_variance)

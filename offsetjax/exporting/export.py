@@ -125,8 +125,8 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
         files.write_scheduler(out, scheduler)
         (out / "README.md").write_text(model_card(pipeline, config, stored.step))
         write_spectrum(out, pipeline, config)
-        zeros = pipeline.settings["force_zeros_for_empty_prompt"]
-        files.write_index(out, scheduler["_class_name"], pipeline.family.name, zeros)
+        described = pipeline.family.files
+        files.write_index(out, described.pipeline, scheduler["_class_name"], described.index(pipeline.settings))
 
 
 def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) -> None:

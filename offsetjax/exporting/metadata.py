@@ -11,12 +11,6 @@ from ml_collections import ConfigDict
 from offsetjax.diffusion.process import make_process
 from offsetjax.models.pipeline import Pipeline, training_noise
 
-_ORIGINAL = {
-    "sd1": "https://github.com/CompVis/stable-diffusion",
-    "sd2": "https://github.com/Stability-AI/stablediffusion",
-    "sdxl": "https://github.com/Stability-AI/generative-models",
-}
-
 
 def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: str) -> dict[str, str]:
     """The header's `modelspec.*` (the field's standard) and `ss_*` (kohya's names): how the model was trained.
@@ -26,15 +20,17 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
         title: the file's name.
     """
     side = str(config.data.resolution)
-    optimizer = config.optimizer
+    optimizer, files = config.optimizer, pipeline.family.files
+    described = make_process(config.schedule, pipeline.autoencoder.downscale).metadata()
+    architecture = files.architecture(described.get("modelspec.prediction_type", ""))
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(pipeline, config) + ("/lora" if form == "lora" else ""),
-        "modelspec.implementation": _ORIGINAL[pipeline.family.name] if form == "single_file" else "diffusers",
+        "modelspec.architecture": architecture + ("/lora" if form == "lora" else ""),
+        "modelspec.implementation": files.original if form == "single_file" else "diffusers",
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{side}x{side}",
-        **make_process(config.schedule, pipeline.autoencoder.downscale).metadata(),
+        **described,
         "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
         **_noise_names(pipeline, config),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
@@ -61,11 +57,3 @@ def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
         "ss_multires_noise_discount": repr(noise.pyramid_discount or None),
         "ss_ip_noise_gamma": repr(noise.input_perturbation or None),
     }
-
-
-def _architecture(pipeline: Pipeline, config: ConfigDict) -> str:
-    if pipeline.family.name == "sd2":
-        return {"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"}[
-            config.schedule.prediction_type
-        ]
-    return {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[pipeline.family.name]

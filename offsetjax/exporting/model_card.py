@@ -34,7 +34,7 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
     shift, plain_share = grid_shift(pipeline, config), float(noise.power(size, size)[:, 0, 0].max() ** -0.5)
     return _CARD.format(
         step=step,
-        pipeline="StableDiffusionXLPipeline" if pipeline.family.name == "sdxl" else "StableDiffusionPipeline",
+        pipeline=pipeline.family.files.pipeline,
         resolution=config.data.resolution,
         prediction=process.predicts,
         noise=describe(noise, config.noise, size, size),

@@ -36,11 +36,13 @@ class Directory:
     Attributes:
         variant: of the weights, where there are several; a part that does not have it is read without.
         where: what errors begin with.
+        parts: that it may have, those first whose header is that of the model.
     """
 
     path: epath.Path
     variant: str = ""
     where: str = "model.pretrained"
+    parts: tuple[str, ...] = PARTS
 
     def has(self, part: str) -> bool:
         """Whether there is such a part, or (`model_index`) such a file."""
@@ -54,7 +56,7 @@ class Directory:
         """
         file = self.path / _CONFIGS.get(part, f"{part}/config.json")
         if not file.exists():
-            or_else = f", or add {part} to model.from_scratch" if part in PARTS else ""
+            or_else = f", or add {part} to model.from_scratch" if part in self.parts else ""
             raise UserError(f"{self.where}: {file} is missing; give a whole diffusers directory{or_else}")
         try:
             config = json.loads(file.read_text())
@@ -79,7 +81,7 @@ class Directory:
         Raises:
             UserError: files are missing or damaged.
         """
-        part = next((part for part in PARTS if self.variants(part)), None)
+        part = next((part for part in self.parts if self.variants(part)), None)
         if part is None:
             return {}
         file = self._file(part)
@@ -173,36 +175,17 @@ def write_scheduler(directory: epath.PathLike, config: Mapping[str, Any]) -> Non
     (folder / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-_CLIP = {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-_SECOND_CLIP = {
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-}
-
-
-def write_index(
-    directory: epath.PathLike, scheduler: str, family: str = "sd1", force_zeros_for_empty_prompt: bool = False
-) -> None:
+def write_index(directory: epath.PathLike, pipeline: str, scheduler: str, entries: Mapping[str, Any]) -> None:
     """Writes `model_index.json`: which class loads which folder.
 
     Args:
-        scheduler: the class of the scheduler.
-        family: sd1, sd2 or sdxl.
-        force_zeros_for_empty_prompt: SDXL's: an empty negative prompt is zeros, not the encoding of no words.
+        pipeline, scheduler: their classes.
+        entries: the others, [library, class] by folder, and the pipeline's own settings.
     """
-    is_xl = family == "sdxl"
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
+    index = {
+        "_class_name": pipeline,
         "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
         "scheduler": ["diffusers", scheduler],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        **_CLIP,
+        **entries,
     }
-    if is_xl:
-        index |= _SECOND_CLIP | {"force_zeros_for_empty_prompt": force_zeros_for_empty_prompt}
-    else:
-        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     (epath.Path(directory) / "model_index.json").write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")

@@ -131,7 +131,7 @@ def write_lora(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
-        "ss_base_model_version": _BASE_VERSIONS[family],
+        "ss_base_model_version": _BASE_VERSIONS.get(family, family),
         "ss_v2": str(family == "sd2"),
         **(metadata or {}),
     }

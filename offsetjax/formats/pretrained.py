@@ -1,6 +1,7 @@
 """A pretrained model to begin from: a diffusers directory, or one file in the original layout."""
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,20 +70,28 @@ class Pretrained:
         return dict(self.source.header) if isinstance(self.source, SingleFile) else self.source.metadata()
 
 
-def open_pretrained(path: epath.PathLike, variant: str = "") -> Pretrained:
+def open_pretrained(
+    path: epath.PathLike,
+    variant: str = "",
+    others: Mapping[str, Callable[[Directory], bool]] | None = None,
+    parts: tuple[str, ...] = PARTS,
+) -> Pretrained:
     """Opens a diffusers directory, or a `.safetensors` file in the original layout.
 
     Args:
         variant: of a directory's weights, such as fp16; empty: the plain ones, or the only ones that there are.
+        others: by family, whether a directory is of it; where it is of none, it is looked at as Stable Diffusion.
+        parts: that a directory may have.
 
     Raises:
         UserError: it is missing, damaged, a pickle, or a model of a family that is not supported.
     """
     path = epath.Path(path)
     if path.is_dir():
-        directory = Directory(path, variant)
+        directory = Directory(path, variant, parts=parts)
         _check_variant(directory)
-        return Pretrained(path, _family(directory), "diffusers", directory)
+        found = [name for name, is_of in (others or {}).items() if is_of(directory)]
+        return Pretrained(path, found[0] if found else _family(directory), "diffusers", directory)
     if path.suffix in PICKLES:
         raise UserError(pickle_message(path, WHERE))
     if path.suffix != ".safetensors":
@@ -97,7 +106,7 @@ def open_pretrained(path: epath.PathLike, variant: str = "") -> Pretrained:
 
 
 def _check_variant(directory: Directory) -> None:
-    variants = {variant for part in PARTS for variant in directory.variants(part)}
+    variants = {variant for part in directory.parts for variant in directory.variants(part)}
     if directory.variant and directory.variant not in variants:
         there = ", ".join(sorted(variant or "the plain files" for variant in variants))
         raise UserError(

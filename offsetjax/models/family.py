@@ -4,15 +4,34 @@ A family names its parts as the folders of its checkpoints are named, and says w
 pictures and which encode captions. All else in the package asks a `Family`, and never for a name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.registry import Registry
+from offsetjax.config import flatten
+from offsetjax.config.families import FAMILIES, family_of_values
+from offsetjax.formats.pretrained import Pretrained, open_pretrained
+
+__all__ = [
+    "FAMILIES",
+    "Captions",
+    "Conditions",
+    "Family",
+    "Files",
+    "Ids",
+    "Network",
+    "Tokenizing",
+    "Tokens",
+    "Values",
+    "family_of",
+    "latents_of",
+    "open_checkpoint",
+]
 
 # Token ids by text encoder; of one caption [n], or of a batch [b, n]. Each encoder has a length n of its own.
 Ids = Mapping[str, Array | np.ndarray]
@@ -74,6 +93,60 @@ class Captions(NamedTuple):
     time_ids: Float[Array, "b 6"]
 
 
+Values = Mapping[str, Any]  # of a config, by path
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """How a family's captions become ids; a tokenizer may be of any type.
+
+    Attributes:
+        folders: of each text encoder's tokenizer, in a checkpoint.
+        load: (folder) → a tokenizer.
+        save: (tokenizer, folder).
+        fit: (tokenizer, its encoder's section of the config) → the tokenizer as the encoder can read it; raises a
+            ValueError that says what is wrong.
+        tokenize: (tokenizer, caption) → its ids [n], padded or cut to the encoder's length, and how many there were.
+        new: (the config's `model`, captions to learn from) → tokenizers by encoder, for a model made from scratch.
+        published: (the config's `model`) → those that every model of the family has, for a checkpoint that brings
+            none; None where there are none.
+    """
+
+    folders: Mapping[str, str]
+    load: Callable[[epath.Path], Any]
+    save: Callable[[Any, epath.Path], None]
+    tokenize: Callable[[Any, str], tuple[Int[np.ndarray, " n"], int]]
+    new: Callable[[ConfigDict, Sequence[str]], dict[str, Any]]
+    published: Callable[[ConfigDict], dict[str, Any] | None] = lambda model: None
+    fit: Callable[[Any, ConfigDict], Any] = lambda tokenizer, encoder: tokenizer
+
+
+@dataclass(frozen=True)
+class Files:
+    """What other programs' files say of a family, and are told of it.
+
+    Attributes:
+        is_directory: whether a diffusers directory is of the family.
+        required: by part, or `scheduler`, what its `config.json` may say of things that the networks do not vary.
+        by_default: by part, what a `config.json` means that does not say it.
+        unread: the paths of fields that no network depends on: a preset's value gives way to the checkpoint's.
+        pipeline: the class that loads an exported directory.
+        index: (the settings of the config's `model`) → the entries of `model_index.json` but for the scheduler's.
+        architecture: (what the network predicts) → `modelspec.architecture`.
+        original: where the original code is, for `modelspec.implementation` of a single file; empty: it has no such
+            layout.
+    """
+
+    pipeline: str
+    architecture: Callable[[str], str]
+    is_directory: Callable[[Any], bool] = lambda directory: False
+    required: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+    by_default: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    index: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda settings: {}
+    original: str = ""
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of models.
@@ -81,13 +154,19 @@ class Family:
     Attributes:
         name: the word in `model.family`.
         title: for people.
-        denoiser, autoencoder, encoders: the names of its parts; the encoders are those of captions, in order.
+        denoiser, autoencoder, encoders: the names of its parts; the encoders are those of captions, in order. The
+            architecture of each is a section of the config, `model.NAME` (`config.schema.SECTIONS`).
         build: (the config's `model`, compute type) → its networks by part.
         condition: (networks, their parameters, the captions, the config's `model`) → conditions, where parameters are
             as each network's `apply` takes them.
-        is_like: whether a config's `model` that names no family has this architecture.
-        tokenizer_folders: the folder of each encoder's tokenizer, in a checkpoint.
+        latents: (values) → the channels of the latents, and how many pixels a latent pixel is on a side.
+        resolution_unit: (the config's `model`, parts) → what pictures' sides must be a multiple of for these networks.
+        is_like: (values) whether a config that names no family has this architecture.
+        check: (the config's `model`) raises a UserError unless its parts go together.
+        preset: sets a config's `model` to the published architecture.
         encodes_in_half: whether pictures may be encoded in the compute type during training.
+        unread: (the config's `model`) → what the paths begin with of parameters that no loss depends on: they have no
+            gradient, and get no weight decay.
     """
 
     name: str
@@ -97,25 +176,20 @@ class Family:
     encoders: tuple[str, ...]
     build: Callable[[ConfigDict, Any], dict[str, Any]]
     condition: Callable[[Mapping[str, Any], Mapping[str, PyTree], Captions, Mapping[str, Any]], Conditions]
-    is_like: Callable[[ConfigDict], bool] = lambda model: False
-    tokenizer_folders: Mapping[str, str] = field(default_factory=dict)
+    latents: Callable[[Values], tuple[int, int]]
+    resolution_unit: Callable[[ConfigDict, Sequence[str]], int]
+    tokenizing: Tokenizing
+    files: Files
+    is_like: Callable[[Values], bool] = lambda values: False
+    check: Callable[[ConfigDict], None] = lambda model: None
+    preset: Callable[[ConfigDict], None] = lambda config: None
     encodes_in_half: bool = False
+    unread: Callable[[ConfigDict], tuple[str, ...]] = lambda model: ()
 
     @property
     def parts(self) -> tuple[str, ...]:
         """All parts, the denoiser first."""
         return (self.denoiser, self.autoencoder, *self.encoders)
-
-
-FAMILIES: Registry[Family] = Registry(
-    "model.family",
-    "offsetjax.families",
-    {
-        "sd1": "offsetjax.models.stable_diffusion:SD1",
-        "sd2": "offsetjax.models.stable_diffusion:SD2",
-        "sdxl": "offsetjax.models.stable_diffusion_xl:SDXL",
-    },
-)
 
 
 def family_of(config: ConfigDict) -> Family:
@@ -124,6 +198,16 @@ def family_of(config: ConfigDict) -> Family:
     Raises:
         UserError: no family has that name.
     """
-    if config.model.family:
-        return FAMILIES[config.model.family]
-    return next(family for name in FAMILIES.names if (family := FAMILIES[name]).is_like(config.model))
+    return family_of_values(dict(flatten(config)))
+
+
+def latents_of(config: ConfigDict) -> tuple[int, int]:
+    """The channels of a config's latents, and how many pixels a latent pixel is on a side."""
+    return family_of(config).latents(dict(flatten(config)))
+
+
+def open_checkpoint(path: epath.PathLike, variant: str = "") -> Pretrained:
+    """Opens a diffusers directory of any family that is known, or a single file; see `formats.pretrained`."""
+    families = {name: FAMILIES[name] for name in FAMILIES.names}
+    parts = tuple(dict.fromkeys(part for family in families.values() for part in family.parts))
+    return open_pretrained(path, variant, {name: each.files.is_directory for name, each in families.items()}, parts)

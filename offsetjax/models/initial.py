@@ -13,18 +13,15 @@ from offsetjax.config import assign, default_config, is_explicit
 from offsetjax.errors import UserError
 from offsetjax.formats.lora import LoadedLora, read_lora
 from offsetjax.formats.names import flax_tensors, torch_tensors
-from offsetjax.formats.pretrained import Pretrained, open_pretrained
+from offsetjax.formats.pretrained import Pretrained
 from offsetjax.formats.tensors import Tensor, inspected
-from offsetjax.models.family import family_of
+from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import Pipeline, build, trained_parts
 from offsetjax.models.resolve import is_from_scratch
-from offsetjax.models.tokenizer import clip_tokenizer, load_tokenizer, train_tokenizer
 from offsetjax.models.weights import abstract_params, load, on_host
 from offsetjax.parallel.sharding import path_name
 from offsetjax.rng import stream_key
-
-CLIP_VOCABULARY = 49408  # tokens of CLIP's own vocabulary, which the text encoders of every family know
 
 
 def part_tensors(pretrained: Pretrained, part: str, model: Any) -> PyTree:
@@ -48,7 +45,7 @@ def initial_params(config: ConfigDict, part: str, model: Any, shardings: PyTree 
     """
     if is_from_scratch(config, part):
         return jax.jit(model.init, out_shardings=shardings)(stream_key(config.seed, f"init/{part}"))
-    tensors = part_tensors(open_pretrained(config.model.pretrained, config.model.variant), part, model)
+    tensors = part_tensors(open_checkpoint(config.model.pretrained, config.model.variant), part, model)
     where = f"model.pretrained: {config.model.pretrained}: {part}"
     tensors = jax.tree_util.tree_map_with_path(lambda path, tensor: _finite(tensor, where + path_name(path)), tensors)
     return on_host(tensors) if shardings is None else load(tensors, shardings, np.float32)
@@ -66,63 +63,57 @@ def initial_tensors(config: ConfigDict, part: str, model: Any) -> dict[str, Tens
     """A part before training by PyTorch's names: loaded, in the type in which it is stored, or drawn at random."""
     if is_from_scratch(config, part):
         return torch_tensors(jax.device_get(initial_params(config, part, model)))
-    return torch_tensors(part_tensors(open_pretrained(config.model.pretrained, config.model.variant), part, model))
+    return torch_tensors(part_tensors(open_checkpoint(config.model.pretrained, config.model.variant), part, model))
 
 
 def carried_tensors(config: ConfigDict) -> dict[str, Tensor]:
     """What a single file has beyond the parts, kept so that an export can give it back."""
     if not config.model.pretrained or config.task != "diffusion":
         return {}
-    return open_pretrained(config.model.pretrained, config.model.variant).carried()
+    return open_checkpoint(config.model.pretrained, config.model.variant).carried()
 
 
 def left_out_tensors(config: ConfigDict) -> tuple[str, ...]:
     """The names of what a single file holds of its own training, which is no part of a model."""
     if not config.model.pretrained:
         return ()
-    return tuple(open_pretrained(config.model.pretrained, config.model.variant).ignored())
+    return tuple(open_checkpoint(config.model.pretrained, config.model.variant).ignored())
 
 
 def pretrained_tokenizers(config: ConfigDict) -> dict[str, Any] | None:
-    """The tokenizers that come with the weights; None where captions have to teach one.
+    """The tokenizers that come with the weights, by text encoder; None where captions have to teach one.
 
-    Single files have none: every family's is CLIP's, and OpenCLIP pads with "!". So has a text encoder that is drawn at
-    random, if it knows as many tokens as CLIP's.
+    A single file has none, and gets those that all models of its family have; so does a text encoder that is drawn at
+    random, if it knows as many tokens.
+
+    Raises:
+        UserError: the checkpoint brings none, and its family has none of its own, or they do not fit the encoders.
     """
-    family = family_of(config)
-    parts = family.encoders
-    is_learned = is_from_scratch(config, "tokenizer")
-    if is_learned and any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):
-        return None
-    folder = epath.Path(config.model.pretrained)
+    family, folder = family_of(config), epath.Path(config.model.pretrained)
+    tokenizing, is_learned = family.tokenizing, is_from_scratch(config, "tokenizer")
     if not is_learned and folder.is_dir():
-        tokenizers = {part: load_tokenizer(folder / family.tokenizer_folders[part]) for part in parts}
-        for part, tokenizer in tokenizers.items():
-            known = config.model[part].vocab_size
-            if len(tokenizer) > known:
+        found = {}
+        for part, name in tokenizing.folders.items():
+            tokenizer = tokenizing.load(folder / name)
+            try:
+                found[part] = tokenizing.fit(tokenizer, config.model[part])
+            except ValueError as error:
                 raise UserError(
-                    f"model.pretrained: {folder} has a tokenizer of {len(tokenizer)} tokens, of which its {part} knows "
-                    f"{known}; give the tokenizer that it was trained with"
-                )
-        # Some files do not say how long a caption may be.
-        return {part: each.shortened(config.model[part].max_position_embeddings) for part, each in tokenizers.items()}
-    if any(config.model[part].vocab_size != CLIP_VOCABULARY for part in parts):
+                    f"model.pretrained: {folder}: {part} has {error}; give the tokenizer that it was trained with"
+                ) from error
+        return found
+    published = tokenizing.published(config.model)
+    if published is None and not is_learned:
         raise UserError(
-            f"model.pretrained: {folder} brings no tokenizer, and its text encoder knows "
-            f"{config.model.text_encoder.vocab_size} tokens where CLIP's has {CLIP_VOCABULARY}; give a diffusers "
-            "directory"
+            f"model.pretrained: {folder} brings no tokenizer, and its text encoders know other tokens than those of "
+            f"{family.title}; give a diffusers directory"
         )
-    is_open_clip = {"sd1": (False,), "sd2": (True,), "sdxl": (False, True)}[family.name]
-    pads = ["!" if each else "<|endoftext|>" for each in is_open_clip]
-    return {part: clip_tokenizer(pad) for part, pad in zip(parts, pads, strict=True)}
+    return published
 
 
 def new_tokenizers(config: ConfigDict, captions: Sequence[str]) -> dict[str, Any]:
-    """One tokenizer for all text encoders, which has learnt its words from captions."""
-    parts = family_of(config).encoders
-    texts = [config.model[part] for part in parts]
-    words, length = min(text.vocab_size for text in texts), texts[0].max_position_embeddings
-    return dict.fromkeys(parts, train_tokenizer(captions, words, length))
+    """Tokenizers by text encoder, which have learnt their words from captions."""
+    return family_of(config).tokenizing.new(config.model, captions)
 
 
 def abstract_trained(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]:

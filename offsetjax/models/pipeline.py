@@ -15,7 +15,6 @@ from offsetjax.errors import UserError
 from offsetjax.models import attention, lora
 from offsetjax.models.family import Conditions, Family, Tokens, family_of
 from offsetjax.models.lora import Adapted
-from offsetjax.models.tokenizer import tokenize
 from offsetjax.models.tracing import Tracing
 
 _SHARDS_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for whole ones would be a second copy
@@ -66,12 +65,13 @@ class Pipeline:
 
     def tokens(self, caption: str) -> Tokens:
         """One caption's ids by text encoder, and the length of the one that cuts the most of it."""
-        read = {part: tokenize((tokenizer,), caption) for part, tokenizer in self.tokenizers.items()}
+        tokenize = self.family.tokenizing.tokenize
+        read = {part: tokenize(tokenizer, caption) for part, tokenizer in self.tokenizers.items()}
         if not read:  # an autoencoder reads no captions
             return Tokens({}, 0, 0)
-        counts = [(tokens.num_tokens, tokens.input_ids.shape[-1]) for tokens in read.values()]
+        counts = [(num_tokens, len(ids)) for ids, num_tokens in read.values()]
         num_tokens, limit = max(counts, key=lambda count: count[0] - count[1])
-        return Tokens({part: tokens.input_ids[0] for part, tokens in read.items()}, num_tokens, limit)
+        return Tokens({part: ids for part, (ids, _) in read.items()}, num_tokens, limit)
 
 
 def network_parts(config: ConfigDict) -> tuple[str, ...]:

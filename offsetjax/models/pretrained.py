@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import default_config, validate
 from offsetjax.errors import UserError
-from offsetjax.formats.pretrained import Pretrained, open_pretrained
+from offsetjax.formats.pretrained import Pretrained
+from offsetjax.models.family import open_checkpoint
 from offsetjax.models.initial import (
     abstract_trained,
     adopt_lora,
@@ -69,7 +70,7 @@ def _is_workdir(path: epath.PathLike) -> bool:
 
 def _open(path: epath.PathLike, variant: str = "", lora: str = "") -> tuple[ConfigDict, Pipeline, dict[str, PyTree]]:
     """The config of a model, its parts, and their tensors, which are not read yet."""
-    pretrained = open_pretrained(path, variant)
+    pretrained = open_checkpoint(path, variant)
     config = default_config()
     config.model.pretrained, config.model.variant = str(path), variant
     # bfloat16 is what accelerators are quick at, and what CPUs are slow at.

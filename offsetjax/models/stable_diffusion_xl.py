@@ -12,14 +12,31 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.models.autoencoder import Autoencoder
-from offsetjax.models.family import Captions, Conditions, Family
-from offsetjax.models.stable_diffusion import zeroed
-from offsetjax.models.text import TextEncoder
-from offsetjax.models.unet import UNet
+from offsetjax.config import presets
+from offsetjax.errors import UserError
+from offsetjax.models.family import Captions, Conditions, Family, Files
+from offsetjax.models.stable_diffusion import (
+    BY_DEFAULT,
+    INDEX,
+    REQUIRED,
+    WITHOUT_EFFECT,
+    check_embedding,
+    check_networks,
+    is_xl,
+    latents,
+    resolution_unit,
+    tokenizing,
+    zeroed,
+)
+
+_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def _build(model: ConfigDict, dtype: Any) -> dict[str, Any]:
+    from offsetjax.models.autoencoder import Autoencoder
+    from offsetjax.models.text import TextEncoder
+    from offsetjax.models.unet import UNet
+
     return {
         "unet": UNet(model.unet.to_dict(), dtype),
         "vae": Autoencoder(model.vae.to_dict()),
@@ -31,11 +48,37 @@ def _build(model: ConfigDict, dtype: Any) -> dict[str, Any]:
 def _condition(
     parts: Mapping[str, Any], params: Mapping[str, PyTree], captions: Captions, model: Mapping[str, Any]
 ) -> Conditions:
-    encoded = [parts[part].apply(params[part], captions.input_ids[part]) for part in ("text_encoder", "text_encoder_2")]
+    encoded = [parts[part].apply(params[part], captions.input_ids[part]) for part in _ENCODERS]
     hidden, pooled = jnp.concatenate([each for each, _ in encoded], axis=-1), encoded[-1][1]
     return {
         "encoder_hidden_states": zeroed(hidden, captions, model),
         "added_conditions": {"text_embeds": zeroed(pooled, captions, model), "time_ids": captions.time_ids},
+    }
+
+
+def _check(model: ConfigDict) -> None:
+    check_networks(model, _ENCODERS)
+    check_embedding(model, "text_time")
+    pooled = model.text_encoder_2.projection_dim + 6 * model.unet.addition_time_embed_dim
+    if model.unet.projection_class_embeddings_input_dim != pooled:
+        raise UserError(
+            f"config: model.unet.projection_class_embeddings_input_dim must be {pooled}: the projection of "
+            "text_encoder_2 and six embeddings of addition_time_embed_dim"
+        )
+
+
+def _unread(model: ConfigDict) -> tuple[str, ...]:
+    """The first text encoder is read before its last layer."""
+    last = model.text_encoder.num_hidden_layers - 1
+    return (f"text_encoder/text_model/encoder/layers/{last}/", "text_encoder/text_model/final_layer_norm/")
+
+
+def _index(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **INDEX,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "force_zeros_for_empty_prompt": settings["force_zeros_for_empty_prompt"],
     }
 
 
@@ -44,9 +87,23 @@ SDXL = Family(
     title="Stable Diffusion XL",
     denoiser="unet",
     autoencoder="vae",
-    encoders=("text_encoder", "text_encoder_2"),
+    encoders=_ENCODERS,
     build=_build,
     condition=_condition,
-    is_like=lambda model: model.unet.addition_embed_type == "text_time",
-    tokenizer_folders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    latents=latents,
+    resolution_unit=resolution_unit,
+    tokenizing=tokenizing({"text_encoder": "<|endoftext|>", "text_encoder_2": "!"}),
+    files=Files(
+        pipeline="StableDiffusionXLPipeline",
+        architecture=lambda predicts: "stable-diffusion-xl-v1-base",
+        required=REQUIRED,
+        by_default=BY_DEFAULT,
+        unread=WITHOUT_EFFECT,
+        index=_index,
+        original="https://github.com/Stability-AI/generative-models",
+    ),
+    is_like=is_xl,
+    check=_check,
+    preset=presets.stable_diffusion_xl,
+    unread=_unread,
 )

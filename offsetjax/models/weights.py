@@ -25,7 +25,6 @@ from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_te
 from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline
-from offsetjax.models.tokenizer import load_tokenizer, save_tokenizer
 from offsetjax.storage import checksums
 
 CARRIED_FILE = "carried.safetensors"
@@ -136,13 +135,13 @@ def write_frozen(
 def write_tokenizers(directory: epath.PathLike, family: Family, tokenizers: Mapping[str, Any]) -> None:
     """Writes the tokenizer of each text encoder into the folder that its family has for it."""
     for part, tokenizer in tokenizers.items():
-        save_tokenizer(tokenizer, epath.Path(directory) / family.tokenizer_folders[part])
+        family.tokenizing.save(tokenizer, epath.Path(directory) / family.tokenizing.folders[part])
 
 
 def read_tokenizers(directory: epath.PathLike, family: Family) -> dict[str, Any]:
     """What `write_tokenizers` wrote."""
-    folders = {part: epath.Path(directory) / name for part, name in family.tokenizer_folders.items()}
-    return {part: load_tokenizer(folder) for part, folder in folders.items() if folder.exists()}
+    folders = {part: epath.Path(directory) / name for part, name in family.tokenizing.folders.items()}
+    return {part: family.tokenizing.load(folder) for part, folder in folders.items() if folder.exists()}
 
 
 def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str, Tensor]:

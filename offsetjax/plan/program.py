@@ -9,10 +9,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config, flatten
-from offsetjax.config.presets import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
 from offsetjax.diffusion.calibration import fill
 from offsetjax.errors import UserError
-from offsetjax.models.family import family_of
+from offsetjax.models.family import family_of, latents_of
 from offsetjax.models.initial import adopt_lora
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.resolve import check_resolution, is_from_scratch, resolve
@@ -20,8 +19,6 @@ from offsetjax.parallel import sharding
 from offsetjax.train import jit_train_step
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, abstract_state
 from offsetjax.training.setup import Run
-
-_PRESETS = {"sd1": stable_diffusion_1, "sd2": stable_diffusion_2, "sdxl": stable_diffusion_xl}
 
 
 class Program(NamedTuple):
@@ -58,12 +55,14 @@ def architecture(config: ConfigDict) -> ConfigDict:
         UserError: settings that contradict it, as in a training.
     """
     if not config.model.pretrained or epath.Path(config.model.pretrained).exists():
-        config = fill(resolve(config))
+        config = resolve(config)
+        config = fill(config, *latents_of(config))
         adopt_lora(config)
     else:
-        config = fill(_of_preset(config))
+        config = _of_preset(config)
+        config = fill(config, *latents_of(config))
     vae = config.model[family_of(config).autoencoder]
-    if vae.scaling_factor == 0:  # a training standardises the latents before its first step
+    if vae.get("scaling_factor") == 0:  # a training standardises the latents before its first step
         vae.scaling_factor = 1.0
     check_resolution(config)
     return config
@@ -79,7 +78,7 @@ def _of_preset(config: ConfigDict) -> ConfigDict:
     parts = [part for part in family_of(config).parts if not is_from_scratch(config, part)]
     if config.model.family:
         preset, defaults = default_config(), dict(flatten(default_config()))
-        _PRESETS[config.model.family](preset)
+        family_of(config).preset(preset)
         for path, value in flatten(preset):
             if path.rpartition(".")[0] not in {f"model.{part}" for part in parts}:
                 continue

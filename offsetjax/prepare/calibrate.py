@@ -166,7 +166,7 @@ def configured_noise(config: ConfigDict, calibration: Calibration, downscale: in
     process = make_process(config.schedule, downscale)
     if config.noise.calibration:
         try:
-            config = filled(config, calibration)
+            config = filled(config, calibration, len(calibration.mean), downscale)
         except UserError as refusal:  # the training will say so too; what was measured is of use still
             _log.warning("%s; the tables show plain noise instead", refusal)
             return PLAIN

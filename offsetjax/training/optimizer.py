@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config.registries import OPTIMIZERS
+from offsetjax.models.family import family_of
 
 # Parameters → a tree of the same structure of whether each may decay.
 Mask = Callable[[PyTree], PyTree]
@@ -74,28 +75,26 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
     """
     settings = config.optimizer
     build: BuildOptimizer = OPTIMIZERS[settings.name]
-    decays = partial(_is_read, num_layers=config.model.text_encoder.num_hidden_layers)
+    family = family_of(config)
+    decays = partial(_is_read, unread=family.unread(config.model))
     first = build(settings, config.train.steps, decays)
     transform = first.transform
     if settings.text_encoder_learning_rate:
         of_text = settings.copy_and_resolve_references()
         of_text.learning_rate = settings.text_encoder_learning_rate
         second = build(of_text, config.train.steps, decays)
-        transform = optax.partition({"unet": first.transform, "text_encoder": second.transform}, _rates)
+        transform = optax.partition(
+            {"denoiser": first.transform, "encoders": second.transform},
+            lambda params: {part: "encoders" if part in family.encoders else "denoiser" for part in params},
+        )
     return Optimizer(optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), transform), first.learning_rate)
 
 
-def _rates(params: Mapping[str, PyTree]) -> dict[str, str]:
-    """Which of the two learning rates is that of each part."""
-    return {part: "unet" if part == "unet" else "text_encoder" for part in params}
-
-
-def _is_read(params: Mapping[str, Any], num_layers: int) -> PyTree:
+def _is_read(params: Mapping[str, Any], unread: tuple[str, ...]) -> PyTree:
     """Which parameters the loss depends on; the others have no gradient, and no decay either.
 
-    SDXL reads its first text encoder, of `num_layers`, before the last of them.
+    Args:
+        unread: what the paths of the others begin with.
     """
-    last = f"text_encoder/text_model/encoder/layers/{num_layers - 1}/"
-    unread = (last, "text_encoder/text_model/final_layer_norm/") if "text_encoder_2" in params else ()
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
     return jax.tree_util.tree_map_with_path(lambda path, _: not name(path).startswith(unread), params)

@@ -27,7 +27,7 @@ from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.tensors import Tensor
 from offsetjax.models.autoencoder import encoder_checksum, standardised
 from offsetjax.models.encode import to_unit_range
-from offsetjax.models.family import family_of
+from offsetjax.models.family import family_of, latents_of
 from offsetjax.models.initial import (
     abstract_trained,
     adopt_lora,
@@ -120,7 +120,8 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     """
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
-    config = fill(resolve(config))
+    config = resolve(config)
+    config = fill(config, *latents_of(config))
     adopt_lora(config)
     validate(config)  # what was read and filled in may not go with what was set
     check_resolution(config)
@@ -162,7 +163,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
         adopt_lora(config)
     given, defaults = dict(flatten(config)), dict(flatten(default_config()))
     scale = f"model.{family_of(stored).autoencoder}.scaling_factor"
-    if given[scale] == 0:  # the latents were standardised when the run began
+    if given.get(scale) == 0:  # the latents were standardised when the run began
         given[scale] = dict(flatten(stored))[scale]
     for path, value in flatten(stored):
         # Where model.pretrained, lora.pretrained or noise.calibration is gone, what it said cannot be read again.
@@ -188,7 +189,7 @@ def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     like = stored.copy_and_resolve_references()
     like.noise = config.noise
-    config.noise = fill(like).noise
+    config.noise = fill(like, *latents_of(like)).noise
     return config
 
 

@@ -217,10 +217,16 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ({"probe.every_steps": 100, "probe.prompts": ()}, ("probe.prompts is empty",)),
         ({"model.variant": "fp16"}, ("model.variant cannot apply without model.pretrained",)),
         ({"model.from_scratch": ("vae",)}, ("model.from_scratch cannot apply without model.pretrained",)),
-        ({"model.text_encoder_2.hidden_size": 64}, ("model.text_encoder_2.hidden_size", "only SDXL")),
+        (
+            {"model.text_encoder_2.hidden_size": 64},
+            (
+                "model.text_encoder_2.hidden_size",
+                "only Stable Diffusion XL (model",
+            ),
+        ),
         (
             {"model.pretrained": "a", "model.family": "sd2", "model.from_scratch": ("text_encoder_2",)},
-            ("model.from_scratch has text_encoder_2", "only SDXL"),
+            ("model.from_scratch has text_encoder_2", "only Stable Diffusion XL (model.family = 'sdxl')"),
         ),
         ({"lora.alpha": 8.0}, ("lora.alpha cannot apply with lora.rank = 0", "set lora.rank")),
         ({"lora.rank": 4, "lora.targets": ()}, ("lora.targets is empty", "to_q")),

@@ -13,6 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 
+from offsetjax.config.families import FAMILIES
 from offsetjax.errors import UserError
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.pretrained import open_pretrained
@@ -231,7 +232,9 @@ def test_the_index_is_the_one_that_pytorch_writes(family: str, tmp_path: pathlib
         options = {"safety_checker": None, "requires_safety_checker": False}
         diffusers.StableDiffusionPipeline(**parts, **options).save_config(tmp_path)
     theirs = json.loads((tmp_path / "model_index.json").read_text())
-    files.write_index(tmp_path, "DDIMScheduler", family, force_zeros_for_empty_prompt=False)
+    described = FAMILIES[family].files
+    entries = described.index({"force_zeros_for_empty_prompt": False})
+    files.write_index(tmp_path, described.pipeline, "DDIMScheduler", entries)
     assert json.loads((tmp_path / "model_index.json").read_text()) == theirs
     assert files.Directory(files.epath.Path(tmp_path)).read_config("model_index") == theirs
 

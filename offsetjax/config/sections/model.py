@@ -1,7 +1,8 @@
 """The networks' weights and how they are computed; their shapes are in `architectures.py`."""
 
+from offsetjax.config.families import FAMILIES
 from offsetjax.config.field import Change, Field, Section, Texts
-from offsetjax.config.ranges import ANY, PLACE, at_least, at_most_letters, count, each_of, one_of
+from offsetjax.config.ranges import ANY, PLACE, Registered, at_least, at_most_letters, count, one_of
 
 MODEL = Section(
     "model",
@@ -31,15 +32,15 @@ MODEL = Section(
             "family",
             str,
             "",
-            one_of("", "sd1", "sd2", "sdxl"),
-            "sd1, sd2 or sdxl; empty: as the checkpoint or the architecture says",
+            Registered(FAMILIES, empty="is found out"),
+            "the kind of model; empty: as the checkpoint or the architecture says",
             elsewhere={"v2": "kohya", "sdxl": "kohya", "model_type": "OneTrainer"},
         ),
         Field(
             "from_scratch",
             Texts,
             (),
-            each_of("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer"),
+            ANY,  # a part of the family, see rules.py
             "the parts of model.pretrained that are drawn at random rather than loaded",
         ),
         Field(

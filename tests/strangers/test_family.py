@@ -1,0 +1,129 @@
+"""A family of models that offsetjax does not know trains, resumes, is drawn with, exported and planned for."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from offsetjax.cli import main
+from offsetjax.config.families import FAMILIES
+from offsetjax.config.schema import SECTIONS
+from offsetjax.models.workdir import load_trained
+from offsetjax.train import train
+from tests import tiny
+from tests.strangers.patches import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENTRY_POINTS = """[offsetjax.families]
+patches = tests.strangers.patches:FAMILY
+[offsetjax.sections]
+model.transformer = tests.strangers.patches:TRANSFORMER
+model.patches = tests.strangers.patches:PATCHES
+model.words = tests.strangers.patches:WORDS
+model.letters = tests.strangers.patches:LETTERS
+"""
+CONFIG = """from tests.strangers.patches import tiny_config
+get_config = lambda: tiny_config({data!r})
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As if a package with the family were installed, here and in the processes that are started from here."""
+    folder = tmp_path_factory.mktemp("site")
+    package = folder / "patches-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: patches\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(ENTRY_POINTS)
+    with pytest.MonkeyPatch.context() as patch, tiny.quick_compilation(tmp_path_factory.getbasetemp()):
+        patch.syspath_prepend(folder)
+        for registry in (FAMILIES, SECTIONS):  # what is installed is read once
+            patch.setattr(registry, "_points", None)
+        paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("patches")
+    tiny.build_data(folder)
+    return folder
+
+
+def _config(base: pathlib.Path, **changes: Any) -> ConfigDict:
+    return tiny_config(str(base / "data"), **changes)
+
+
+def _losses(workdir: pathlib.Path) -> list[float]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def plain(base: pathlib.Path) -> pathlib.Path:
+    train(_config(base, mesh__data=-1), base / "plain")
+    return base / "plain"
+
+
+@pytest.fixture(scope="module")
+def exported(base: pathlib.Path, plain: pathlib.Path) -> pathlib.Path:
+    assert main(["export", f"--workdir={plain}", f"--out={base / 'exported'}"]) == 0
+    return base / "exported"
+
+
+def test_loops_recomputation_and_split_weights_change_no_loss_nor_does_a_resume(
+    base: pathlib.Path, plain: pathlib.Path
+) -> None:
+    changes = {"model__remat": "blocks", "model__scan_layers": "always", "mesh__data": -1, "mesh__fsdp": 2}
+    train(_config(base, train__steps=2, **changes), base / "split")
+    train(_config(base, train__steps=4, **changes), base / "split")
+    np.testing.assert_allclose(_losses(base / "split"), _losses(plain), rtol=1e-4)
+    kernel = load_trained(base / "split").params["transformer"]["layers_0"]["mlp"]["kernel"]
+    assert kernel.shape == (16, 16)
+
+
+def test_captions_of_unlike_lengths_reach_the_denoiser(base: pathlib.Path, plain: pathlib.Path) -> None:
+    pipeline = load_trained(plain).pipeline
+    assert {part: ids.shape for part, ids in pipeline.tokenize(["a red boat", ""]).items()} == {
+        "words": (2, 4),
+        "letters": (2, 9),
+    }
+    assert pipeline.tokens("a red boat")[1:] == (10, 9), "the letters are cut the most"
+
+
+def test_it_is_exported_and_drawn_with(base: pathlib.Path, exported: pathlib.Path) -> None:
+    index = json.loads((exported / "model_index.json").read_text())
+    assert (index["_class_name"], index["transformer"]) == ("PatchPipeline", ["patches", "PatchTransformer"])
+    weights = safetensors.numpy.load_file(exported / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert weights["layers.2.attention.to_out.0.weight"].shape == (16, 16)
+    prompts = ["--prompt=a red boat", "--num_steps=2"]
+    for number, model in enumerate((f"--workdir={base / 'plain'}", f"--model={exported}")):
+        assert main(["sample", model, f"--out={base / f'drawn {number}'}", *prompts]) == 0
+    first, second = (json.loads((base / f"drawn {number}" / "samples.json").read_text()) for number in range(2))
+    assert first["records"][0]["brightness"] == pytest.approx(second["records"][0]["brightness"], abs=2e-3)
+
+
+def test_it_is_adapted(base: pathlib.Path, exported: pathlib.Path) -> None:
+    config = _config(base, train__steps=2, model__pretrained=str(exported), lora__rank=2, model__remat="full")
+    train(config, base / "adapted")
+    assert set(load_trained(base / "adapted").params) == {"transformer"}
+    out = base / "adapters.safetensors"
+    assert main(["export", f"--workdir={base / 'adapted'}", "--format=lora", f"--out={out}"]) == 0
+    names = set(safetensors.numpy.load_file(out))
+    assert "lora_transformer_layers_0_attention_to_q.lora_down.weight" in names and len(names) == 3 * 4 * 3
+
+
+def test_it_is_planned_for(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.py").write_text(CONFIG.format(data=str(base / "data")))
+    command = ["plan", f"--config={tmp_path / 'config.py'}", "--topology=cpu:8", f"--out={tmp_path / 'plan.json'}"]
+    assert main(command) == 0
+    [plan] = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["devices"] == 8
+    assert plan["parameters"]["trained"] > 16 * 16 * 5 * 3
