@@ -242,10 +242,10 @@ def test_a_build_that_was_interrupted_continues_with_the_shards_that_are_missing
     wrote.clear()
     summary = build(folder, tmp_path / "set", shard_size=6, workers=2)
     assert summary.kept == 20 and [name for name, _ in summary.dropped] == ["x.png"]
-    first, second = (
-        {file.name: file.read_bytes() for file in path.iterdir()} for path in (whole, pathlib.Path(summary.path))
-    )
-    assert first == second and len(first) == 4 + 3
+    # Processes write the fields of a record in another order each.
+    assert {file.name for file in whole.iterdir()} == {file.name for file in pathlib.Path(summary.path).iterdir()}
+    one, other = (open_source(tmp_path / name) for name in ("whole", "set"))
+    assert [one[index] for index in range(20)] == [other[index] for index in range(20)]
     assert len(open_source(tmp_path / "set")) == 20
 
 
