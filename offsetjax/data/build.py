@@ -28,12 +28,12 @@ from PIL import Image
 from offsetjax.data.folder import list_folder
 from offsetjax.data.images import UnreadableImage, clean
 from offsetjax.data.items import Dropped, Items, Listing, shown
-from offsetjax.data.shards import INFO, shard_paths, write_info, write_shard
+from offsetjax.data.shards import INFO, REPEATS_FILE, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
 from offsetjax.files import parse_object, write_whole
 from offsetjax.progress import tracked
 
-DROPPED_FILE, REPEATS_FILE = "dropped.json", "repeats.json"
+DROPPED_FILE = "dropped.json"
 SHARD_SIZE = 1024  # items
 _NAME, _VERSION, _DESCRIPTION = "pictures", "1.0.0", "build.json"
 _OPTIONS = "group_size:1"  # each record is found at once

@@ -18,6 +18,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from offsetjax.files import write_whole
 
 INFO = "dataset_info.json"
+REPEATS_FILE = "repeats.json"  # of each split, runs of (number of records, how often each is seen in an epoch)
 _ASKED_AT_ONCE = 32  # files of a bucket, for their sizes
 
 

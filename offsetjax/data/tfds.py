@@ -11,9 +11,10 @@ from etils import epath
 
 from offsetjax.data.cache import DESCRIPTION, read_cache
 from offsetjax.data.record import Picture
+from offsetjax.data.shards import REPEATS_FILE
 from offsetjax.data.source import Source
 from offsetjax.errors import UserError, one_line
-from offsetjax.files import parse_json
+from offsetjax.files import parse_json, parse_object
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,28 @@ class Rows:
 
 @dataclass(frozen=True)
 class TfdsPictures:
-    """A source of pictures: the features `image` and `caption`, and `name` where there is one."""
+    """A source of pictures: the features `image` and `caption`, and `name` where there is one.
+
+    Attributes:
+        order: the number of each example's row, where some are seen several times in an epoch; empty: each once.
+    """
 
     rows: Rows
+    order: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
         return self.rows.label
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.order) or len(self.rows)
 
     def __getitem__(self, index: int) -> Picture:
-        row = self.rows[index]
+        row = self.rows[self.order[index] if self.order else index]
         return Picture(row["image"], text(row["caption"]), text(row.get("name", b"")))
 
     def fingerprint(self) -> dict[str, Any]:
-        return self.rows.fingerprint()
+        return {**self.rows.fingerprint(), "num_examples": len(self)}
 
     def shares_records(self, other: Source) -> bool:
         return isinstance(other, TfdsPictures) and self.rows.overlaps(other.rows)
@@ -98,7 +104,35 @@ def open_pictures(path: str, split: str = "train") -> TfdsPictures:
             f"data: {folder} has the latents of pictures, not the pictures; train from them with "
             f"data.cached_latents=True, or give {cache.source}"
         )
-    return TfdsPictures(open_rows(folder, split, ("image", "caption"), {"image": tfds.decode.SkipDecoding()}))
+    rows = open_rows(folder, split, ("image", "caption"), {"image": tfds.decode.SkipDecoding()})
+    return TfdsPictures(rows, _order(folder, rows))
+
+
+def _order(folder: epath.Path, rows: Rows) -> tuple[int, ...]:
+    """The rows as often as `repeats.json` says, which `offsetjax data build` writes for kohya's folders."""
+    file = folder / REPEATS_FILE
+    if not file.exists():
+        return ()
+    try:
+        times = {
+            split: np.repeat([each for _, each in runs], [count for count, _ in runs])
+            for split, runs in parse_object(file.read_bytes()).items()
+        }
+        splits = _builder(folder).info.splits
+        seen = [times_of for each in rows.ranges for times_of in _times(each, times, splits)]
+        return tuple(np.repeat(np.arange(len(rows)), seen).tolist())
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"data: {file} is damaged ({one_line(error)}); build the data set again") from error
+
+
+def _times(part: tuple[str, int, int], times: Mapping[str, Any], splits: Mapping[str, Any]) -> list[int]:
+    """How often each of the records from `first` up to `last` of a shard is seen."""
+    path, first, last = part
+    match = re.fullmatch(r".*-(.+)\.array_record-(\d+)-of-\d+", epath.Path(path).name)
+    if not match or match[1] not in times:
+        return [1] * (last - first)
+    before = sum(splits[match[1]].shard_lengths[: int(match[2])])
+    return times[match[1]][before + first : before + last].tolist()
 
 
 def open_rows(

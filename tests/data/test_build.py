@@ -257,3 +257,9 @@ def test_splits_and_repeats_are_written(tmp_path: pathlib.Path) -> None:
     assert summary.splits == {"train": 2, "test": 1} and "3 pictures (2 of train, 1 of test)" in str(summary)
     assert captions(open_source(tmp_path / "set", "test")) == ["test/d.png"]
     assert json.loads((pathlib.Path(summary.path) / "repeats.json").read_text()) == {"train": [[1, 5], [1, 1]]}
+    seen = ["train/5_cat/b.png"] * 5 + ["train/c.png"]
+    assert (
+        captions(open_source(tmp_path / "set")) == seen
+        and captions(open_source(tmp_path / "set", "train[1:]")) == seen[5:]
+    )
+    assert captions(open_source(tmp_path / "set", "train[:1]+test")) == [*seen[:5], "test/d.png"]
