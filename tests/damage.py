@@ -14,7 +14,8 @@ from offsetjax.cli import main
 from offsetjax.config import default_config
 from offsetjax.formats.lora import write_lora
 from offsetjax.formats.pretrained import open_pretrained
-from offsetjax.formats.single_file import write_single_file
+from offsetjax.formats.safetensors import write_tensors
+from offsetjax.formats.single_file import to_original
 from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import build
 from offsetjax.models.resolve import resolve
@@ -58,10 +59,12 @@ def save_good_models(base: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
 
 
 def write_single(directory: pathlib.Path, file: pathlib.Path) -> None:
+    """A single file as another program may write it, of a model whose heads and groups such a file does not say."""
     model = open_pretrained(directory)
     parts = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if model.has(part)]
     configs = {part: model.read_config(part) for part in (*parts, "scheduler")}
-    write_single_file(file, {part: model.tensors(part) for part in parts}, configs, model.family)
+    tensors = to_original({part: model.tensors(part) for part in parts}, configs, model.family)
+    write_tensors(file, tensors, metadata={"format": "pt"})
 
 
 def write_adapters(directory: pathlib.Path, file: pathlib.Path) -> None:

@@ -424,7 +424,7 @@ def test_a_loras_own_rank_is_not_contradicted(
 ) -> None:
     more = (f"--config.lora.pretrained={base}/sd1_lora.safetensors", "--config.lora.rank=3")
     line = refused(capsys, *command("train", base, tmp_path, base / "sd1", *more))
-    assert "lora.rank = 3, but " in line and "has 2; set it to that" in line
+    assert "lora.rank = 3, but " in line and "has others; train with its own: --config.lora.rank=2" in line
 
 
 HEADERS = {

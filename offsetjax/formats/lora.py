@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,10 @@ _PEFT_CONFIGS = "lora_adapter_metadata"  # diffusers' entry of the header, as JS
 
 _KERNEL = ("kernel",)  # both halves are laid out as the layer's kernel is
 
+# PEFT's own files have the name of the adapter too, `lora_A.default.weight`, and the beginning `base_model.model`.
 _ENDINGS = {
-    "down": re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$"),
-    "up": re.compile(r"(\.lora_B|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$"),
+    "down": re.compile(r"(\.lora_A(\.\w+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$"),
+    "up": re.compile(r"(\.lora_B(\.\w+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$"),
     "alpha": re.compile(r"\.alpha$"),
 }
 _OTHER_KINDS = {
@@ -44,7 +45,7 @@ _OTHER_KINDS = {
     "IA3": re.compile(r"\.on_input$|\.ia3_"),
     "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
     "LyCORIS's full differences": re.compile(r"\.diff(_b)?$|\.[wb]_norm$"),
-    "LoRA with biases": re.compile(r"\.lora_(A|B|down|up)\.bias$"),
+    "LoRA with biases": re.compile(r"\.lora_(A|B|down|up)(\.\w+)?\.bias$"),
 }
 
 
@@ -70,11 +71,17 @@ class LoadedLora:
         """
         adapted = {(part, name) for part in parts for name in layers(self.adapters[part], "down")}
         others = {(part, name) for part in parts for name in self.layers[part]} - adapted
-        avoided = {end for _, name in others for end in _ends(name)}
-        found = {next((end for end in _ends(name) if end not in avoided), "") for _, name in adapted}
-        if "" in found:
+        found = _shortest_ends({name for _, name in adapted}, {name for _, name in others})
+        if found is None:
             raise UserError("lora.pretrained: it adapts different layers of the two text encoders; use another LoRA")
-        return tuple(sorted(found))
+        return found
+
+
+def _shortest_ends(chosen: Collection[str], others: Collection[str]) -> tuple[str, ...] | None:
+    """The shortest ends that all chosen names have and no other has; None where there are none."""
+    avoided = {end for name in others for end in _ends(name)}
+    found = {next((end for end in _ends(name) if end not in avoided), "") for name in chosen}
+    return None if "" in found else tuple(sorted(found))
 
 
 def _ends(name: str) -> list[str]:
@@ -123,7 +130,9 @@ def write_lora(
                 tensors |= {f"{named[name]}.{end}": tensor for end, tensor in pair.items()}
             else:
                 tensors |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
-        peft = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(adapted)}
+        # Ends of names: the beginning of a text encoder's, `text_model`, transformers has in some versions alone.
+        targets = _shortest_ends(adapted, layers(base_like[part]).keys() - adapted.keys())
+        peft: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
         peft |= {"rank_pattern": {}, "alpha_pattern": {}}
         configs |= {f"{part}.{key}": value for key, value in peft.items()}
     header = {
@@ -230,7 +239,8 @@ def _by_layer(
     problems = []
     for key, tensor in tensors.items():
         half, ending = next(((half, end) for half, end in _ENDINGS.items() if end.search(key)), ("", re.compile("$")))
-        layer = known.get(ending.sub("", key).replace(".processor.", ".")) if half else None
+        name = ending.sub("", key).replace(".processor.", ".").replace("base_model.model.", "")
+        layer = known.get(name) if half else None
         if layer is None:
             problems.append(f"{key} is of no layer of the model")
         elif half in found.setdefault(layer, {}):

@@ -4,6 +4,8 @@
     kohya      lora_unet_mid_block_attentions_0_proj_in, of SDXL lora_unet_middle_block_1_proj_in
     until 2023 unet.mid_block.….attn1.processor.to_out, for attn1.to_out.0; without `unet.` where it was saved alone
 
+A text encoder's layers have `text_model.` in their names, but not where transformers 5.6 or a later one loaded it.
+
 What an underscore of kohya's was, a dot or itself, no rule can tell ("to_out_0"). So each key is looked up among those
 that the model's own layers would have.
 """
@@ -14,7 +16,7 @@ from collections.abc import Collection
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 
-from offsetjax.formats.names import torch_name
+from offsetjax.formats.names import TEXT_MODULE, torch_name
 
 _PREFIXES = {
     "sd1": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
@@ -66,6 +68,8 @@ def known_names(part: str, names: Collection[str], family: str) -> dict[str, str
         known |= {_underscored("lora_unet_", name): name for name in names}
         known |= {_underscored("lora_unet_", other): name for name, other in original_names(names).items()}
     known |= {other: name for name, other in kohya_names(part, names, family).items()}
+    for module in (f"{TEXT_MODULE}.", f"{TEXT_MODULE}_"):
+        known |= {name.replace(module, ""): layer for name, layer in known.items() if module in name}
     for end, old_end in _OLD_ENDS.items():
         known |= {name.removesuffix(end) + old_end: layer for name, layer in known.items() if name.endswith(f".{end}")}
     return known

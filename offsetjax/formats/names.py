@@ -17,6 +17,7 @@ from offsetjax.formats.tensors import Tensor, cast, of_array, transposed, with_n
 
 # The autoencoder's attention has its old names in Flax, and in PyTorch checkpoints written before 2023.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+TEXT_MODULE = "text_model"  # around a text encoder's layers; transformers from 5.6 on has none
 _IGNORED = re.compile(r"\.position_ids$")  # a buffer of old text encoders, not a parameter
 _NO_INDEX = ("linear_", "wi_", "proj_out_")  # before numbers that are no index: linear_1, T5's wi_0, DiT's proj_out_1
 _COUNT = "num_batches_tracked"  # a batch norm's, an int64 in PyTorch; ours are all float32
@@ -106,6 +107,8 @@ def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ..
 def _modern(name: str, expected: Mapping) -> str:
     if name in expected:
         return name
+    if (inside := f"{TEXT_MODULE}.{name}") in expected:
+        return inside
     *modules, leaf = name.split(".")
     new = ".".join([*modules[:-1], *(_VAE_ATTENTION.get(module, module) for module in modules[-1:]), leaf])
     return new if new in expected else name

@@ -12,6 +12,7 @@ import numpy as np
 
 from offsetjax.diffusion.flow import stored_scheduler
 from offsetjax.diffusion.variance_preserving import latent_side
+from offsetjax.errors import UserError
 from offsetjax.formats.original_names import UNET, VAE
 from offsetjax.formats.tensors import Tensor
 
@@ -25,10 +26,20 @@ TEXT_PREFIXES = {
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
 }
-# The deviation of one bias in the last block is above this in 2.x models that predict v, and below in those that
-# predict ε: all that tells them apart where neither the header nor a marker does (ComfyUI goes by it).
+SD2_TEXT_LAYERS = 23  # of OpenCLIP's ViT-H those that count
+# The standard deviation of one bias in the last block is above this in 2.x models that predict v, and below in those
+# that predict ε: all that tells them apart where neither the header nor a marker does (ComfyUI goes by it).
 _VELOCITY_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _VELOCITY_DEVIATION = 0.09
+
+
+_REMEDY = "use --format=diffusers"
+# What no network depends on, or is of diffusers and transformers alone.
+_UNSAID = {"_class_name", "architectures", "sample_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type"}
+_OF_SCHEDULE = {
+    *("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+}
 
 
 class _Shapes(dict[str, tuple[int, ...]]):
@@ -45,6 +56,61 @@ class _Shapes(dict[str, tuple[int, ...]]):
 def is_open_clip(part: str, family: str) -> bool:
     """Whether a text encoder is OpenCLIP's; the others are CLIP's."""
     return TEXT_PREFIXES[family][part].endswith(".model.")
+
+
+def configs_of(tensors: Mapping[str, Tensor], header: Mapping[str, str], family: str) -> dict[str, dict[str, Any]]:
+    """The configurations of the parts that the file has, of the scheduler and of the pipeline."""
+    found = {"unet": unet_config(tensors, family)}
+    if any(name.startswith(VAE) for name in tensors):
+        found["vae"] = vae_config(tensors, family)
+    for part, prefix in TEXT_PREFIXES[family].items():
+        if any(name.startswith(prefix) for name in tensors):
+            found[part] = text_config(tensors, part, family)
+    scheduler = scheduler_config(tensors, header, family)
+    size = latent_size(header, scheduler["prediction_type"], family)
+    found["unet"]["sample_size"] = size
+    if "vae" in found:
+        found["vae"]["sample_size"] = size * 2 ** (len(found["vae"]["block_out_channels"]) - 1)
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
+    if family == "sdxl":
+        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    return found | {"scheduler": scheduler, "model_index": index}
+
+
+def check_said(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]], family: str
+) -> None:
+    """Raises a UserError unless a file of these tensors, read again, has these configurations.
+
+    Args:
+        tensors: of the original layout.
+        configs: of the parts and, where it is known, of the `scheduler`.
+    """
+    try:
+        read = configs_of(tensors, header, family)
+    except (KeyError, IndexError, StopIteration, ValueError) as error:
+        what = f"it {error}" if type(error) is ValueError else "its blocks are of no known kind"
+        raise UserError(f"export: a single file cannot hold this model, for {what}; {_REMEDY}") from error
+    for part, config in configs.items():
+        for key in sorted(read[part].keys() & (_OF_SCHEDULE if part == "scheduler" else config.keys() - _UNSAID)):
+            if key == "projection_dim" and part == "text_encoder":  # nothing is projected
+                continue
+            given, again = (_settled(each.get(key), key, read[part]) for each in (config, read[part]))
+            if given != again:
+                raise UserError(
+                    f"export: a single file cannot say that {part} has {key} = {given!r}: it would be read as one with "
+                    f"{again!r}; {_REMEDY}"
+                )
+
+
+def _settled(value: Any, key: str, read: Config) -> Any:
+    """A value as it is compared: of those of each block, the ones that a network reads."""
+    if key in ("attention_head_dim", "transformer_layers_per_block"):
+        blocks = read["down_block_types"]
+        values = [value] * len(blocks) if isinstance(value, int) else list(value)
+        is_read = ["CrossAttn" in kind for kind in blocks[:-1]] + [True]  # the last also says what the middle has
+        return [each for each, counts in zip(values, is_read, strict=False) if counts]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def unet_config(tensors: Mapping[str, Tensor], family: str) -> Config:
@@ -131,8 +197,9 @@ def text_config(tensors: Mapping[str, Tensor], part: str, family: str) -> Config
     if is_open:
         embedding, positions = shape["token_embedding.weight"], shape["positional_embedding"]
         hidden = shape["transformer.resblocks.0.mlp.c_fc.weight"][0]
-        # Stable Diffusion 2's last layer is put to no use, and no part of diffusers' model.
-        layers = _count(shape, r"transformer\.resblocks\.(\d+)\.") - (part == "text_encoder")
+        layers = _count(shape, r"transformer\.resblocks\.(\d+)\.")
+        if part == "text_encoder":
+            layers = _used_layers(layers)
     else:
         embedding = shape["text_model.embeddings.token_embedding.weight"]
         positions = shape["text_model.embeddings.position_embedding.weight"]
@@ -155,6 +222,23 @@ def text_config(tensors: Mapping[str, Tensor], part: str, family: str) -> Config
         "projection_dim": shape["text_projection"][1] if has_projection else embedding[1],
         "vocab_size": embedding[0],
     }
+
+
+def _used_layers(layers: int) -> int:
+    """How many of the layers of Stable Diffusion 2's text encoder, OpenCLIP's ViT-H, it puts to use.
+
+    That is all but the last, which some files leave out and diffusers' model does not have.
+
+    Raises:
+        ValueError: the file has another number.
+    """
+    if layers not in (SD2_TEXT_LAYERS, SD2_TEXT_LAYERS + 1):
+        raise ValueError(
+            f"has a text encoder of {layers} layers, where Stable Diffusion 2's has {SD2_TEXT_LAYERS + 1}, or "
+            f"{SD2_TEXT_LAYERS} without the last, which it does not use; give a diffusers directory, which says which "
+            "are used"
+        )
+    return SD2_TEXT_LAYERS
 
 
 def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str) -> Config:

@@ -22,7 +22,6 @@ from offsetjax.formats.original_configs import TEXT_PREFIXES, is_open_clip
 from offsetjax.formats.original_names import (
     LOGIT_SCALE,
     UNET,
-    VAE,
     Rule,
     clip_rules,
     open_clip_rules,
@@ -31,7 +30,7 @@ from offsetjax.formats.original_names import (
     vae_rules,
 )
 from offsetjax.formats.safetensors import open_file, write_tensors
-from offsetjax.formats.tensors import Tensor, of_array
+from offsetjax.formats.tensors import Tensor, of_array, transposed
 
 WHERE = "model.pretrained"  # what an error begins with
 SUPPORTED = "Stable Diffusion 1.x, 2.x and XL base"
@@ -106,10 +105,10 @@ def open_single_file(path: epath.PathLike) -> SingleFile:
     """
     path = epath.Path(path)
     tensors, header = open_file(path, WHERE)
-    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
     try:
+        tensors = _modern(tensors)
         family = _family(tensors)
-        configs = _configs(tensors, header, family)
+        configs = inferred.configs_of(tensors, header, family)
         parts = to_diffusers(tensors, configs, family)
     except ValueError as error:
         raise UserError(f"{WHERE}: {path} {error}") from error
@@ -137,9 +136,14 @@ def write_single_file(
         parts, configs, family, carried: as for `to_original`.
         dtype: of the weights in the file; None: each keeps its own.
         metadata: goes into the header.
+
+    Raises:
+        UserError: read back, the file would be a model of another architecture or schedule, for it says neither.
     """
     header = {"format": "pt", **(metadata or {})}
-    write_tensors(path, to_original(parts, configs, family, carried), dtype=dtype, metadata=header)
+    tensors = to_original(parts, configs, family, carried)
+    inferred.check_said(tensors, header, configs, family)
+    write_tensors(path, tensors, dtype=dtype, metadata=header)
 
 
 def to_diffusers(
@@ -236,28 +240,28 @@ def _is_ignored(name: str) -> bool:
     return bool(_LEFT_OVER.fullmatch(name) or _KNOWN.fullmatch(name))
 
 
-def _modern(name: str) -> str:
-    """The name with the module `text_model`, which transformers had not at first, nor has again."""
-    return re.sub(r"^(cond_stage_model\.transformer\.)(?=embeddings|encoder|final_layer_norm)", r"\1text_model.", name)
+def _modern(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that this module knows, whatever wrote the file.
 
+    - `text_model`, which transformers had not at first, nor has from 5.6 on;
+    - sgm's beginnings for the text encoder of 1.x and 2.x, which have no label where XL and its refiner have one;
+    - the projection as a linear layer has it, `.weight` and not transposed.
 
-def _configs(tensors: Mapping[str, Tensor], header: Mapping[str, str], family: str) -> dict[str, dict[str, Any]]:
-    """The configurations of the parts that the file has, of the scheduler and of the pipeline."""
-    found = {"unet": inferred.unet_config(tensors, family)}
-    if any(name.startswith(VAE) for name in tensors):
-        found["vae"] = inferred.vae_config(tensors, family)
-    for part, prefix in TEXT_PREFIXES[family].items():
-        if any(name.startswith(prefix) for name in tensors):
-            found[part] = inferred.text_config(tensors, part, family)
-    scheduler = inferred.scheduler_config(tensors, header, family)
-    size = inferred.latent_size(header, scheduler["prediction_type"], family)
-    found["unet"]["sample_size"] = size
-    if "vae" in found:
-        found["vae"]["sample_size"] = size * 2 ** (len(found["vae"]["block_out_channels"]) - 1)
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
-    if family == "sdxl":
-        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    return found | {"scheduler": scheduler, "model_index": index}
+    Raises:
+        ValueError: a tensor is there by two names.
+    """
+    is_labelled = f"{UNET}label_emb.0.0.weight" in tensors
+    found = {}
+    for name, tensor in tensors.items():
+        if not is_labelled:
+            name = re.sub(r"^conditioner\.embedders\.0\.(?=model\.|transformer\.)", "cond_stage_model.", name)
+        name = re.sub(r"^((?:\w+\.)+transformer\.)(?=embeddings|encoder|final_layer_norm)", r"\1text_model.", name)
+        if re.search(r"\.model\.text_projection\.weight$", name) and len(tensor.shape) == 2:
+            name, tensor = name.removesuffix(".weight"), transposed(tensor, (1, 0))
+        if name in found:
+            raise ValueError(f"has {name} by another name too; which of them counts?")
+        found[name] = tensor
+    return found
 
 
 def _family(tensors: Mapping[str, Tensor]) -> str:

@@ -37,8 +37,8 @@ class ClipConfig:
     num_attention_heads: int
     max_position_embeddings: int
     hidden_act: str
-    layer_norm_eps: float
     projection_dim: int
+    layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.num_hidden_layers < 1 or self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:

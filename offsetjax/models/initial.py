@@ -173,13 +173,19 @@ def adopt_lora(config: ConfigDict) -> None:
         )
     if text:
         found["text_encoder_targets"] = loaded.targets(*text)
+    settings = config.lora.to_dict()
+    settings["alpha"] = settings["alpha"] or float(settings["rank"])  # what 0 says
+    contradicted = {}
     for key, value in found.items():
-        is_same = config.lora[key] == value or (isinstance(value, tuple) and set(config.lora[key]) == set(value))
-        is_stated = is_explicit(config, f"lora.{key}") or config.lora[key] != defaults[key]
-        if not is_same and is_stated:
-            raise UserError(
-                f"config: lora.{key} = {config.lora[key]!r}, but {config.lora.pretrained} has {value!r}; set it to that"
-            )
+        is_same = settings[key] == value or (isinstance(value, tuple) and set(settings[key]) == set(value))
+        if not is_same and (is_explicit(config, f"lora.{key}") or config.lora[key] != defaults[key]):
+            contradicted[key] = value
+    if contradicted:
+        given = ", ".join(f"lora.{key} = {config.lora[key]!r}" for key in contradicted)
+        flags = [f"--config.lora.{key}={value}" for key, value in contradicted.items()]
+        lines = " ".join(f'"{flag}"' if "(" in flag else flag for flag in flags)
+        raise UserError(f"config: {given}, but {config.lora.pretrained} has others; train with its own: {lines}")
+    for key, value in found.items():
         assign(config, f"lora.{key}", value, explicit=False)
 
 

@@ -1,6 +1,7 @@
 """LoRA files: PyTorch's diffusers loads those that are written here, and what it, or kohya's scripts, wrote is read."""
 
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -304,6 +305,62 @@ def test_what_pytorch_saves_is_read(has_metadata: bool, tmp_path: pathlib.Path) 
     for part in configs:
         ours = differences(loaded.adapters[part], loaded.alpha / loaded.rank)
         assert_close(ours, torch_differences(getattr(pipeline, part)))
+
+
+def rewritten(file: pathlib.Path, rename: Callable[[str], str]) -> None:
+    with safetensors.safe_open(file, "np") as opened:
+        header = opened.metadata()
+    tensors = safetensors.numpy.load_file(file)
+    new = {rename(key): tensor for key, tensor in tensors.items()}
+    assert new.keys() != tensors.keys() and len(new) == len(tensors)
+    safetensors.numpy.save_file(new, file, header)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rename"),
+    [
+        ("diffusers", lambda key: key.replace(".text_model.", ".")),
+        ("kohya", lambda key: key.replace("_text_model_", "_")),
+        ("diffusers", lambda key: key.replace(".weight", ".default.weight")),
+        ("diffusers", lambda key: "base_model.model." + key.replace(".weight", ".my_style.weight")),
+        ("diffusers", lambda key: key.replace("unet.", "unet.base_model.model.")),
+    ],
+    ids=[
+        "transformers from 5.6 on",
+        "the same in kohya's keys",
+        "PEFT's name of it",
+        "PEFT's file",
+        "PEFT's of a part",
+    ],
+)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_keys_of_newer_libraries_are_read(
+    family: str, keys: str, rename: Callable[[str], str], tmp_path: pathlib.Path
+) -> None:
+    adapters, file = trained(family), tmp_path / "lora.safetensors"
+    write(file, family, adapters, keys)
+    rewritten(file, rename)
+    loaded = read_lora(file, bases(family), family)
+    assert (loaded.rank, loaded.alpha) == (RANK, ALPHA)
+    assert_same(loaded.adapters, adapters)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_the_header_names_adapted_layers_by_their_ends(family: str, tmp_path: pathlib.Path) -> None:
+    """By which PEFT finds them whether or not there is a `text_model` around a text encoder's."""
+    file = tmp_path / "lora.safetensors"
+    some = dict(trained(family))
+    one = init_adapters(jax.random.key(0), bases(family)["text_encoder"], ("layers.1.mlp.fc1",), RANK)
+    for adapters in (some, some | {"text_encoder": one}):
+        write(file, family, adapters, "diffusers")
+        with safetensors.safe_open(file, "np") as opened:
+            header = json.loads(opened.metadata()["lora_adapter_metadata"])
+        for part, tree in adapters.items():
+            ends = header[f"{part}.target_modules"]
+            everything = layers(bases(family)[part])
+            found = {name for name in everything if any(f".{name}".endswith(f".{end}") for end in ends)}
+            assert found == layers(tree, "down").keys()
+            assert not any("text_model" in end for end in ends)
 
 
 def test_keys_that_diffusers_wrote_until_2023_are_read(tmp_path: pathlib.Path) -> None:

@@ -11,12 +11,14 @@ import torch
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 
+from offsetjax.config import default_config
 from offsetjax.errors import UserError
 from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.tensors import Tensor, of_array
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
+from tests import torch_models
 from tests.formats import published
 
 FLOAT32 = jnp.dtype("float32")
@@ -139,3 +141,12 @@ def test_missing_extra_and_misshapen_tensors_are_named() -> None:
 def test_many_problems_are_counted() -> None:
     with pytest.raises(UserError, match=r"is missing and \d+ more; is it the checkpoint of another model\?"):
         flax_tensors({"a": of_array(np.zeros(1))}, LIKE, "vae")
+
+
+def test_text_encoders_of_newer_transformers_lack_a_module() -> None:
+    config = default_config().model.text_encoder.to_dict() | torch_models.TEXT
+    like = jax.eval_shape(TextEncoder(config, FLOAT32, has_projection=True).init, jax.random.key(0))
+    named = torch_tensors(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), like))
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in named.items()}
+    assert bare.keys() != named.keys()
+    assert jax.tree.structure(flax_tensors(bare, like, "test")) == jax.tree.structure(flax_tensors(named, like, "test"))

@@ -283,6 +283,7 @@ def test_a_part_that_is_not_there_is_named(sd1: pathlib.Path, tmp_path: pathlib.
 
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+LABEL = "model.diffusion_model.label_emb.0.0.weight"
 REFINER = "conditioner.embedders.0.model.ln_final.bias"
 
 
@@ -296,7 +297,7 @@ REFINER = "conditioner.embedders.0.model.ln_final.bias"
         ({"model.diffusion_model.double_blocks.0.x": (4,)}, r"is not one of the supported families"),
         ({"double_blocks.0.img_attn.norm.key_norm.scale": (4,)}, r"is not one of the supported families"),
         ({CONV_IN: (32, 4, 3, 3), "edm_mean": (4,)}, r"is not one of the supported families"),
-        ({CONV_IN: (32, 4, 3, 3), REFINER: (8,)}, r"is the refiner of SDXL"),
+        ({CONV_IN: (32, 4, 3, 3), LABEL: (8, 8), REFINER: (8,)}, r"is the refiner of SDXL"),
         ({CONV_IN: (32, 9, 3, 3), "model.diffusion_model.out.2.weight": (4, 32, 3, 3)}, r"9 input channels"),
         ({CONV_IN: (32, 4, 3, 3)}, r"out\.2\.weight is missing; is it a whole model"),
         ({CONV_IN: (32,)}, r"its tensors have unknown shapes"),
@@ -350,3 +351,136 @@ def test_an_autoencoder_without_attention_has_no_original_layout(sd1: pathlib.Pa
     configs["vae"]["mid_block_add_attention"] = False
     with pytest.raises(UserError, match="export a diffusers directory"):
         to_original({"vae": open_pretrained(sd1).tensors("vae")}, configs, "sd1")
+
+
+LAST_LAYER = "cond_stage_model.model.transformer.resblocks.23."
+
+
+@pytest.mark.parametrize("more", [(), ("text_projection", "logit_scale")])
+def test_a_text_encoder_of_2_may_come_without_the_layer_that_is_not_used(
+    more: tuple[str, ...], sd2: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    def drop(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            if name.startswith(LAST_LAYER) or name.removeprefix("cond_stage_model.model.") in more:
+                del tensors[name]
+
+    pretrained = open_pretrained(changed(sd2, tmp_path / "m.safetensors", drop))
+    assert pretrained.read_config("text_encoder")["num_hidden_layers"] == 23
+    assert_same(pretrained.tensors("text_encoder"), open_pretrained(sd2).tensors("text_encoder"))
+
+
+@pytest.mark.parametrize("layers", [22, 25])
+def test_a_text_encoder_of_2_with_other_layers_is_refused(
+    layers: int, sd2: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if name.startswith(LAST_LAYER)]:
+            tensors[name.replace(".23.", ".24.")] = tensors[name]
+            if layers == 22:
+                del tensors[name], tensors[name.replace(".23.", ".24.")], tensors[name.replace(".23.", ".22.")]
+
+    with pytest.raises(UserError, match=rf"of {layers} layers, where Stable Diffusion 2's has 24, or 23 without the l"):
+        open_pretrained(changed(sd2, tmp_path / "m.safetensors", change))
+
+
+def renamed(*pairs: tuple[str, str]) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            new = name
+            for old, other in pairs:
+                new = new.replace(old, other)
+            tensors[new] = tensors.pop(name)
+
+    return change
+
+
+SGM = ("cond_stage_model.", "conditioner.embedders.0.")
+WITHOUT_MODULE = (".text_model.", ".")
+
+
+@pytest.mark.parametrize(
+    ("family", "pairs"),
+    [("sd1", (SGM,)), ("sd1", (SGM, WITHOUT_MODULE)), ("sd2", (SGM,)), ("sdxl", (WITHOUT_MODULE,))],
+    ids=["1.x as sgm writes it", "without a module", "2.x as sgm writes it", "XL without a module"],
+)
+def test_text_encoders_go_by_several_names(
+    family: str, pairs: tuple, request: pytest.FixtureRequest, tmp_path: pathlib.Path
+) -> None:
+    file = request.getfixturevalue(family)
+    pretrained, plain = (
+        open_pretrained(changed(file, tmp_path / "m.safetensors", renamed(*pairs))),
+        open_pretrained(file),
+    )
+    assert pretrained.family == family
+    for part in ("text_encoder", "text_encoder_2")[: 1 + (family == "sdxl")]:
+        assert_same(pretrained.tensors(part), plain.tensors(part))
+    assert pretrained.carried().keys() == plain.carried().keys()
+
+
+def test_a_projection_may_be_that_of_a_linear_layer(sdxl: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        name = "conditioner.embedders.1.model.text_projection"
+        tensors[f"{name}.weight"] = tensors.pop(name).T
+
+    pretrained = open_pretrained(changed(sdxl, tmp_path / "m.safetensors", change))
+    assert_same(pretrained.tensors("text_encoder_2"), open_pretrained(sdxl).tensors("text_encoder_2"))
+
+
+def test_a_tensor_of_two_names_is_refused(sd1: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
+        tensors[name.replace(".text_model", "")] = tensors[name]
+
+    with pytest.raises(UserError, match=r"final_layer_norm\.bias by another name too"):
+        open_pretrained(changed(sd1, tmp_path / "m.safetensors", change))
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "key", "value"),
+    [
+        ("sd1", "unet", "attention_head_dim", (1, 3, 3, 3)),
+        ("sd1", "unet", "norm_num_groups", 16),
+        ("sd1", "unet", "freq_shift", 1),
+        ("sd1", "unet", "norm_eps", 1e-6),
+        ("sd1", "vae", "norm_num_groups", 8),
+        ("sd1", "vae", "scaling_factor", 0.5),
+        ("sd1", "text_encoder", "hidden_act", "gelu"),
+        ("sd1", "text_encoder", "num_attention_heads", 2),
+        ("sd1", "text_encoder", "layer_norm_eps", 1e-6),
+        ("sd1", "scheduler", "beta_end", 0.02),
+        ("sd1", "scheduler", "num_train_timesteps", 100),
+        ("sd1", "scheduler", "prediction_type", "v_prediction"),  # which neither header nor tensor says here
+        ("sdxl", "unet", "attention_head_dim", (1, 1, 1)),
+        ("sdxl", "text_encoder_2", "hidden_act", "quick_gelu"),
+    ],
+)
+def test_what_a_file_cannot_say_is_not_written(
+    family: str, part: str, key: str, value: Any, request: pytest.FixtureRequest, tmp_path: pathlib.Path
+) -> None:
+    pretrained = open_pretrained(request.getfixturevalue(family))
+    configs = {name: pretrained.read_config(name) for name in (*pretrained.source.parts, "scheduler")}
+    parts = {name: pretrained.tensors(name) for name in pretrained.source.parts}
+    configs[part] = configs[part] | {key: value}
+    with pytest.raises(UserError, match=rf"cannot say that {part} has {key} = .*; use --format=diffusers"):
+        write_single_file(tmp_path / "m.safetensors", parts, configs, family)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_blocks_that_do_not_attend_need_not_be_said(sdxl: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pretrained = open_pretrained(sdxl)
+    configs = {part: pretrained.read_config(part) for part in pretrained.source.parts}
+    first, *others = configs["unet"]["attention_head_dim"]
+    configs["unet"] |= {"attention_head_dim": (first + 4, *others), "transformer_layers_per_block": (7, 2, 3)}
+    parts = {part: pretrained.tensors(part) for part in configs}
+    write_single_file(tmp_path / "m.safetensors", parts, configs, "sdxl")
+    assert_same(open_pretrained(tmp_path / "m.safetensors").tensors("unet"), pretrained.tensors("unet"))
+
+
+def test_a_text_encoder_of_2_with_other_layers_is_not_written(sd2: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pretrained = open_pretrained(sd2)
+    configs = {part: pretrained.read_config(part) for part in pretrained.source.parts}
+    configs["text_encoder"]["num_hidden_layers"] = 12
+    parts = {part: pretrained.tensors(part) for part in configs}
+    with pytest.raises(UserError, match=r"has a text encoder of 13 layers, .*; use --format=diffusers"):
+        write_single_file(tmp_path / "m.safetensors", parts, configs, "sd2")
