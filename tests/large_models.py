@@ -28,11 +28,22 @@ from tests.processes import most_growth
 MB = 1_000_000
 
 
+# What a single file does not say has the values that all of the family have.
+_SAID = {
+    "block_out_channels": (32, 32),
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+}
+
+
 def wide_config() -> ConfigDict:
     """The tiny model with a denoiser of 50 M parameters, 200 MB."""
     config = tiny.tiny_config()
-    config.model.vae.mid_block_add_attention = True  # without it there is no original layout
+    config.model.vae.update(_SAID)
+    config.model.text_encoder.num_attention_heads = 1
     config.model.unet.update(
+        norm_num_groups=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(192, 480),
@@ -46,10 +57,11 @@ def family_config(preset: str, **settings: Any) -> ConfigDict:
     """A family's denoiser with other parts that are small."""
     small, config = tiny.tiny_config().model, tiny.tiny_config()
     getattr(presets, preset)(config, **settings)
-    config.model.vae.update({**small.vae, "mid_block_add_attention": True})
+    config.model.vae.update({**small.vae, **_SAID, "scaling_factor": config.model.vae.scaling_factor})
     for part in ("text_encoder", "text_encoder_2"):
-        width = config.model[part].hidden_size
-        config.model[part].update({**small.text_encoder, "hidden_size": width, "projection_dim": width})
+        own = config.model[part]
+        kept = {key: own[key] for key in ("hidden_size", "num_attention_heads", "hidden_act")}
+        own.update({**small.text_encoder, **kept, "projection_dim": own.hidden_size})
     return config
 
 
