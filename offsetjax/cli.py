@@ -239,6 +239,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="train", help="of the data set, such as test or train[:10%%]; %(default)s")
     sub.add_argument("--out", help="a PNG for the contact sheet")
 
+    sub = command("checkpoint", None, "list, verify or prune what a training has saved")
+    kinds = sub.add_subparsers(required=True, metavar="list|verify|prune")
+    for name, help in (
+        ("list", "the steps and their sizes"),
+        ("verify", "read every array, and compare it with its checksum"),
+        ("prune", "delete all but the newest steps, once these are verified"),
+    ):
+        sub = kinds.add_parser(name, help=help, **common)
+        sub.set_defaults(run=_CHECKPOINT[name])
+        sub.add_argument("--workdir", required=True, help="of a training")
+        if name == "verify":
+            sub.add_argument("--step", type=int, help="only this one")
+        if name == "prune":
+            sub.add_argument("--keep", type=int, required=True, help="how many steps stay")
+
     sub = command("report", _report, "compare runs on one HTML page")
     sub.add_argument(
         "--workdir", action="append", required=True, help="of a training or of a sweep; may be given several times"
@@ -485,6 +500,30 @@ def _data_inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.data.inspect import inspect
 
     inspect(options.data, options.out, options.split)
+
+
+def _checkpoint_list(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.storage.command import list_steps
+
+    list_steps(options.workdir)
+
+
+def _checkpoint_verify(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.storage.command import verify
+
+    verify(options.workdir, options.step)
+
+
+def _checkpoint_prune(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    _no_more(rest)
+    from offsetjax.storage.command import prune
+
+    prune(options.workdir, options.keep)
+
+
+_CHECKPOINT = {"list": _checkpoint_list, "verify": _checkpoint_verify, "prune": _checkpoint_prune}
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:

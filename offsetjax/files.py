@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from etils import epath
 
-from offsetjax.errors import UserError, one_line
+from offsetjax.errors import Status, StorageError, UserError, kind_of, one_line
 
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(/*)(.*)", re.IGNORECASE | re.DOTALL)
@@ -86,11 +88,16 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         return
     temporary = unfinished(path)
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine could leave the new name with nothing in it
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and kind_of(error) == Status.STORAGE:
+            raise storage_error(path, error, len(content), "the file") from error
         raise
 
 
@@ -144,6 +151,51 @@ def _number(text: str) -> float:
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text}, which is no JSON")
+
+
+@contextlib.contextmanager
+def written_to(folder: epath.PathLike) -> Iterator[None]:
+    """Inside, a folder is worked in: one that is taken away, or closed, is storage that a person has to see to."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename is not None and os.fspath(error.filename).startswith(os.fspath(folder))
+        is_gone = kind_of(error) == Status.MISTAKE and inside
+        if is_gone or kind_of(error) == Status.STORAGE:
+            raise storage_error(error.filename or folder, error) from error
+        raise
+
+
+def room_of(path: epath.PathLike) -> int | None:
+    """The bytes that are free where a path lies or will lie; None on a bucket, or where that cannot be known."""
+    if _is_remote(path):
+        return None
+    there = Path(path).absolute()
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        return shutil.disk_usage(there).free
+    except OSError:
+        return None
+
+
+def storage_error(path: epath.PathLike, error: BaseException, need: int = 0, what: str = "it") -> StorageError:
+    """The error for a place that a person has to see to, with what was to be written and what room there is."""
+    room = room_of(path)
+    needs = f"{what} takes {size_text(need)}" if need else ""
+    free = f"{size_text(room)} are free" if room is not None else ""
+    details = f" ({', '.join(filter(None, (needs, free)))})" if needs or free else ""
+    number = getattr(error, "errno", None)
+    why = os.strerror(number) if number and number > 0 else one_line(error)
+    if not _is_remote(path) and not Path(path).absolute().parent.exists():
+        why = "its folder is gone"
+    return StorageError(f"{path}: {why}{details}; see to it, then the same command tries again")
+
+
+def size_text(count: int) -> str:
+    """`5_200_000 -> "5.2 MB"`."""
+    unit = next((unit for unit in ("GB", "MB", "kB") if count >= {"GB": 1e9, "MB": 1e6, "kB": 1e3}[unit]), "bytes")
+    return f"{count / {'GB': 1e9, 'MB': 1e6, 'kB': 1e3, 'bytes': 1}[unit]:.3g} {unit}"
 
 
 def check_folder(command: str, folder: epath.PathLike) -> epath.Path:

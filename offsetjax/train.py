@@ -20,12 +20,16 @@ from offsetjax.config import Origin
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_data
 from offsetjax.data.stream import Stream
+from offsetjax.errors import Status
+from offsetjax.files import written_to
 from offsetjax.models.pipeline import for_training
-from offsetjax.parallel import fsdp, sharding
+from offsetjax.parallel import fsdp, processes, sharding
 from offsetjax.parallel.fallback import warn_of_cpu
 from offsetjax.parallel.preemption import Preemption
 from offsetjax.parallel.watchdog import Watchdog
 from offsetjax.storage import checkpoint
+from offsetjax.storage.lock import WorkdirLock
+from offsetjax.storage.saving import Saver
 from offsetjax.training.evaluators import Evaluator, open_evaluators
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
@@ -48,14 +52,15 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
         UserError: a mistake in the config, the data, the checkpoint or the work directory.
         PreemptedError: a signal came; what was trained is saved.
     """
-    with Watchdog(config.train.stall_seconds) as watchdog, Preemption() as preemption:
+    lock = WorkdirLock(workdir, lost=lambda why: processes.abort(Status.MISTAKE, f"error: {why}"))
+    with Watchdog(config.train.stall_seconds) as watchdog, Preemption() as preemption, lock, written_to(workdir):
         source = open_data(config.data)
         warn_of_cpu()
-        run = open_run(config, epath.Path(workdir), source)
+        run = open_run(config, epath.Path(workdir), source, lock)
         config = run.config
         watchdog.progressed()
         stream = open_stream(config, run.pipeline, source, run.mesh)
-        with compilation_cache(workdir), checkpoint.open_checkpoints(workdir, config.checkpoint.max_to_keep) as manager:
+        with compilation_cache(workdir), _open_checkpoints(run) as manager:
             state, state_shardings = first_state(run, manager, stream)
             watchdog.progressed()
             if int(state.step) >= config.train.steps:
@@ -63,7 +68,19 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
                 return
             write_start(run.workdir, int(state.step), devices_in_words(run.mesh), origin)
             evaluators = open_evaluators(run, source)
-            _loop(run, state, jit_train_step(run, state_shardings), stream, manager, evaluators, preemption, watchdog)
+            saver = Saver(
+                manager,
+                lock,
+                checkpoint.size_of(state),
+                every_steps=config.checkpoint.every_steps,
+                every_minutes=config.checkpoint.every_minutes,
+            )
+            _loop(run, state, jit_train_step(run, state_shardings), stream, saver, evaluators, preemption, watchdog)
+
+
+def _open_checkpoints(run: Run) -> CheckpointManager:
+    kept = run.config.checkpoint
+    return checkpoint.open_checkpoints(run.workdir, kept.max_to_keep, kept.keep_every_steps)
 
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
@@ -92,7 +109,7 @@ def _loop(
     state: TrainState,
     train_step: TrainStep,
     stream: Stream,
-    manager: CheckpointManager,
+    saver: Saver,
     evaluators: Sequence[Evaluator],
     preemption: Preemption,
     watchdog: Watchdog,
@@ -129,15 +146,17 @@ def _loop(
             # Before the checkpoint: a run that is killed in between looks again when it resumes.
             if due := [evaluator for evaluator in evaluators if evaluator.is_due(step, train.steps)]:
                 _evaluate(due, state, step, metrics, clock, watchdog)
-            is_preempted = preemption.reached()
-            if is_preempted or step % run.config.checkpoint.every_steps == 0 or step == train.steps:
+            is_preempted, is_due = preemption.reached(), saver.is_due(step)
+            if is_preempted or is_due or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     metrics.scalars(*_fetch(*unwritten, clock))
                     unwritten = None
-                checkpoint.save(manager, step, state, _position(stream, step))
+                saver.save(step, state, _position(stream, step))
                 watchdog.progressed()
             if is_preempted and step < train.steps:
+                saver.finish()
                 raise preemption.stopped(f"after step {step}")
+        saver.finish()
         if skipped := int(state.skipped):
             _log.warning("%d steps changed nothing: their loss or gradient was not finite", skipped)
         if cut := int(state.truncated):

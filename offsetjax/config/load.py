@@ -184,6 +184,7 @@ def read_json(text: str) -> tuple[dict[str, Any], frozenset[str]]:
         if not isinstance(stored, dict):
             raise ValueError(f"it is a {type(stored).__name__}, not an object")
         explicit = stored.pop(_EXPLICIT, [])
+        stored.pop("digest", None)  # of the file, which whoever reads a work directory has compared
         if not isinstance(explicit, list) or not all(isinstance(path, str) for path in explicit):
             raise ValueError(f"its {_EXPLICIT!r} is no list of fields")
         return _by_path(stored, ""), frozenset(explicit)

@@ -19,13 +19,14 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from offsetjax.errors import UserError
+from offsetjax.files import write_whole
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
 from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_tensors
 from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline
-from offsetjax.storage import checksums
+from offsetjax.storage import checksums, digests
 
 CARRIED_FILE = "carried.safetensors"
 _CHECKSUMS_FILE = "checksums.json"  # of the arrays of the frozen parts, by part and PyTorch's name
@@ -126,10 +127,11 @@ def write_frozen(
             files.write_part(directory, part, pipeline.parts[part].torch_config(), named)
         except NotFiniteError as error:
             raise UserError(f"model.pretrained: {error}; give another model, or another copy of it") from error
-    (directory / _CHECKSUMS_FILE).write_text(json.dumps(sums, indent=0) + "\n")
+    write_whole(directory / _CHECKSUMS_FILE, json.dumps(sums, indent=0) + "\n")
     write_tokenizers(directory, pipeline.family, pipeline.tokenizers)
     if carried:
         write_tensors(directory / CARRIED_FILE, carried, metadata={"format": "pt"})
+    digests.write(directory)
 
 
 def write_tokenizers(directory: epath.PathLike, family: Family, tokenizers: Mapping[str, Any]) -> None:
@@ -155,7 +157,7 @@ def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str
     tensors = files.open_part(directory, part)
     flax_tensors(tensors, abstract_params(model), f"workdir: {directory}/{part}")
     file = epath.Path(directory) / _CHECKSUMS_FILE
-    sums = json.loads(file.read_text()) if file.exists() else {}  # runs had none before
+    sums = json.loads(file.read_text()) if file.exists() else {}  # whole, or `digests.check` has refused it
 
     def checked(name: str, tensor: Tensor) -> Tensor:
         def check(array: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """What a finished, or interrupted, training left: read back for sampling and export."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,8 @@ from offsetjax.models.lora import merged_tensors
 from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_parts
 from offsetjax.models.weights import frozen_tensors, load_frozen, read_tokenizers
 from offsetjax.parallel import sharding
-from offsetjax.storage import checkpoint
+from offsetjax.storage import checkpoint, digests
+from offsetjax.storage.retry import retried
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,19 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     if not file.exists():
         raise UserError(f"workdir: {workdir} has no config.json; give the --workdir of a training")
     try:
-        return from_json(file.read_text())
+        text = retried(file.read_text, f"workdir: {file}")
+        stored = json.loads(text)
+        if isinstance(stored, dict):
+            digests.check_json(stored, f"workdir: {file}")
+        return from_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"workdir: {file} is no config ({error}); restore it from a copy") from error
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes config.json."""
-    write_whole(epath.Path(workdir) / "config.json", to_json(config))
+    """Writes config.json, with its own digest."""
+    stored = digests.signed(json.loads(to_json(config)))
+    write_whole(epath.Path(workdir) / "config.json", json.dumps(stored, indent=2) + "\n")
 
 
 def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Trained:
@@ -125,6 +132,7 @@ def _open(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipel
         raise UserError("params: no average was kept (optimizer.ema_decay = 0); use --params=raw")
     if not (folder / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
+    digests.check(folder / "frozen")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
     pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config)))
     if config.task == "diffusion" and len(pipeline.tokenizers) != len(pipeline.family.encoders):

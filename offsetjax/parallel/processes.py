@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from offsetjax import log
@@ -102,6 +103,18 @@ def gather(key: str, value: str) -> list[str]:
     broadcast(f"{key}/{_index()}", value)
     _client().wait_at_barrier(key, _BARRIER_MS)
     return [value for _, value in _client().key_value_dir_get(key)]
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what one of them has to."""
+    return jax.process_index() == 0
+
+
+def all_of(is_so: bool) -> bool:
+    """Whether it is so on all processes, which all have to ask."""
+    if jax.process_count() == 1:
+        return is_so
+    return bool(np.all(multihost_utils.process_allgather(np.array(is_so))))
 
 
 def barrier(where: str) -> None:

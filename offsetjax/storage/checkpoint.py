@@ -1,10 +1,14 @@
 """Checkpoints: the train state and the data position in one orbax step, saved in the background.
 
 What sampling and export need is a part of one, and is read alone: parameters straight into their shards, or tensor by
-tensor, never the optimizer's moments. What is read is compared with checksums from when it was written.
+tensor, never the optimizer's moments. What is read is compared with checksums from when it was written. A resume takes
+the newest step that can be read; what cannot be is set aside, and never deleted.
 """
 
 import json
+import logging
+import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,34 +19,51 @@ import tensorstore
 from etils import epath
 from jaxtyping import PyTree
 
-from offsetjax.errors import UserError
+from offsetjax.errors import Status, StorageError, TransientError, UserError, kind_of, one_line
+from offsetjax.files import room_of, size_text, storage_error, write_whole
 from offsetjax.formats.tensors import Tensor
-from offsetjax.storage import checksums
+from offsetjax.parallel.processes import all_of, barrier
+from offsetjax.storage import checksums, digests
+from offsetjax.storage.retry import retried
 
-STATE = "state"
+_log = logging.getLogger("offsetjax")
+STATE, DATA, ASIDE = "state", "data", "unreadable"
+_SAVED = "saved.json"  # beside `checkpoints`
 Result = TypeVar("Result")
 
 
-def open_checkpoints(workdir: epath.PathLike, max_to_keep: int | None = None) -> ocp.CheckpointManager:
-    """The manager of `workdir/checkpoints`; close it, or use it in a `with`, so that the last save ends."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=True)
+class UnreadableError(UserError):
+    """A step that cannot be read, whatever is tried again: damaged, cut short or not whole."""
+
+
+def open_checkpoints(
+    workdir: epath.PathLike, max_to_keep: int | None = None, keep_every_steps: int = 0
+) -> ocp.CheckpointManager:
+    """The manager of `workdir/checkpoints`; close it, or use it in a `with`, so that the last save ends.
+
+    Args:
+        max_to_keep: the newest that are kept; None: all.
+        keep_every_steps: multiples of this are kept for ever too; 0: none.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep, keep_period=keep_every_steps or None, enable_async_checkpointing=True
+    )
+    handlers = {STATE: _state_handler(), DATA: ocp.JsonCheckpointHandler()}
+    workdir = epath.Path(workdir)
+    is_local = "://" not in str(workdir)  # `resolve` would make a local path of gs://…
+    directory = (workdir.resolve() if is_local else workdir) / "checkpoints"
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
     # Hosts share the writing of what they all hold; within one, cutting it up for that would compile a program for each
     # shape and stop the training for half a minute.
     arrays = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=jax.process_count() > 1, min_slice_bytes_for_replica_parallel=2**20
     )
-    handlers = {
-        # Weights hardly shrink, and packing them would make saving, restoring and export several times slower.
-        STATE: ocp.PyTreeCheckpointHandler(
-            use_compression=False,
-            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
-        ),
-        "data": ocp.JsonCheckpointHandler(),
-    }
-    workdir = epath.Path(workdir)
-    is_local = "://" not in str(workdir)  # `resolve` would make a local path of gs://…
-    directory = (workdir.resolve() if is_local else workdir) / "checkpoints"
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    # Weights hardly shrink, and packing them would make saving, restoring and export several times slower.
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
 def newest_step(workdir: epath.PathLike) -> int:
@@ -53,11 +74,104 @@ def newest_step(workdir: epath.PathLike) -> int:
         return manager.latest_step() or 0
 
 
+def newest_saved(workdir: epath.PathLike) -> int:
+    """The newest step that was ever saved, as the run has noted; 0 where it has not."""
+    try:
+        return int(json.loads((epath.Path(workdir) / _SAVED).read_text())["step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
+def note_saved(manager: ocp.CheckpointManager) -> None:
+    """Notes, beside the checkpoints, the newest step that is whole: a run that has lost them must not begin again."""
+    if jax.process_index() == 0:
+        workdir = manager.directory.parent
+        # On a disk a step gets its name once it is whole, on a bucket a file that says so.
+        names = [path.name for path in manager.directory.iterdir()] if manager.directory.exists() else []
+        whole = [int(name) for name in names if name.isdecimal() and _is_whole(manager.directory / name)]
+        if (step := max(whole, default=0)) > newest_saved(workdir):
+            write_whole(workdir / _SAVED, json.dumps({"step": step}) + "\n")
+
+
+def _is_whole(step: epath.Path) -> bool:
+    return "://" not in str(step) or (step / "commit_success.txt").exists()
+
+
+def steps_made(workdir: epath.PathLike) -> int:
+    """The last step that a run's log has; 0 where it has none."""
+    try:
+        text = (epath.Path(workdir) / "metrics.jsonl").read_bytes()
+    except OSError:
+        return 0
+    return max((int(found[1]) for found in re.finditer(rb'"step": (\d{1,12})\b', text)), default=0)
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree, data: dict[str, Any]) -> None:
-    """Saves in the background; the state may be donated at once."""
-    data = {**data, "checksums": checksums.of_tree(state)}
+    """Saves in the background; the state may be donated at once.
+
+    A save before this one that failed for what may pass is told, and this one made; the step before is still there.
+
+    Raises:
+        StorageError: the place is full, read-only, over its quota or gone.
+        TransientError: this save failed too.
+    """
+    data = digests.signed({**data, "checksums": checksums.of_tree(state)})
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data))
-    manager.save(step, args=args, force=True)
+    for is_last in (False, True):
+        try:
+            manager.save(step, args=args, force=True)
+            return
+        except Exception as error:  # of this save, or of the one before
+            failure = _not_saved(manager, error, size_of(state))
+            if is_last or not isinstance(failure, TransientError):
+                raise failure from error
+            _log.warning("%s; trying again", failure)
+
+
+def wait(manager: ocp.CheckpointManager, state_bytes: int = 0) -> None:
+    """Waits for the last save.
+
+    Raises:
+        StorageError, TransientError: it failed; the step before is still there.
+    """
+    try:
+        manager.wait_until_finished()
+    except Exception as error:
+        raise _not_saved(manager, error, state_bytes) from error
+
+
+def size_of(tree: PyTree) -> int:
+    """The bytes of a tree's arrays, abstract or not."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_room(workdir: epath.PathLike, state_bytes: int) -> None:
+    """Looks, before a training, whether the next checkpoint fits on the disk.
+
+    Raises:
+        StorageError: it does not.
+    """
+    room = room_of(workdir)
+    if room is not None and room < state_bytes:
+        raise StorageError(
+            f"workdir: {workdir}: a checkpoint takes {size_text(state_bytes)}, but {size_text(room)} are free; make "
+            "room, then the same command tries again"
+        )
+
+
+def _not_saved(manager: ocp.CheckpointManager, error: Exception, state_bytes: int) -> Exception:
+    kind, place = kind_of(error), manager.directory
+    is_gone = "://" not in str(place) and not place.parent.exists()
+    if is_gone or kind in (
+        Status.STORAGE,
+        Status.MISTAKE,
+    ):  # a path that is none any more is no mistake in the settings
+        return storage_error(place, error, state_bytes, "a checkpoint")
+    if kind == Status.TRANSIENT:
+        return TransientError(
+            f"checkpoint: {place}: {one_line(error)}; the step before is kept, and the same command resumes from it"
+        )
+    return error
 
 
 def restore(manager: ocp.CheckpointManager, like: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
@@ -68,18 +182,96 @@ def restore(manager: ocp.CheckpointManager, like: PyTree, step: int | None = Non
 
     Raises:
         UserError: no such step, or one that cannot be read or has changed since it was written.
+        TransientError: it could not be read, which may pass.
     """
     step = existing_step(manager, step)
-    args = ocp.args.Composite(state=_restore_args(like), data=ocp.args.JsonRestore())
+    data = read_data(manager, step)
+    expected = data.pop("checksums")
+    state = _read_state(manager, step, like, expected)
+    return state, data
 
-    def read() -> tuple[PyTree, dict[str, Any]]:
-        restored = manager.restore(step, args=args)
-        data = dict(restored["data"])
-        checksums.check(restored[STATE], _checksums(data, manager))
-        del data["checksums"]
-        return restored[STATE], data
 
-    return _read(manager, step, read)
+def restore_newest(
+    manager: ocp.CheckpointManager, like: PyTree, check: Callable[[dict[str, Any]], None]
+) -> tuple[PyTree, dict[str, Any]]:
+    """The newest state that can be read, and its data position; newer ones are set aside, with a warning.
+
+    Args:
+        check: is called with the data position before the state is read, and raises where that does not fit.
+
+    Raises:
+        UserError: there is none, or what `check` raises.
+        TransientError: one could not be read, which may pass.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    existing_step(manager)
+    unreadable: dict[int, str] = {}
+    for step in steps:
+        try:
+            data = read_data(manager, step)
+            expected = data.pop("checksums")
+            check(data)
+            state = _read_state(manager, step, like, expected)
+        except UnreadableError as error:
+            unreadable[step] = str(error)
+            continue
+        for newer, why in unreadable.items():
+            aside = _set_aside(manager, newer)
+            _log.warning("%s; it is kept as %s, and step %d is resumed", why, aside, step)
+        return state, data
+    raise UserError("; ".join(unreadable.values()) + "; restore one from a copy, or give another --workdir")
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> epath.Path:
+    """Moves a step that cannot be read out of the way of the one that will be saved in its place."""
+    aside = manager.directory.parent / ASIDE / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
+    if jax.process_index() == 0:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        (manager.directory / str(step)).rename(aside)
+    barrier("an unreadable step is set aside")
+    manager.reload()
+    return aside
+
+
+def read_data(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """The data position of a step, with the checksums of its arrays.
+
+    Raises:
+        UserError: it was written by a version without checksums, or cannot be read.
+    """
+    file = manager.directory / str(step) / DATA / "metadata"
+
+    def read() -> dict[str, Any]:
+        data = digests.check_json(json.loads(file.read_text()), str(file))
+        if not isinstance(data.get("checksums", {}), dict):
+            raise ValueError(f"{file} has no checksums")
+        return data
+
+    data = _read(manager, step, read)
+    if "checksums" not in data:
+        raise UserError(
+            f"checkpoint: {manager.directory} was written by an older version of offsetjax, without checksums; "
+            "continue with that version, or give another --workdir"
+        )
+    return data
+
+
+def _read_state(
+    manager: ocp.CheckpointManager, step: int, like: PyTree, expected: Mapping[str, int], is_part: bool = False
+) -> PyTree:
+    # By the handler itself: the manager's restore waits for all processes at its end, also for one that has failed.
+    args = _restore_args(like, partial_restore=True) if is_part else _restore_args(like)
+    state, failure = None, None
+    try:
+        state = _read(manager, step, lambda: _state_handler().restore(manager.directory / str(step) / STATE, args=args))
+    except (UnreadableError, TransientError) as error:
+        failure = error
+    if isinstance(failure, TransientError):
+        raise failure
+    if not all_of(failure is None):
+        raise failure or UnreadableError(f"checkpoint: {manager.directory / str(step)}: another process cannot read it")
+    _read(manager, step, lambda: checksums.check(state, expected))  # the same on all processes
+    return state
 
 
 def restore_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
@@ -89,14 +281,8 @@ def restore_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: 
         UserError: as for `restore`.
     """
     step = existing_step(manager, step)
-    args = ocp.args.Composite(state=_restore_args({name: like}, partial_restore=True), data=ocp.args.JsonRestore())
-
-    def read() -> PyTree:
-        restored = manager.restore(step, args=args)
-        checksums.check(restored[STATE], _checksums(restored["data"], manager))
-        return restored[STATE][name]
-
-    return _read(manager, step, read)
+    expected = read_data(manager, step)["checksums"]
+    return _read_state(manager, step, {name: like}, expected, is_part=True)[name]
 
 
 def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
@@ -106,38 +292,74 @@ def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int
         UserError: no such step; and when one is read, that it cannot be, or has changed since it was written.
     """
     step = existing_step(manager, step)
-    folder = manager.directory / str(step) / STATE
-
-    def describe() -> tuple[bool, dict[str, int]]:
-        args = ocp.args.Composite(data=ocp.args.JsonRestore())
-        metadata = json.loads((folder / "_METADATA").read_text())
-        return metadata.get("use_zarr3", False), _checksums(manager.restore(step, args=args)["data"], manager)
-
-    # Orbax's form on disk: zarr arrays in an OCDBT database, which its own library reads by ranges.
-    is_zarr3, expected = _read(manager, step, describe)
-    base = f"{folder}/" if "://" in str(folder) else f"file://{folder}/"
-    context = tensorstore.Context()  # the database's index is read once
+    arrays = _Arrays(manager, step)
 
     def open_array(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Tensor:
         keys = [name, *(str(each.key) for each in path)]
-        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"}
-        spec = {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": kvstore}
 
         def read(index: tuple[Any, ...]) -> np.ndarray:
-            def fetch() -> np.ndarray:
-                stored = tensorstore.open(spec, open=True, read=True, context=context).result()
-                if stored.shape != like.shape:
-                    raise ValueError(f"{'/'.join(keys)} has shape {stored.shape}, not {like.shape}")
-                array = stored[(*index, ...)].read().result()
-                if array.shape == like.shape:
-                    checksums.check_array(array, expected["/".join(keys)], "/".join(keys))
-                return array
-
-            return _read(manager, step, fetch)
+            return arrays.read(keys, index, like.shape)
 
         return Tensor(tuple(like.shape), np.dtype(like.dtype), read)
 
     return jax.tree_util.tree_map_with_path(open_array, like)
+
+
+class _Arrays:
+    """The arrays of a step's state, read one by one: orbax's form on disk is zarr in an OCDBT database."""
+
+    def __init__(self, manager: ocp.CheckpointManager, step: int) -> None:
+        self._manager, self._step = manager, step
+        self._folder = manager.directory / str(step) / STATE
+        self._context = tensorstore.Context()  # the database's index is read once
+        self.checksums: dict[str, int] = read_data(manager, step)["checksums"]
+        metadata = _read(manager, step, lambda: json.loads((self._folder / "_METADATA").read_text()))
+        self._driver = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
+
+    def read(self, keys: list[str], index: tuple[Any, ...] = (), shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """An array, or a part of it; one that is read whole is compared with its checksum.
+
+        Args:
+            shape: that of the whole array, if known.
+
+        Raises:
+            UserError: it cannot be read, has another shape or has changed since it was written.
+        """
+        kvstore = {"driver": "ocdbt", "base": _kvstore(self._folder), "path": ".".join(keys) + "/"}
+        name = "/".join(keys)
+
+        def fetch() -> np.ndarray:
+            spec = {"driver": self._driver, "kvstore": kvstore}
+            stored = tensorstore.open(spec, open=True, read=True, context=self._context).result()
+            if shape is not None and stored.shape != shape:
+                raise ValueError(f"{name} has shape {stored.shape}, not {shape}")
+            array = stored[(*index, ...)].read().result()
+            if array.shape == stored.shape:
+                checksums.check_array(array, self.checksums[name], name)
+            return array
+
+        return _read(self._manager, self._step, fetch)
+
+
+def _kvstore(folder: epath.Path) -> dict[str, str]:
+    """A folder for TensorStore; not as a URL, in which a folder called `hash#1` would be another."""
+    if str(folder).startswith("gs://"):
+        bucket, _, path = str(folder).removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    return {"driver": "file", "path": f"{folder}/"}
+
+
+def verify(manager: ocp.CheckpointManager, step: int) -> int:
+    """Reads every array of a step and compares it with its checksum; returns their number.
+
+    Raises:
+        UnreadableError: one that cannot be read or has changed, or the data position.
+        TransientError: it could not be read, which may pass.
+    """
+    arrays = _Arrays(manager, step)
+    for name in arrays.checksums:
+        arrays.read(name.split("/"))
+    return len(arrays.checksums)
 
 
 def existing_step(manager: ocp.CheckpointManager, step: int | None = None) -> int:
@@ -161,26 +383,15 @@ def _restore_args(like: PyTree, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), **options)
 
 
-def _checksums(data: Mapping[str, Any], manager: ocp.CheckpointManager) -> dict[str, int]:
-    if "checksums" not in data:
-        raise UserError(
-            f"checkpoint: {manager.directory} was written by an older version of offsetjax, without checksums; go on "
-            "with that version, or give another --workdir"
-        )
-    return data["checksums"]
-
-
 def _read(manager: ocp.CheckpointManager, step: int, read: Callable[[], Result]) -> Result:
+    where = f"checkpoint: {manager.directory / str(step)}"
     try:
-        return read()
-    except UserError:
+        return retried(read, where)
+    except (TransientError, StorageError, UnreadableError):
         raise
     except Exception as error:  # orbax raises several kinds, bare exceptions too
         first = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"checkpoint: {manager.directory / str(step)} cannot be read ({first[:160]}); move it away to use an older "
-            "step"
-        ) from error
+        raise UnreadableError(f"{where} cannot be read ({first[:160]})") from error
 
 
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -45,7 +45,8 @@ from offsetjax.models.weights import abstract_params, load_frozen, on_host, read
 from offsetjax.models.workdir import read_config, write_config
 from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
-from offsetjax.storage import checkpoint
+from offsetjax.storage import checkpoint, digests
+from offsetjax.storage.lock import WorkdirLock
 from offsetjax.training.step import TrainState, init_state
 from offsetjax.training.summary import summary
 
@@ -70,16 +71,21 @@ class Run:
         return {part: self.frozen[part] for part in step_parts(self.config)}
 
 
-def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
+def open_run(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLock | None = None) -> Run:
     """Begins the run of `workdir`, or reopens it.
 
+    Args:
+        lock: of the work directory, which is acquired before anything is written.
+
     Raises:
-        UserError: the config contradicts the checkpoint that it starts from, or the run that it resumes.
+        UserError: the config contradicts the checkpoint that it starts from, or the run that it resumes; or another
+            training holds the lock.
     """
     mesh = sharding.make_mesh(config)
     is_new = not (workdir / "config.json").exists()
     barrier("the work directory is looked at")  # the first process must not write before the others have looked
-    config = _begin(config, workdir, source) if is_new else _reopen(config, workdir)
+    config = _begin(config, workdir, source, lock) if is_new else _reopen(config, workdir, lock)
+    digests.check(workdir / "frozen")
     pipeline = build(config, read_tokenizers(workdir / "frozen", family_of(config)))
     frozen = load_frozen(workdir / "frozen", pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
     if not is_new:  # the data may be others than those that the run was begun with
@@ -87,7 +93,7 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any) -> Run:
     return Run(config, workdir, mesh, pipeline, frozen)
 
 
-def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
+def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLock | None) -> ConfigDict:
     """Writes what a work directory has from the start, once all that can be wrong has been looked at."""
     config, tokenizers = settled(config, workdir, source)
     pipeline = build(config, tokenizers)
@@ -106,6 +112,8 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any) -> ConfigDict:
         _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        if lock:
+            lock.acquire()
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
     barrier("the work directory is written")
@@ -120,6 +128,10 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     """
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
+    if checkpoint.steps_made(workdir):
+        raise UserError(
+            f"workdir: {workdir} has been trained but has no config.json; restore it, or give another --workdir"
+        )
     config = resolve(config)
     config = fill(config, *latents_of(config))
     adopt_lora(config)
@@ -140,9 +152,28 @@ def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
         source.cache.check(source.label, config.data, encoder_checksum(vae_params))
 
 
-def _reopen(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+def refuse_to_begin_again(workdir: epath.Path, every_steps: int) -> None:
+    """Refuses to begin at step 0 what has saved steps that are not there any more.
+
+    Args:
+        every_steps: a checkpoint was written; the first may have been on its way.
+
+    Raises:
+        UserError: its log, or its record of saves, says so.
+    """
+    saved, logged = checkpoint.newest_saved(workdir), checkpoint.steps_made(workdir)
+    if made := saved or (logged if logged >= 2 * every_steps else 0):
+        raise UserError(
+            f"checkpoint: {workdir}/checkpoints has no step, but {workdir} was trained to step {made}; restore it from "
+            "a copy, or give another --workdir"
+        )
+
+
+def _reopen(config: ConfigDict, workdir: epath.Path, lock: WorkdirLock | None) -> ConfigDict:
     config = reopened(config, workdir)
     if jax.process_index() == 0:
+        if lock:
+            lock.acquire()
         write_config(workdir, config)
     return config
 
@@ -209,10 +240,15 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
         _log.info("%s", line)
     if manager.all_steps():
-        state, data = checkpoint.restore(manager, checkpoint.abstract(like, shardings))
-        check_fingerprint(data["fingerprint"], stream.fingerprint())
+
+        def check(data: dict[str, Any]) -> None:
+            check_fingerprint(data["fingerprint"], stream.fingerprint())
+
+        state, _ = checkpoint.restore_newest(manager, checkpoint.abstract(like, shardings), check)
         _log.info("resuming %s at step %d", run.workdir, int(state.step))
         return state, shardings
+    refuse_to_begin_again(run.workdir, config.checkpoint.every_steps)
+    checkpoint.check_room(run.workdir, checkpoint.size_of(like))
     for row in sharding.placed(run.mesh, like.params):
         held = f"{row.elements_per_device / 1e6:.2f} of {row.elements / 1e6:.2f} M on a device"
         _log.info("  %d arrays of %s: %s", row.arrays, row.pattern, held)

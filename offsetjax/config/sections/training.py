@@ -178,6 +178,14 @@ CHECKPOINT = Section(
             "the newest checkpoints",
             elsewhere={"save_last_n_steps": "kohya", "checkpoints_total_limit": "diffusers, SimpleTuner"},
         ),
+        Field(
+            "every_minutes",
+            float,
+            0.0,
+            at_least(0),
+            "between two checkpoints, besides those by steps; 0: by steps alone",
+        ),
+        Field("keep_every_steps", int, 0, count(0), "checkpoints of its multiples are kept for ever; 0: of none"),
     ),
     change=Change.FREELY,
 )
