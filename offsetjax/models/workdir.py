@@ -132,9 +132,9 @@ def _open(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipel
         raise UserError("params: no average was kept (optimizer.ema_decay = 0); use --params=raw")
     if not (folder / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
-    digests.check(folder / "frozen")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
     pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config)))
     if config.task == "diffusion" and len(pipeline.tokenizers) != len(pipeline.family.encoders):
         raise UserError(f"workdir: {folder / 'frozen'} lacks a tokenizer; restore it from a copy")
+    digests.check(folder / "frozen")
     return config, pipeline, which

@@ -93,6 +93,11 @@ def note_saved(manager: ocp.CheckpointManager) -> None:
             write_whole(workdir / _SAVED, json.dumps({"step": step}) + "\n")
 
 
+def forget_saved(workdir: epath.PathLike) -> None:
+    """Of a work directory that begins anew, with nothing left of a run before."""
+    (epath.Path(workdir) / _SAVED).unlink(missing_ok=True)
+
+
 def _is_whole(step: epath.Path) -> bool:
     return "://" not in str(step) or (step / "commit_success.txt").exists()
 
@@ -242,10 +247,12 @@ def read_data(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     file = manager.directory / str(step) / DATA / "metadata"
 
     def read() -> dict[str, Any]:
-        data = digests.check_json(json.loads(file.read_text()), str(file))
-        if not isinstance(data.get("checksums", {}), dict):
-            raise ValueError(f"{file} has no checksums")
-        return data
+        data = json.loads(file.read_text())
+        if not isinstance(data, dict) or not isinstance(data.get("checksums", {}), dict):
+            raise ValueError("its data position has no checksums")
+        if "checksums" in data and digests.is_damaged(data):
+            raise ValueError("its data position is damaged: its digest is not the one that was written")
+        return {key: value for key, value in data.items() if key != digests.KEY}
 
     data = _read(manager, step, read)
     if "checksums" not in data:

@@ -32,13 +32,18 @@ def signed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, KEY: of_json(values)}
 
 
+def is_damaged(values: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is not the one that was written; one without a digest was written before there were any."""
+    return KEY in values and values[KEY] != of_json(values)
+
+
 def check_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A JSON object without its digest; one that has none was written before they were.
+    """A JSON object without its digest.
 
     Raises:
         UserError: the object is not the one that was written.
     """
-    if KEY in values and values[KEY] != of_json(values):
+    if is_damaged(values):
         raise UserError(f"{where} is damaged: its digest is not the one that was written; restore it from a copy")
     return {key: value for key, value in values.items() if key != KEY}
 

@@ -114,6 +114,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
         workdir.mkdir(parents=True, exist_ok=True)
         if lock:
             lock.acquire()
+        checkpoint.forget_saved(workdir)
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
     barrier("the work directory is written")
