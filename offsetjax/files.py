@@ -168,7 +168,7 @@ def written_to(folder: epath.PathLike) -> Iterator[None]:
 
 def room_of(path: epath.PathLike) -> int | None:
     """The bytes that are free where a path lies or will lie; None on a bucket, or where that cannot be known."""
-    if _is_remote(path):
+    if is_remote(path):
         return None
     there = Path(path).absolute()
     try:
@@ -187,7 +187,7 @@ def storage_error(path: epath.PathLike, error: BaseException, need: int = 0, wha
     details = f" ({', '.join(filter(None, (needs, free)))})" if needs or free else ""
     number = getattr(error, "errno", None)
     why = os.strerror(number) if number and number > 0 else one_line(error)
-    if not _is_remote(path) and not Path(path).absolute().parent.exists():
+    if not is_remote(path) and not Path(path).absolute().parent.exists():
         why = "its folder is gone"
     return StorageError(f"{path}: {why}{details}; see to it, then the same command tries again")
 

@@ -132,8 +132,8 @@ def test_every_step_that_cannot_be_read_is_named_and_none_is_to_be_moved(base: P
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("frozen/tokenizer/merges.txt", "merges.txt is damaged"),
-        ("frozen/tokenizer/tokenizer_config.json", "tokenizer_config.json is damaged"),
+        ("frozen/tokenizer/merges.txt", r"merges\.txt is (damaged|not whole)"),
+        ("frozen/tokenizer/tokenizer_config.json", "tokenizer_config.json is damaged|cannot be read"),
         ("frozen/checksums.json", "checksums.json is damaged"),
         ("frozen/vae/config.json", "config.json is damaged"),
         ("config.json", "config.json is damaged|is no config|must be|unknown key|is not of"),
@@ -154,7 +154,7 @@ def test_a_file_that_is_gone_is_missed(
 ) -> None:
     (shutil.rmtree if (run / file).is_dir() else Path.unlink)(run / file)
     assert main(["sample", f"--workdir={run}", "--prompt=a", f"--out={tmp_path}/out"]) == 2
-    assert "is missing; restore it from a copy" in capsys.readouterr().err
+    assert re.search("(is missing|lacks a tokenizer); restore it from a copy", capsys.readouterr().err)
 
 
 def test_a_folder_without_digests_is_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
