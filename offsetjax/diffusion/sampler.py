@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from offsetjax.diffusion.noise import Noise
 from offsetjax.diffusion.process import Grid, Process, Times, Timestep
 
 Name = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "heun", "unipc"]
@@ -119,6 +120,17 @@ def coefficients(
         noise=np.stack([step.noise for step in steps]),
         start=grid.start,
     )
+
+
+def mean_table(name: Name, grid: Grid, process: Process, noise: Noise, height: int, width: int) -> Table | None:
+    """The table of the channels' means, where it differs from that of the rest; see above."""
+    if noise.growth is None or name in ANCESTRAL or process.includes_rate:
+        return None
+    at, after = (
+        np.stack([np.sqrt(noise.power(height, width, timestep)[:, 0, 0]) for timestep in timesteps])
+        for timesteps in (grid.timesteps, grid.timesteps_after)
+    )
+    return coefficients(name, grid, (at, after))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from offsetjax.config import validate
 from offsetjax.diffusion.noise import PLAIN, Noise
-from offsetjax.diffusion.process import Grid, make_process
-from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, solve
+from offsetjax.diffusion.process import make_process
+from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, mean_table, solve
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.encode import encode_captions
@@ -142,9 +142,8 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
     noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
     is_ancestral = sample.sampler in ANCESTRAL
     grid = process.grid(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config))
-    table, mean_table = coefficients(sample.sampler, grid), None
-    if noise.growth is not None and not is_ancestral and not process.includes_rate:
-        mean_table = coefficients(sample.sampler, grid, mean_deviations(noise, grid, shape))
+    table = coefficients(sample.sampler, grid)
+    means = mean_table(sample.sampler, grid, process, noise, *shape[1:])
 
     empty_ids = pipeline.tokens("").input_ids
     # Micro-conditioning as of a picture that was trained on whole: its own size, nothing cropped.
@@ -181,7 +180,7 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
 
             return jax.vmap(draw_one)(keys)
 
-        latents = solve(denoiser, process, table, start, inject if is_ancestral else None, mean_table)
+        latents = solve(denoiser, process, table, start, inject if is_ancestral else None, means)
         vae = pipeline.autoencoder
         pixels = vae.decode(params[pipeline.family.autoencoder], latents / vae.scaling_factor)
         return jnp.clip(pixels / 2.0 + 0.5, 0.0, 1.0)
@@ -193,17 +192,6 @@ def grid_shift(pipeline: Pipeline, config: ConfigDict) -> float:
     """The shift of a sampler's grid: `sample.shift`, or by default the process's own at this size."""
     _, height, width = latent_shape(pipeline, config)
     return config.sample.shift or make_process(config.schedule, pipeline.autoencoder.downscale).shift_at(height * width)
-
-
-def mean_deviations(
-    noise: Noise, grid: Grid, shape: tuple[int, int, int]
-) -> tuple[Float[np.ndarray, "n c"], Float[np.ndarray, "n c"]]:
-    """The standard deviation of f = 0 of the noise, a channel, where each step of a sampler begins and ends."""
-    at, after = (
-        np.stack([np.sqrt(noise.power(*shape[1:], timestep)[:, 0, 0]) for timestep in timesteps])
-        for timesteps in (grid.timesteps, grid.timesteps_after)
-    )
-    return at, after
 
 
 def _interleaved(first: Array, second: Array | np.ndarray) -> Array:

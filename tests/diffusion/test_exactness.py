@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from offsetjax.config.schema import default_config
+from offsetjax.diffusion import spread
 from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.sampler import ANCESTRAL, NAMES, Name, Table, coefficients, solve
 from offsetjax.diffusion.spectrum import pyramid_spectrum
+from offsetjax.diffusion.spread import Moments
 from offsetjax.diffusion.variance_preserving import VariancePreserving, variance_preserving
-from tests.diffusion import gaussian
-from tests.diffusion.gaussian import Moments
 from tests.tiny import quick_compilation
 
 SIDE, CHANNELS, COUNT = 16, 2, 512
@@ -135,7 +135,7 @@ def follow(kind: str, name: Name, num_steps: int, begin: Moments, injected: np.n
                         noise=by_mode(table.noise, mean_table.noise))  # fmt: skip
     alpha, _, gain = shrink(kind)
     mu = data_mean()
-    return gaussian.follow(table, [(mu, gain[t], alpha[t] * mu) for t in table.timesteps], begin, injected)
+    return spread.follow(table, [(mu, gain[t], alpha[t] * mu) for t in table.timesteps], begin, injected)
 
 
 def by_mode(rows: np.ndarray, mean_rows: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from offsetjax.diffusion.flow import Flow
 from offsetjax.diffusion.loss import flow_weight, min_snr_weight
 from offsetjax.diffusion.process import Grid, add_noise, mode_snr
 from offsetjax.diffusion.sampler import ANCESTRAL, NAMES, Name, coefficients, solve
-from tests.diffusion.gaussian import Moments, exactly_told, flow_grid, follow
+from offsetjax.diffusion.spread import Moments, follow
+from tests.diffusion.gaussian import exactly_told, flow_grid
 
 SHAPE = (2, 4, 6, 6)
 GENERATOR = np.random.default_rng(0)
