@@ -30,10 +30,9 @@ from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.single_file import write_single_file
 from offsetjax.formats.tensors import Tensor, inspected
-from offsetjax.models.pipeline import Pipeline, network_parts, trained_parts, training_noise
+from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.models.workdir import Stored, open_stored
-from offsetjax.sampling.sample import grid_shift
 
 FORMATS = ("diffusers", "single_file", "lora")
 

@@ -5,8 +5,7 @@ from ml_collections import ConfigDict
 from offsetjax.diffusion.noise import Noise, describe
 from offsetjax.diffusion.process import Process, make_process
 from offsetjax.diffusion.sampler import ANCESTRAL
-from offsetjax.models.pipeline import Pipeline, training_noise
-from offsetjax.sampling.sample import grid_shift
+from offsetjax.models.pipeline import Pipeline, grid_shift, training_noise
 
 SPECTRUM_FILE = "noise/root_spectrum.safetensors"
 

@@ -175,3 +175,10 @@ def join(trained: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> dict[st
     """What each part's `apply` takes: its weights, or for a part in both, frozen base and trained adapters."""
     both = {part: {"base": frozen[part], "adapters": adapters} for part, adapters in trained.items() if part in frozen}
     return {**frozen, **trained, **both}
+
+
+def grid_shift(pipeline: Pipeline, config: ConfigDict) -> float:
+    """The shift of a sampler's grid: `sample.shift`, or by default the process's own at this size."""
+    downscale = pipeline.autoencoder.downscale
+    pixels = (config.data.resolution // downscale) ** 2
+    return config.sample.shift or make_process(config.schedule, downscale).shift_at(pixels)

@@ -16,19 +16,20 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax.config import validate
-from offsetjax.diffusion.noise import PLAIN, Noise
+from offsetjax.diffusion.noise import PLAIN, Noise, describe
 from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, mean_table, solve
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.encode import encode_captions
 from offsetjax.models.family import Ids
-from offsetjax.models.pipeline import Pipeline, join, training_noise
+from offsetjax.models.pipeline import Pipeline, grid_shift, join, training_noise
 from offsetjax.models.resolve import check_resolution
 from offsetjax.models.workdir import Trained, load_trained
 from offsetjax.parallel import sharding
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture, write_comparison, write_png, write_samples
+from offsetjax.sampling.reach import start_warning
 
 _log = logging.getLogger("offsetjax")
 
@@ -188,12 +189,6 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
     return draw
 
 
-def grid_shift(pipeline: Pipeline, config: ConfigDict) -> float:
-    """The shift of a sampler's grid: `sample.shift`, or by default the process's own at this size."""
-    _, height, width = latent_shape(pipeline, config)
-    return config.sample.shift or make_process(config.schedule, pipeline.autoencoder.downscale).shift_at(height * width)
-
-
 def _interleaved(first: Array, second: Array | np.ndarray) -> Array:
     """Both batches as one, in pairs: where a batch is split, each pair stays on its device."""
     return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
@@ -255,6 +250,11 @@ def draw_model(
     check_resolution(config)
     if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
+    side = config.data.resolution // model.pipeline.autoencoder.downscale
+    started = describe(sampling_noise(model.pipeline, config), config.noise, side, side)
+    _log.info("starts from %s noise: %s", config.sample.start_noise, started)
+    for line in start_warning(model.pipeline, config):
+        _log.warning("%s", line)
     sampler = make_sampler(model.pipeline, config, model.mesh)
     pictures = draw_pictures(sampler, model.pipeline, config, model.params, model.frozen, prompts, seeds)
     for picture in pictures:

@@ -18,6 +18,7 @@ from offsetjax.models.initial import abstract_trained
 from offsetjax.models.pipeline import Pipeline, build, for_training
 from offsetjax.models.weights import read_tokenizers
 from offsetjax.parallel import sharding
+from offsetjax.sampling.reach import training_advice
 from offsetjax.training.setup import reopened, settled
 from offsetjax.training.summary import GIB, free_bytes, state_bytes, summary
 from offsetjax.training.validation import check_apart
@@ -67,6 +68,7 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
         found.notes += _long_prompts(resolved, pipeline)
         found.of(lambda: _check_room(resolved, pipeline, folder))
         if not found.wrong:
+            found.notes += training_advice(pipeline, resolved) if resolved.task == "diffusion" else ()
             return [], found.notes, list(summary(resolved, pipeline, len(source), mesh, workdir))
     return found.wrong, found.notes, []
 

@@ -45,6 +45,7 @@ from offsetjax.models.weights import abstract_params, load_frozen, on_host, read
 from offsetjax.models.workdir import read_config, write_config
 from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
+from offsetjax.sampling.reach import training_advice
 from offsetjax.storage import checkpoint, digests
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.training.step import TrainState, init_state
@@ -240,6 +241,8 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     shardings = sharding.shardings(run.mesh, like)
     for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
         _log.info("%s", line)
+    for line in training_advice(pipeline, config) if config.task == "diffusion" else ():
+        _log.warning("%s", line)
     if manager.all_steps():
 
         def check(data: dict[str, Any]) -> None:

@@ -1,0 +1,116 @@
+"""What a config's sampler and density make of the spread of brightness, in numbers, before anything is trained.
+
+`spread.py` has the algebra: it is that of normal data and the exact denoiser, and so the most that a training can reach
+but for what a network makes up where it was not trained.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from offsetjax.diffusion.calibration import read_calibration
+from offsetjax.diffusion.density import make_density
+from offsetjax.diffusion.noise import Noise
+from offsetjax.diffusion.process import make_process
+from offsetjax.diffusion.spread import DEFAULT_DEVIATION, Drawing, Reach, reach
+from offsetjax.models.pipeline import Pipeline, grid_shift, training_noise
+
+ENOUGH = 0.9  # of the spread
+_TRAINED = 0.001  # the share of a training below which a place is as good as never seen
+_STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+
+
+def deviations(config: ConfigDict) -> Any:
+    """The standard deviation of each channel's mean that the config knows of the data; None: nothing was measured."""
+    noise = config.noise
+    found = np.array(noise.data_mean_std)
+    if noise.calibration:
+        found = np.sqrt(read_calibration(noise.calibration).mean_variance)
+    return found if found.size and found.min() > 0 else None
+
+
+def brightness_reach(pipeline: Pipeline, config: ConfigDict, noise: Noise | None = None) -> Reach:
+    """What becomes of brightness.
+
+    Args:
+        noise: of training, in the place of the config's.
+
+    Raises:
+        UserError: `noise.calibration` cannot be read.
+    """
+    measured, sample = deviations(config), config.sample
+    side = config.data.resolution // pipeline.autoencoder.downscale
+    return reach(
+        make_process(config.schedule, pipeline.autoencoder.downscale),
+        noise or training_noise(pipeline, config),
+        make_density(config),
+        Drawing(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config)),
+        DEFAULT_DEVIATION if measured is None else measured,
+        side,
+        side,
+    )
+
+
+def about_data(config: ConfigDict) -> str:
+    """By which spread of the data the numbers are."""
+    if deviations(config) is not None:
+        return "for the data's own spread"
+    return f"for latents whose channel means have a standard deviation of {DEFAULT_DEVIATION:g}, which is assumed"
+
+
+def training_advice(pipeline: Pipeline, config: ConfigDict) -> Iterator[str]:
+    """One line where a training's sampler or density cannot reach the data's spread of brightness."""
+    found, steps = brightness_reach(pipeline, config), config.sample.num_steps
+    is_plain_start = config.sample.start_noise == "plain"
+    spread = found.plain if is_plain_start else found.matched
+    facts = []
+    if spread < ENOUGH:
+        start = " from plain noise" if is_plain_start else ""
+        facts.append(f"{steps} steps{start} return {spread:.0%} of it")
+    if found.equal < 1.0 and found.trained < _TRAINED:
+        timestep = found.equal * config.schedule.num_train_timesteps
+        facts.append(f"{_percent(found.trained)} of the training is above timestep {timestep:.0f}, where it is decided")
+    if facts:
+        remedy = _remedy(pipeline, config, found, is_plain_start)
+        yield f"the spread of brightness: {', and '.join(facts)} ({about_data(config)}); {remedy}"
+
+
+def start_warning(pipeline: Pipeline, config: ConfigDict) -> Iterator[str]:
+    """One line where pictures are drawn from plain noise by a model that was trained with another."""
+    if config.sample.start_noise != "plain" or training_noise(pipeline, config).is_plain:
+        return
+    found = brightness_reach(pipeline, config)
+    if found.plain < found.matched:
+        yield (
+            f"a start of plain noise returns {found.plain:.0%} of the spread of brightness, the noise of training "
+            f"{found.matched:.0%} ({about_data(config)}); use sample.start_noise = 'matched'"
+        )
+
+
+def _remedy(pipeline: Pipeline, config: ConfigDict, found: Reach, is_plain_start: bool) -> str:
+    if is_plain_start and found.matched > found.plain + 0.05:
+        return f"sample.start_noise='matched' returns {found.matched:.0%}"
+    noise, best = training_noise(pipeline, config), (0.0, found)
+    if noise.kind != "spectral":
+        for strength in (each for each in _STRENGTHS if each > noise.strengths.max()):
+            tried = brightness_reach(pipeline, config, replace(noise, strengths=np.array([strength])))
+            better = tried.matched > best[1].matched + 0.01 or tried.trained > 2 * best[1].trained
+            best = (strength, tried) if better else best
+            if tried.matched >= ENOUGH and tried.trained >= _TRAINED:
+                break
+    strength, tried = best
+    if strength == 0.0:
+        return "take more sample.num_steps, or trailing spacing"
+    trained = (
+        f", with {_percent(tried.trained)} of the training there"
+        if found.trained < _TRAINED and tried.equal < 1.0
+        else ""
+    )
+    return f"noise.offset_strength={strength:g} returns {tried.matched:.0%}{trained}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%"
