@@ -89,7 +89,7 @@ def check_said(
     try:
         read = configs_of(tensors, header, family)
     except (KeyError, IndexError, StopIteration, ValueError) as error:
-        what = f"it {error}" if type(error) is ValueError else "its blocks are of no known kind"
+        what = f"it {str(error).partition('; ')[0]}" if type(error) is ValueError else "its blocks are of no known kind"
         raise UserError(f"export: a single file cannot hold this model, for {what}; {_REMEDY}") from error
     for part, config in configs.items():
         for key in sorted(read[part].keys() & (_OF_SCHEDULE if part == "scheduler" else config.keys() - _UNSAID)):
