@@ -202,9 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     _checkpoint_arguments(sub)
     sub.add_argument(
         "--format",
-        choices=("diffusers", "single_file", "lora"),
+        choices=("diffusers", "single_file", "lora", "comfyui_node"),
         default="diffusers",
-        help="a directory; one file in the original layout; the adapters of a LoRA training. Default: %(default)s",
+        help="a directory; one file in the original layout; the adapters of a LoRA training; ComfyUI nodes that draw "
+        "the training's noise. Default: %(default)s",
     )
     sub.add_argument(
         "--dtype",
@@ -214,7 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--lora_keys", choices=("kohya", "diffusers"), help="of --format=lora; kohya without it")
     sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 without it")
-    sub.add_argument("--out", required=True, help="a folder, or FILE.safetensors, that does not exist yet")
+    sub.add_argument(
+        "--out", required=True, help="a folder, FILE.safetensors, or FILE.py of nodes, that does not exist yet"
+    )
 
     sub = command("data", None, "build, encode or inspect a data set")
     data = sub.add_subparsers(required=True, metavar="build|encode|inspect")

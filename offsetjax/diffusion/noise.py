@@ -106,25 +106,25 @@ class Noise:
         pixels = height * width
         if not self.reference_pixels or pixels == self.reference_pixels:
             return self.strengths
-        effective = self._mean_variance_at_reference() + self._share * self.strengths**2
+        effective = self._mean_variance_at_reference() + self.share * self.strengths**2
         rest = effective / self.shift_from_reference(pixels) ** 2 - self._white_mean_variance(height, width)
-        return np.where(self.strengths > 0, np.sqrt(np.maximum(rest, 0.0) / self._share), 0.0)
+        return np.where(self.strengths > 0, np.sqrt(np.maximum(rest, 0.0) / self.share), 0.0)
 
     def strengths_for(self, effective: Float[np.ndarray, " c"], height: int, width: int) -> Float[np.ndarray, " c"]:
         """The inverse: the strengths whose root mean square for latents of a size, over examples, is `effective`."""
         pixels = height * width
         if not self.reference_pixels or pixels == self.reference_pixels:
-            return effective / np.sqrt(self._share)
+            return effective / np.sqrt(self.share)
         total = (effective**2 + self._white_mean_variance(height, width)) * self.shift_from_reference(pixels) ** 2
         rest = np.maximum(total - self._mean_variance_at_reference(), 0.0)
-        return np.where(effective > 0, np.sqrt(rest / self._share), 0.0)
+        return np.where(effective > 0, np.sqrt(rest / self.share), 0.0)
 
     def adaptive_scale_at(self, pixels: int) -> float:
         """The adaptive scale in effect: a strength that is not small goes with `1 / k`."""
         return self.adaptive_scale / self.shift_from_reference(pixels)
 
     @property
-    def _share(self) -> float:
+    def share(self) -> float:
         """The mean of the squared strengths, over examples, relative to the full strength's square."""
         return self.probability * (1 / 3 if self.random_strength else 1.0)
 

@@ -3,6 +3,7 @@
     diffusers     a directory for `from_pretrained`
     single_file   one file in the original layout, for ComfyUI, A1111, Forge, kohya's scripts and `from_single_file`
     lora          the adapters alone, with kohya's or diffusers' keys
+    comfyui_node  no weights: the noise of the training, for ComfyUI to start from
 
 No more than a few tensors are in memory, whatever the model's size.
 """
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from offsetjax.diffusion.process import make_process
 from offsetjax.errors import UserError
+from offsetjax.exporting.comfyui import comfyui_node
 from offsetjax.exporting.metadata import header
 from offsetjax.exporting.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.formats import diffusers as files
@@ -34,7 +36,8 @@ from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, train
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.models.workdir import Stored, open_stored
 
-FORMATS = ("diffusers", "single_file", "lora")
+FORMATS = ("diffusers", "single_file", "lora", "comfyui_node")
+_SUFFIXES = {"single_file": ".safetensors", "lora": ".safetensors", "comfyui_node": ".py"}
 
 
 def export(
@@ -53,7 +56,8 @@ def export(
     An autoencoder's training gives a directory with the `vae/` alone, which `model.pretrained` accepts.
 
     Args:
-        form: diffusers (a directory), single_file or lora (a file whose name ends in .safetensors).
+        form: diffusers (a directory), single_file or lora (a file whose name ends in .safetensors), or comfyui_node
+            (one that ends in .py, which has no weights).
         params: "ema" or "raw"; None is the config's `sample.params`.
         lora_keys: kohya, as without it, or diffusers.
         max_shard_gb: a directory's weights beyond so many gigabytes, without it 10, are split over several files.
@@ -65,8 +69,11 @@ def export(
     out = epath.Path(out)
     if out.exists():
         raise UserError(f"export: {out} exists; give another --out, or remove it")
-    if form != "diffusers" and out.suffix != ".safetensors":
-        raise UserError(f"export: --format={form} writes one file; give an --out that ends in .safetensors, not {out}")
+    suffix = _SUFFIXES.get(form, out.suffix)
+    if out.suffix != suffix:
+        raise UserError(f"export: --format={form} writes one file; give an --out that ends in {suffix}, not {out}")
+    if form == "comfyui_node" and dtype != "float32":
+        raise UserError("export: --dtype cannot apply to --format=comfyui_node, which has no weights; leave it out")
     if lora_keys and form != "lora":
         raise UserError(f"export: --lora_keys cannot apply to --format={form}; leave it out")
     if max_shard_gb is not None and (form != "diffusers" or not 0 < max_shard_gb < math.inf):
@@ -85,6 +92,8 @@ def export(
         with freed_memory_kept():
             if form == "diffusers":
                 _write_directory(temporary, stored, dtype, int((max_shard_gb or 10.0) * 1e9), out.name)
+            elif form == "comfyui_node":
+                temporary.write_text(comfyui_node(stored.pipeline, stored.config, out.stem))
             elif form == "single_file":
                 _write_single_file(temporary, stored, dtype, out.stem)
             else:

@@ -53,7 +53,8 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
 def _scheduler_advice(noise: Noise, process: Process) -> str:
     if noise.is_plain:
         return "With plain noise, PyTorch's default start is the right one."
-    return _ANCESTRAL if noise.kind == "adjusted" and not process.includes_rate else _DETERMINISTIC
+    advice = _ANCESTRAL if noise.kind == "adjusted" and not process.includes_rate else _DETERMINISTIC
+    return f"{advice}\n\n{_COMFYUI}"
 
 
 _CARD = """---
@@ -84,6 +85,10 @@ _DETERMINISTIC = "Any deterministic scheduler will do (DDIM, Euler, DPM-Solver++
 _ANCESTRAL = (
     "Use an ancestral scheduler (DDPM, Euler ancestral): the noise's shift changes with time, of which PyTorch's "
     "deterministic schedulers know nothing."
+)
+_COMFYUI = (
+    "In ComfyUI: `offsetjax export --format=comfyui_node --out=FILE.py` writes a file for `custom_nodes`, whose noise "
+    "node takes the place of RandomNoise in front of SamplerCustomAdvanced."
 )
 
 
