@@ -4,6 +4,7 @@
 but for what a network makes up where it was not trained.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from offsetjax.diffusion.density import make_density
 from offsetjax.diffusion.noise import Noise
 from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.spread import DEFAULT_DEVIATION, Drawing, Reach, reach
+from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, grid_shift, training_noise
 
 ENOUGH = 0.9  # of the spread
@@ -28,7 +30,9 @@ def deviations(config: ConfigDict) -> Any:
     noise = config.noise
     found = np.array(noise.data_mean_std)
     if noise.calibration:
-        found = np.sqrt(read_calibration(noise.calibration).mean_variance)
+        # What it filled in is in the config: a run is resumed, and drawn from, where the file is no more.
+        with contextlib.suppress(UserError):
+            found = np.sqrt(read_calibration(noise.calibration).mean_variance)
     return found if found.size and found.min() > 0 else None
 
 
@@ -37,9 +41,6 @@ def brightness_reach(pipeline: Pipeline, config: ConfigDict, noise: Noise | None
 
     Args:
         noise: of training, in the place of the config's.
-
-    Raises:
-        UserError: `noise.calibration` cannot be read.
     """
     measured, sample = deviations(config), config.sample
     side = config.data.resolution // pipeline.autoencoder.downscale

@@ -80,3 +80,5 @@ def test_a_calibration_says_what_the_datas_spread_is(spread: float, tmp_path: pa
     assert found.equal == pytest.approx(1 / (1 + 1 / (128 * spread)), abs=2e-4)
     for line in training_advice(pipeline, config):
         assert "for the data's own spread" in line
+    (tmp_path / "calibration.json").unlink()  # as on the machine where a run is resumed
+    assert brightness_reach(pipeline, config).equal == pytest.approx(1 / (1 + 1 / (128 * 0.6)), abs=2e-4)
