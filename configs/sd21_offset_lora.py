@@ -8,7 +8,7 @@ black and white.
 
 The frozen weights are held in bfloat16; the optimizer sees the adapters alone. More layers, such as the feed-forward's,
 are named in lora.targets ("ff.net.0.proj", "ff.net.2"); adapters for the text encoders come with
---config.optimizer.text_encoder_learning_rate=5e-5.
+--config.train.text_encoders=true --config.optimizer.text_encoder_learning_rate=5e-5.
 
 Hardware: a v5e-4. By `offsetjax plan --topology=v5e:2x2` a chip's batch of 1 takes 4.6 of 15.8 GiB, and a step 0.06
 s: 1,000 steps in a minute, beside compiling, looking and saving. Not yet run at full size. Expected: as for the

@@ -381,7 +381,7 @@ def test_a_bad_lora_is_refused(
         ("sd1", ("lora.rank=2", "lora.targets=()"), "lora.targets is empty; name layers"),
         (
             "sd1",
-            ("lora.rank=2", "lora.text_encoder_targets=('to_q',)", "optimizer.text_encoder_learning_rate=1e-5"),
+            ("lora.rank=2", "lora.text_encoder_targets=('to_q',)", "train.text_encoders=true"),
             "lora.text_encoder_targets: no layer's name ends in 'to_q'",
         ),
         ("sd1", ("lora.alpha=4.0",), "lora.alpha cannot apply with lora.rank = 0.*; set lora.rank"),

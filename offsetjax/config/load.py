@@ -187,9 +187,15 @@ def read_json(text: str) -> tuple[dict[str, Any], frozenset[str]]:
         stored.pop("digest", None)  # of the file, which whoever reads a work directory has compared
         if not isinstance(explicit, list) or not all(isinstance(path, str) for path in explicit):
             raise ValueError(f"its {_EXPLICIT!r} is no list of fields")
-        return _by_path(stored, ""), frozenset(explicit)
+        return _completed(_by_path(stored, "")), frozenset(explicit)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """With what followed from other fields before it was a field: text encoders with a learning rate were trained."""
+    learnt = bool(values.get("optimizer.text_encoder_learning_rate"))
+    return {"train.text_encoders": learnt, **values} if learnt else values
 
 
 def _by_path(tree: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def _training(values: Values) -> Wrongs:
 def _model(values: Values) -> Wrongs:
     """Settings of weights that could not apply."""
     yield from _parts(values)
+    yield from _text_encoders(values)
     defaults = dict(flatten(default_config()))
     for path in ("model.variant", "model.from_scratch"):
         yield values[path] and not values["model.pretrained"], f"{path} cannot apply without model.pretrained"
@@ -72,20 +73,38 @@ def _model(values: Values) -> Wrongs:
     )
     has_adapters = values["lora.rank"] or values["lora.pretrained"]
     yield has_adapters and not values["lora.targets"], "lora.targets is empty; name layers, such as ('to_q', 'to_v')"
-    text_targets, learns_text = "lora.text_encoder_targets", values["optimizer.text_encoder_learning_rate"]
+    text_targets, learns_text = "lora.text_encoder_targets", values["train.text_encoders"]
     yield (
         has_adapters and learns_text and not values[text_targets],
         f"{text_targets} is empty; name layers, such as ('q_proj', 'v_proj')",
     )
     yield (
         text_targets in adapted and not learns_text,
-        f"{text_targets} cannot apply: the text encoders are frozen; set optimizer.text_encoder_learning_rate",
+        f"{text_targets} cannot apply: the text encoders are frozen; set train.text_encoders = True",
     )
     is_drawn = not values["model.pretrained"] or family.denoiser in values["model.from_scratch"]
     yield (
         has_adapters and is_drawn and values["task"] == "diffusion",
         f"lora.rank needs a model to adapt: set model.pretrained, with {family.denoiser} not in model.from_scratch, or "
         "lora.rank = 0",
+    )
+
+
+def _text_encoders(values: Values) -> Wrongs:
+    """What says how text encoders are trained, where none is."""
+    if values["task"] != "diffusion":  # `_task` says so
+        return
+    rate, learns = "optimizer.text_encoder_learning_rate", values["train.text_encoders"]
+    yield (
+        values[rate] and not learns,
+        f"{rate} = {values[rate]:g} cannot apply: the text encoders are frozen; set train.text_encoders = True to "
+        "train them, or leave it out",
+    )
+    family = family_of_values(values)
+    is_known = values["model.family"] or not values["model.pretrained"]
+    yield (
+        learns and is_known and not family.encoders,
+        f"train.text_encoders cannot apply: {family.title} (model.family = {family.name!r}) has none; set it back",
     )
 
 
@@ -250,6 +269,7 @@ def _task(values: Values) -> Wrongs:
         "loss.min_timestep",
         "loss.max_timestep",
         "loss.weighting",
+        "train.text_encoders",
         "optimizer.text_encoder_learning_rate",
         "sample.every_steps",
         "sample.prompts",

@@ -21,6 +21,7 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
     """
     side = str(config.data.resolution)
     optimizer, files = config.optimizer, pipeline.family.files
+    text_rate = optimizer.text_encoder_learning_rate or optimizer.learning_rate
     described = make_process(config.schedule, pipeline.autoencoder.downscale).metadata()
     architecture = files.architecture(described.get("modelspec.prediction_type", ""))
     return {
@@ -37,7 +38,7 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
         "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
         "ss_learning_rate": repr(optimizer.learning_rate),
         "ss_unet_lr": repr(optimizer.learning_rate),
-        "ss_text_encoder_lr": repr(optimizer.text_encoder_learning_rate or None),
+        "ss_text_encoder_lr": repr(text_rate if config.train.text_encoders else None),
         "ss_max_train_steps": str(config.train.steps),
         "ss_steps": str(step),
         "ss_seed": str(config.seed),

@@ -166,10 +166,10 @@ def adopt_lora(config: ConfigDict) -> None:
     family = family_of(config)
     found |= {"targets": loaded.targets(family.denoiser)} if family.denoiser in loaded.adapters else {}
     text = [part for part in family.encoders if part in loaded.adapters]
-    if text and not config.optimizer.text_encoder_learning_rate:
+    if text and not config.train.text_encoders:
         raise UserError(
             f"lora.pretrained: {config.lora.pretrained} adapts {text[0]}, which is frozen; set "
-            "optimizer.text_encoder_learning_rate, if only to a tiny one that keeps it as it is"
+            "train.text_encoders = True; a tiny optimizer.text_encoder_learning_rate keeps it as it is"
         )
     if text:
         found["text_encoder_targets"] = loaded.targets(*text)

@@ -85,7 +85,7 @@ def trained_parts(config: ConfigDict) -> tuple[str, ...]:
     family = family_of(config)
     if config.task == "autoencoder":
         return (family.autoencoder,)
-    return (family.denoiser, *(family.encoders if config.optimizer.text_encoder_learning_rate else ()))
+    return (family.denoiser, *(family.encoders if config.train.text_encoders else ()))
 
 
 def frozen_parts(config: ConfigDict) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from offsetjax.config import default_config, validate
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained
-from offsetjax.models.family import open_checkpoint
+from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.initial import (
     abstract_trained,
     adopt_lora,
@@ -77,9 +77,9 @@ def _open(path: epath.PathLike, variant: str = "", lora: str = "") -> tuple[Conf
     config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.lora.pretrained = lora
-    # Adapters of text encoders belong to what is trained; a LoRA without them adds none that change anything.
-    config.optimizer.text_encoder_learning_rate = config.optimizer.learning_rate if lora else 0.0
     config = resolve(config)
+    # Adapters of text encoders belong to what is trained; a LoRA without them adds none that change anything.
+    config.train.text_encoders = bool(lora and family_of(config).encoders)
     adopt_lora(config)
     pipeline = build(config, pretrained_tokenizers(config))
     _describe(config, pipeline, pretrained)

@@ -67,7 +67,7 @@ def learning_rate(settings: ConfigDict, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: ConfigDict) -> Optimizer:
     """The optimizer of a config, for parameters by part; it sees those that are trained alone.
 
-    The text encoders' learning rate is `optimizer.text_encoder_learning_rate`, with the same warm-up and decay. The
+    The text encoders have `optimizer.text_encoder_learning_rate`, if it is set, with the same warm-up and decay; the
     gradient's norm is that of all parts together.
 
     Raises:

@@ -232,7 +232,7 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ({"lora.rank": 4, "lora.targets": ()}, ("lora.targets is empty", "to_q")),
         ({"lora.rank": 4, "lora.text_encoder_targets": ("q_proj",)}, ("lora.text_encoder_targets", "are frozen")),
         (
-            {"lora.rank": 4, "lora.text_encoder_targets": (), "optimizer.text_encoder_learning_rate": 1e-6},
+            {"lora.rank": 4, "lora.text_encoder_targets": (), "train.text_encoders": True},
             ("lora.text_encoder_targets is empty", "q_proj"),
         ),
         ({"lora.rank": 4}, ("lora.rank needs a model", "set model.pretrained")),
@@ -244,7 +244,12 @@ def test_each_check_refuses_what_is_out_of_range(path: str) -> None:
         ({"task": "autoencoder", "data.cached_latents": True}, ("data.cached_latents cannot apply",)),
         (
             {"task": "autoencoder", "optimizer.text_encoder_learning_rate": 1e-6},
-            ("optimizer.text_encoder_learning_rate cannot apply",),
+            ("optimizer.text_encoder_learning_rate cannot apply to task = 'autoencoder'",),
+        ),
+        ({"task": "autoencoder", "train.text_encoders": True}, ("train.text_encoders cannot apply to task",)),
+        (
+            {"optimizer.text_encoder_learning_rate": 1e-6},
+            ("optimizer.text_encoder_learning_rate = 1e-06 cannot apply", "set train.text_encoders = True"),
         ),
         ({"task": "autoencoder", "probe.every_steps": 1}, ("probe.every_steps cannot apply",)),
         ({"task": "autoencoder", "noise.kind": "adjusted"}, ("noise.kind cannot apply",)),
@@ -430,6 +435,16 @@ def test_every_config_loads_and_says_how_to_run_it(file: pathlib.Path, monkeypat
     text = file.read_text()
     assert f"--config={file.relative_to(ROOT)}" in text
     assert "Hardware: " in text
+
+
+def test_text_encoders_that_a_stored_config_gave_a_rate_were_trained() -> None:
+    config = default_config()
+    config.train.text_encoders, config.optimizer.text_encoder_learning_rate = True, 1e-5
+    stored = json.loads(to_json(config))
+    del stored["train"]["text_encoders"]
+    assert from_json(json.dumps(stored)).train.text_encoders
+    stored["optimizer"]["text_encoder_learning_rate"] = 0.0
+    assert not from_json(json.dumps(stored)).train.text_encoders
 
 
 def test_a_config_that_was_stored_before_a_field_existed_has_its_default() -> None:

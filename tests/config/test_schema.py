@@ -101,6 +101,7 @@ def test_each_foreign_name_stands_for_one_field_and_is_none_of_ours() -> None:
     assert len(names) == len(set(names)) == len(foreign_names())
     assert set(names).isdisjoint(FIELDS)
     assert foreign_names()["noise_offset"] == "noise.offset_strength"
+    assert foreign_names()["train_text_encoder"] == "train.text_encoders"
 
 
 def test_no_loss_depends_on_a_field_that_a_resume_may_not_change() -> None:

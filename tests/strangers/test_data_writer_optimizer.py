@@ -93,7 +93,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def _config(**changes: Any) -> ConfigDict:
     stranger = {"data__source": "noise", "optimizer__name": "momentum", "train__writers": ("jsonl", "service")}
-    return tiny_config("12", **(stranger | {"optimizer__text_encoder_learning_rate": 5e-4} | changes))
+    text = {"train__text_encoders": True, "optimizer__text_encoder_learning_rate": 5e-4}
+    return tiny_config("12", **(stranger | text | changes))
 
 
 def _losses(workdir: pathlib.Path) -> list[tuple[int, str, float]]:

@@ -119,6 +119,7 @@ def train_case(base: pathlib.Path) -> Callable[[Case], Trained]:
         config.noise.offset_strength = 0.1
         config.optimizer.update(warmup_steps=0, weight_decay=0.0, ema_decay=0.5, learning_rate=RATES["learning_rate"])
         if case.learns_text:
+            config.train.text_encoders = True
             config.optimizer.update(RATES)
         config.checkpoint.every_steps, config.sample.every_steps = 1, 0
         train(config, folder / "run")

@@ -42,6 +42,7 @@ def lora_config(base: pathlib.Path, **changes: Any) -> ConfigDict:
     config.train.update(steps=3, global_batch_size=8, log_every_steps=1)
     config.noise.offset_strength = 0.1
     config.lora.update(rank=4, alpha=2.0)
+    config.train.text_encoders = True
     config.optimizer.update(learning_rate=1e-2, text_encoder_learning_rate=5e-3, warmup_steps=1, ema_decay=0.5)
     config.sample.every_steps = 0
     config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
@@ -175,8 +176,8 @@ def test_a_lora_of_text_encoders_is_refused_where_they_are_frozen(
 ) -> None:
     export(workdir, tmp_path / "lora.safetensors", form="lora")
     config = lora_config(base, lora__rank=0, lora__alpha=0.0, lora__pretrained=str(tmp_path / "lora.safetensors"))
-    config.optimizer.text_encoder_learning_rate = 0.0
-    with pytest.raises(UserError, match="adapts text_encoder, which is frozen; set optimizer"):
+    config.train.text_encoders, config.optimizer.text_encoder_learning_rate = False, 0.0
+    with pytest.raises(UserError, match=r"adapts text_encoder, which is frozen; set train\.text_encoders = True"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -88,9 +88,22 @@ def test_the_optimizer_holds_two_moments_of_the_trained_parameters_and_nothing_e
     assert sorted(leaf.shape for leaf in leaves) == sorted([(), (), (3, 5), (3, 5), (5,), (5,)])
 
 
+@pytest.mark.parametrize(("rate", "length"), [(0.0, 1e-3), (2e-4, 2e-4)])
+def test_text_encoders_learn_at_their_rate_or_at_the_denoisers(rate: float, length: float) -> None:
+    """Adam's first step is as long as the learning rate."""
+    config = _config(text_encoder_learning_rate=rate, weight_decay=0.0, max_grad_norm=10.0)
+    config.train.text_encoders, config.optimizer.warmup_steps = True, 0
+    params = {"unet": {"w": jnp.ones(())}, "text_encoder": {"w": jnp.ones(())}}
+    transform = make_optimizer(config).transform
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert float(updates["unet"]["w"]) == pytest.approx(-1e-3, rel=1e-5)
+    assert float(updates["text_encoder"]["w"]) == pytest.approx(-length, rel=1e-5)
+
+
 def test_what_sdxl_does_not_read_of_its_first_text_encoder_stays_as_it_is(tmp_path: pathlib.Path) -> None:
     """Weight decay alone would change it."""
     config = families.narrow_config("sdxl")
+    config.train.text_encoders = True
     config.optimizer.update(weight_decay=0.1, warmup_steps=0, text_encoder_learning_rate=1e-3)
     for part in ("text_encoder", "text_encoder_2"):
         config.model[part].update(vocab_size=8, max_position_embeddings=8)

@@ -2,6 +2,7 @@
 
 from offsetjax.config.field import Change, Field, Integers, Section, Texts
 from offsetjax.config.ranges import (
+    ANY,
     DEVICES,
     STEPS_TO_TRACE,
     EachRegistered,
@@ -31,8 +32,16 @@ TOP = Section(
 
 TRAIN = Section(
     "train",
-    "How long is trained, and what is reported meanwhile.",
+    "What is trained beside the denoiser, for how long, and what is reported meanwhile.",
     (
+        Field(
+            "text_encoders",
+            bool,
+            False,
+            ANY,
+            "whether the text encoders are trained too, whole or, with lora.rank, by adapters; else they are frozen",
+            elsewhere={"train_text_encoder": "diffusers"},
+        ),
         Field(
             "steps",
             int,
@@ -91,8 +100,8 @@ OPTIMIZER = Section(
             float,
             0.0,
             at_least(0),
-            "0: the text encoders are frozen",
-            elsewhere={"text_encoder_lr": "kohya", "train_text_encoder": "diffusers"},
+            "theirs, where train.text_encoders trains them; 0: the same as optimizer.learning_rate",
+            elsewhere={"text_encoder_lr": "kohya"},
         ),
         Field(
             "warmup_steps",
