@@ -213,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the weights; %(default)s without it",
     )
-    sub.add_argument("--lora_keys", choices=("kohya", "diffusers"), help="of --format=lora; kohya without it")
-    sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 without it")
+    sub.add_argument("--lora_keys", choices=("kohya", "diffusers"), help="of --format=lora; kohya by default")
+    sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 by default")
     sub.add_argument(
         "--out", required=True, help="a folder, FILE.safetensors, or FILE.py of nodes, that does not exist yet"
     )

@@ -32,6 +32,7 @@ from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.single_file import write_single_file
 from offsetjax.formats.tensors import Tensor, inspected
+from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.models.workdir import Stored, open_stored
@@ -59,12 +60,12 @@ def export(
         form: diffusers (a directory), single_file or lora (a file whose name ends in .safetensors), or comfyui_node
             (one that ends in .py, which has no weights).
         params: "ema" or "raw"; None is the config's `sample.params`.
-        lora_keys: kohya, as without it, or diffusers.
-        max_shard_gb: a directory's weights beyond so many gigabytes, without it 10, are split over several files.
+        lora_keys: kohya, the default, or diffusers.
+        max_shard_gb: a directory's weights beyond so many gigabytes, by default 10, are split over several files.
 
     Raises:
-        UserError: `out` exists, the form does not go with the training, the checkpoint cannot be read, or it has values
-            that are not finite in `dtype`.
+        UserError: `out` exists, the form does not go with the training or the family, the checkpoint cannot be read, or
+            it has values that are not finite in `dtype`.
     """
     out = epath.Path(out)
     if out.exists():
@@ -85,6 +86,7 @@ def export(
         raise UserError(
             f"export: {workdir} trained whole weights (lora.rank = 0); use --format=diffusers or single_file"
         )
+    _check_layout(stored.pipeline.family, form, lora_keys or "kohya")
     temporary = out.parent / f".{out.name}.{os.getpid()}.unfinished{out.suffix}"
     new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +110,20 @@ def export(
         for folder in new_folders if not out.exists() else ():
             if folder.exists():  # on a bucket there are no empty ones
                 folder.rmdir()
+
+
+def _check_layout(family: Family, form: str, lora_keys: str) -> None:
+    """Raises a UserError unless the form has names for the family's tensors."""
+    if form == "single_file" and not family.files.original:
+        raise UserError(
+            f"export: {family.title} has no single-file layout, which --format=single_file asks for; use "
+            "--format=diffusers"
+        )
+    if form == "lora" and lora_keys == "kohya" and not family.files.has_kohya_names:
+        raise UserError(
+            f"export: {family.title} has no layer names of kohya's, which --format=lora writes by default; add "
+            "--lora_keys=diffusers, or use --format=diffusers, which merges the adapters"
+        )
 
 
 def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_bytes: int, title: str) -> None:

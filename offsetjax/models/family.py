@@ -135,6 +135,7 @@ class Files:
         architecture: (what the network predicts) → `modelspec.architecture`.
         original: where the original code is, for `modelspec.implementation` of a single file; empty: it has no such
             layout.
+        has_kohya_names: whether kohya's scripts have names for its layers, which a LoRA's file may use.
     """
 
     pipeline: str
@@ -145,6 +146,7 @@ class Files:
     unread: tuple[str, ...] = ()
     index: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda settings: {}
     original: str = ""
+    has_kohya_names: bool = False
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,7 @@ def _files(architecture: Callable[[str], str], original: str) -> Files:
         unread=WITHOUT_EFFECT,
         index=lambda settings: {**INDEX, "requires_safety_checker": False, "safety_checker": [None, None]},
         original=original,
+        has_kohya_names=True,
     )
 
 

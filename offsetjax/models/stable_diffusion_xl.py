@@ -101,6 +101,7 @@ SDXL = Family(
         unread=WITHOUT_EFFECT,
         index=_index,
         original="https://github.com/Stability-AI/generative-models",
+        has_kohya_names=True,
     ),
     is_like=is_xl,
     check=_check,

@@ -110,14 +110,29 @@ def test_it_is_exported_and_drawn_with(base: pathlib.Path, exported: pathlib.Pat
     assert first["records"][0]["brightness"] == pytest.approx(second["records"][0]["brightness"], abs=2e-3)
 
 
-def test_it_is_adapted(base: pathlib.Path, exported: pathlib.Path) -> None:
+def test_it_is_adapted(base: pathlib.Path, exported: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(base, train__steps=2, model__pretrained=str(exported), lora__rank=2, model__remat="full")
     train(config, base / "adapted")
+    capsys.readouterr()
     assert set(load_trained(base / "adapted").params) == {"transformer"}
     out = base / "adapters.safetensors"
-    assert main(["export", f"--workdir={base / 'adapted'}", "--format=lora", f"--out={out}"]) == 0
+    command = ["export", f"--workdir={base / 'adapted'}", "--format=lora", f"--out={out}"]
+    assert main(command) == 2
+    assert "has no layer names of kohya's" in (message := capsys.readouterr().err) and message.count("\n") == 1
+    assert "--lora_keys=diffusers, or use --format=diffusers" in message and not out.exists()
+    assert main([*command, "--lora_keys=diffusers"]) == 0
     names = set(safetensors.numpy.load_file(out))
-    assert "lora_transformer_layers_0_attention_to_q.lora_down.weight" in names and len(names) == 3 * 4 * 3
+    assert "transformer.layers.0.attention.to_q.lora_A.weight" in names and len(names) == 3 * 4 * 2
+
+
+def test_a_layout_that_it_does_not_have_is_refused(
+    base: pathlib.Path, plain: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = base / "new" / "single.safetensors"
+    assert main(["export", f"--workdir={plain}", "--format=single_file", f"--out={out}"]) == 2
+    message = capsys.readouterr().err
+    assert "transformer over patches has no single-file layout" in message and "use --format=diffusers" in message
+    assert message.count("\n") == 1 and not out.parent.exists()
 
 
 def test_it_is_planned_for(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
