@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: patches\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(ENTRY_POINTS)
-    with pytest.MonkeyPatch.context() as patch, tiny.quick_compilation(tmp_path_factory.getbasetemp()):
+    compiled = tiny.quick_compilation(tmp_path_factory.getbasetemp())
+    with pytest.MonkeyPatch.context() as patch, compiled as environment:
+        for name, value in environment.items():
+            patch.setenv(name, value)
         patch.syspath_prepend(folder)
         for registry in (FAMILIES, SECTIONS):  # what is installed is read once
             patch.setattr(registry, "_points", None)
@@ -81,10 +85,15 @@ def exported(base: pathlib.Path, plain: pathlib.Path) -> pathlib.Path:
 def test_loops_recomputation_and_split_weights_change_no_loss_nor_does_a_resume(
     base: pathlib.Path, plain: pathlib.Path
 ) -> None:
+    """As if the plain training had been stopped after its first checkpoint, and resumed on another mesh."""
+    shutil.copytree(plain, base / "split")
+    shutil.rmtree(base / "split" / "checkpoints" / "4")
     changes = {"model__remat": "blocks", "model__scan_layers": "always", "mesh__data": -1, "mesh__fsdp": 2}
-    train(_config(base, train__steps=2, **changes), base / "split")
-    train(_config(base, train__steps=4, **changes), base / "split")
+    train(_config(base, **changes), base / "split")
+    starts = [json.loads(line)["step"] for line in (base / "split" / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, 2]
     np.testing.assert_allclose(_losses(base / "split"), _losses(plain), rtol=1e-4)
+    assert len(_losses(plain)) == 4
     kernel = load_trained(base / "split").params["transformer"]["layers_0"]["mlp"]["kernel"]
     assert kernel.shape == (16, 16)
 
@@ -138,7 +147,7 @@ def test_a_layout_that_it_does_not_have_is_refused(
 def test_it_is_planned_for(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.py").write_text(CONFIG.format(data=str(base / "data")))
     command = ["plan", f"--config={tmp_path / 'config.py'}", "--topology=cpu:8", f"--out={tmp_path / 'plan.json'}"]
-    assert main(command) == 0
+    assert main([*command, f"--cache_dir={tmp_path / 'cache'}"]) == 0
     [plan] = json.loads((tmp_path / "plan.json").read_text())
     assert plan["devices"] == 8
     assert plan["parameters"]["trained"] > 16 * 16 * 5 * 3
