@@ -109,7 +109,7 @@ MODELS: dict[str, tuple[str, Change, str]] = {
     "vocabulary beyond the text encoder's": (
         "sd1",
         with_json("text_encoder/config.json", vocab_size=500),
-        r"has a tokenizer of \d+ tokens, of which its text_encoder knows 500",
+        r"text_encoder has a tokenizer of \d+ tokens, of which its encoder knows 500",
     ),
     **{
         f"no {folder} of SDXL": ("sdxl", removed(folder), words)
