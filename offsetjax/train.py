@@ -151,7 +151,7 @@ def _loop(
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     metrics.scalars(*_fetch(*unwritten, clock))
                     unwritten = None
-                saver.save(step, state, _position(stream, step))
+                saver.save(step, state, {"fingerprint": stream.fingerprint()})  # where the data are is the step
                 watchdog.progressed()
             if is_preempted and step < train.steps:
                 saver.finish()
@@ -170,10 +170,6 @@ def _loop(
 def _fetch(step: int, values: Any, clock: StepClock) -> tuple[int, dict[str, float]]:
     values = {name: value.item() for name, value in jax.device_get(values).items()}
     return step, {**values, **clock.lap(step)}
-
-
-def _position(stream: Stream, next_batch: int) -> dict[str, Any]:
-    return {"next_batch": next_batch, "fingerprint": stream.fingerprint()}
 
 
 def _evaluate(

@@ -51,9 +51,9 @@ def _flip_an_array(run: Path, step: int = 6) -> None:
         _flip(file)
 
 
-def _flip_the_position(run: Path) -> None:
+def _flip_the_fingerprint(run: Path) -> None:
     file = run / "checkpoints" / "6" / "data" / "metadata"
-    file.write_text(file.read_text().replace('"next_batch": 6', '"next_batch": 7'))
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
 
 
 def test_a_damaged_newest_step_falls_back_to_the_one_before(
@@ -61,7 +61,7 @@ def test_a_damaged_newest_step_falls_back_to_the_one_before(
 ) -> None:
     whole = _weights(run, 6)
     losses = steps_of(run)
-    damages = (_flip_an_array, _flip_the_position)
+    damages = (_flip_an_array, _flip_the_fingerprint)
     for number, damage in enumerate(damages, 1):
         caplog.clear()
         damage(run)
