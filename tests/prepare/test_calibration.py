@@ -162,7 +162,7 @@ def test_a_reference_at_which_the_mean_is_hidden_by_plain_noise_is_refused(file:
     with pytest.raises(
         UserError, match=r"reference_resolution = 64 .* which no strength at that size has; leave it out"
     ):
-        fill(_config(file, data__resolution=256, noise__reference_resolution=64))
+        fill(_config(file, data__resolution=256, noise__reference_resolution=64), 4, 8)
 
 
 def test_a_spectrum_is_filled_in(file: pathlib.Path) -> None:
