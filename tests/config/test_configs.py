@@ -68,6 +68,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         "exporting.export.export",
         "data.build.build",
         "article.demo.demo",
+        "article.pictures.write_folder",
+        "article.pictures.write_fine_tuning_folder",
+        "prepare.stamps.write_stamps",
+        "study.command.study",
     )
     for place in places:
         name = place.rpartition(".")[2]
