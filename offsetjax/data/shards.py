@@ -16,6 +16,7 @@ from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from offsetjax.files import write_whole
+from offsetjax.leftovers import temporary_prefix
 
 INFO = "dataset_info.json"
 REPEATS_FILE = "repeats.json"  # of each split, runs of (number of records, how often each is seen in an epoch)
@@ -40,7 +41,7 @@ def write_shard(
         How many records it has.
     """
     serializer, count = ExampleSerializer(features.get_serialized_info()), 0
-    with tempfile.TemporaryDirectory(prefix="offsetjax_shard_") as local:  # ArrayRecord writes to no bucket
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix("shard")) as local:  # ArrayRecord writes to no bucket
         file = Path(local) / path.name
         with contextlib.closing(ArrayRecordWriter(str(file), options)) as writer:
             for record in records:

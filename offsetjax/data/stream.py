@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from offsetjax.data.source import Record, Source, describe, seen
 from offsetjax.errors import UserError
+from offsetjax.parallel.signals import end_with_parent
 
 # How each field of a fingerprint is called in a config, for the remedy.
 _CONFIG_NAMES = {
@@ -158,6 +159,7 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
 
 
 def _read(source: Source, index: int) -> tuple[int, Record]:
+    end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
     return index, source[index]
 
 

@@ -10,7 +10,6 @@ No more than a few tensors are in memory, whatever the model's size.
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +31,7 @@ from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.single_file import write_single_file
 from offsetjax.formats.tensors import Tensor, inspected
+from offsetjax.leftovers import unfinished_name
 from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
@@ -87,7 +87,7 @@ def export(
             f"export: {workdir} trained whole weights (lora.rank = 0); use --format=diffusers or single_file"
         )
     _check_layout(stored.pipeline.family, form, lora_keys or "kohya")
-    temporary = out.parent / f".{out.name}.{os.getpid()}.unfinished{out.suffix}"
+    temporary = unfinished_name(out)
     new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -6,6 +6,8 @@ program was started to ignore, as by `nohup`, stays ignored. Nothing of JAX is i
 """
 
 import contextlib
+import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -84,8 +86,6 @@ def status_of(number: int) -> Status:
 
 def end(status: int, why: str, stacks: str = "") -> NoReturn:
     """Ends this process at once, its children too: what Python does at its end might wait for others."""
-    import multiprocessing  # not at the top: signals are heard before anything large is imported
-
     for child in multiprocessing.active_children():
         child.kill()
     if why:
@@ -186,6 +186,18 @@ def _handlers(to_the_end: bool) -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
             os.close(_program.pipe)
             _program.pipe = None
+
+
+@functools.cache
+def end_with_parent() -> None:
+    """Of a helper process, such as a reader of data: it ends when the process that started it has, however that was."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_outlive, args=(parent,), daemon=True, name="offsetjax parent").start()
+
+
+def _outlive(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _follow(parent: str) -> None:

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import to_json
 from offsetjax.errors import UserError
+from offsetjax.leftovers import temporary_prefix
 from offsetjax.parallel.chips import CHIPS, chip_named
 
 _OPTIMISED = "*after_optimizations.txt"
@@ -110,7 +111,10 @@ def compile_step(request: Request, progress: Progress) -> Compiled:
         UserError: the config does not go with the topology.
         RuntimeError: the compiler failed for a reason of its own; its last words are in the message.
     """
-    with tempfile.TemporaryDirectory(prefix="offsetjax_plan_") as dump_dir, _Worker(request, Path(dump_dir)) as worker:
+    with (
+        tempfile.TemporaryDirectory(prefix=temporary_prefix("plan")) as dump_dir,
+        _Worker(request, Path(dump_dir)) as worker,
+    ):
         facts, phase, begin = {}, "starting", time.monotonic()
         while True:
             progress(phase)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.leftovers import temporary_prefix
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.parallel.chips import chip_of
 from offsetjax.training.abstract import model_flops
@@ -130,7 +131,7 @@ class Profile:
         if not self._first <= step <= self._last:
             return
         if self._local is None:
-            self._local = tempfile.TemporaryDirectory(prefix="offsetjax_profile_")
+            self._local = tempfile.TemporaryDirectory(prefix=temporary_prefix("profile"))
             jax.profiler.start_trace(self._local.name)
         self._reached = step
 
