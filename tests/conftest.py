@@ -1,6 +1,8 @@
 """Eight virtual CPU devices for the whole suite, so that any test can build a mesh; and whose warnings are let pass."""
 
 import os
+import sys
+import types
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would fight with XLA's
 # Of the processes that tests start too: libtpu, which plans are tested with, complains aloud of a machine without TPUs.
@@ -8,6 +10,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+# OFFSETJAX_CHECK_TYPES=1 checks the types and shapes in these rooms' signatures where a test calls or traces in this
+# process; an int is a float (PEP 484). jaxtyping's hook knows its checker by a name, and goes before their import.
+_CHECKED = ("diffusion", "models.attention", "models.tokenizer")
+if os.environ.get("OFFSETJAX_CHECK_TYPES") == "1":
+    _checker = types.ModuleType("checker")
+    _checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
+    sys.modules["checker"] = _checker
+    install_import_hook([f"offsetjax.{room}" for room in _CHECKED], "checker.check")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -9,7 +9,7 @@ One file each implements it, and nothing outside of this folder depends on which
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ class Grid:
     start: float = 1.0
 
 
+@runtime_checkable
 class Process(Protocol):
     """A process with its parameterisation, for one example at a time: `jax.vmap` it.
 
@@ -137,6 +138,7 @@ class Process(Protocol):
         """What the header of an exported file says of the process: `modelspec.*` and `ss_*`."""
 
 
+@runtime_checkable
 class ProcessType(Protocol):
     """What makes a process from a config: what `PROCESSES` holds."""
 
@@ -194,7 +196,7 @@ def add_noise(
 
 
 def mode_snr(
-    power: Float[np.ndarray, "*s"], noise_power: Float[np.ndarray, "*s"], snr: float | Float[np.ndarray, "*s"]
+    power: Float[np.ndarray, "*#s"], noise_power: Float[np.ndarray, "*#s"], snr: float | Float[np.ndarray, "*#s"]
 ) -> Float[np.ndarray, "*s"]:
     """The signal-to-noise ratio of modes of the data's power `P` under noise of the power `S`, where a pixel has `snr`.
 

@@ -138,7 +138,7 @@ class _Step:
     at: int  # the node where the network is evaluated
     noisy: Row
     kept: Row
-    noise: np.ndarray
+    noise: np.ndarray | np.floating
 
 
 def _step(at: int, noisy: Any, kept: Any = None, noise: Any = None) -> _Step:

@@ -18,7 +18,9 @@ from jaxtyping import Array, Float
 Spectrum = Float[np.ndarray, "h w2"]
 
 
-def colour(white: Float[Array, "c h w"], root_spectrum: Float[Array, "c h w2"]) -> Float[Array, "c h w"]:
+def colour(
+    white: Float[Array, "c h w"], root_spectrum: Float[Array, "c h w2"] | Float[Array, "h w2"]
+) -> Float[Array, "c h w"]:
     """`√Σ ε`: white noise with each mode multiplied by `√S`."""
     return jnp.fft.irfft2(jnp.fft.rfft2(white) * root_spectrum, s=white.shape[1:]).astype(white.dtype)
 
@@ -37,7 +39,7 @@ def multiplicity(height: int, width: int) -> Spectrum:
 def mean_power(spectrum: Float[np.ndarray, "*c h w2"], width: int) -> Float[np.ndarray, "*c"]:
     """The mean over all modes: the variance of a pixel."""
     weight = multiplicity(spectrum.shape[-2], width)
-    return (spectrum * weight).sum((-2, -1)) / weight.sum()
+    return np.asarray((spectrum * weight).sum((-2, -1)) / weight.sum())
 
 
 def pyramid_spectrum(height: int, width: int, discount: float, levels: int) -> Spectrum:

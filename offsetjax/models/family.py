@@ -6,7 +6,7 @@ pictures and which encode captions. All else in the package asks a `Family`, and
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -39,6 +39,7 @@ Ids = Mapping[str, Array | np.ndarray]
 Conditions = Mapping[str, PyTree]
 
 
+@runtime_checkable
 class Network(Protocol):
     """A part of a model: pure `init` and `apply`, without weights.
 

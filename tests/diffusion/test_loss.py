@@ -18,7 +18,7 @@ def test_min_snr_weights_are_those_of_the_paper(prediction_type: str, gamma: flo
     divisor = ratio if prediction_type == "epsilon" else ratio + 1
     expected = np.minimum(ratio, gamma) / divisor if gamma else np.ones(1000)
     schedule = variance_preserving(1000, 0.00085, 0.012, prediction_type)
-    weights = [float(min_snr_weight(schedule, t, gamma)) for t in range(0, 1000, 37)]
+    weights = [float(min_snr_weight(schedule, jnp.int32(t), gamma)) for t in range(0, 1000, 37)]
     np.testing.assert_allclose(weights, expected[::37], rtol=3e-5)
 
 
@@ -28,7 +28,7 @@ def test_an_error_of_v_or_of_epsilon_weighs_the_same_once_it_is_one_of_x0() -> N
         kept = float(variance_preserving(1000, 0.00085, 0.012, "epsilon").alphas_cumprod[timestep])
         error_of_x0 = {"epsilon": (1 - kept) / kept, "v_prediction": 1 - kept}  # of a unit error of the prediction
         weighted = {
-            kind: float(min_snr_weight(variance_preserving(1000, 0.00085, 0.012, kind), timestep, 5.0))
+            kind: float(min_snr_weight(variance_preserving(1000, 0.00085, 0.012, kind), jnp.int32(timestep), 5.0))
             / error_of_x0[kind]
             for kind in error_of_x0
         }
@@ -41,7 +41,9 @@ def test_the_kl_divergence_is_that_of_torch_distributions() -> None:
     normal = torch.distributions.Normal
     posterior = normal(torch.from_numpy(mean), torch.exp(0.5 * torch.from_numpy(log_variance)))
     expected = torch.distributions.kl_divergence(posterior, normal(0.0, 1.0)).mean()
-    assert float(kl_to_standard_normal(mean, log_variance)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(kl_to_standard_normal(jnp.asarray(mean), jnp.asarray(log_variance))) == pytest.approx(
+        float(expected), rel=1e-6
+    )
 
 
 def test_the_squared_error_of_bfloat16_is_taken_in_float32() -> None:

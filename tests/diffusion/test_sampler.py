@@ -87,7 +87,7 @@ class Problem:
 
         table = coefficients(name, process.grid(name, self.num_steps, spacing))
         with jax.disable_jit():  # the scan is then a loop, in which the values can be seen
-            end = solve(denoiser, process, table, self.start, inject if name in ANCESTRAL else None)
+            end = solve(denoiser, process, table, jnp.asarray(self.start), inject if name in ANCESTRAL else None)
         return [*path, np.asarray(end)]
 
 

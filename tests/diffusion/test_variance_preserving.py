@@ -19,9 +19,10 @@ def stable_diffusion(prediction_type: str) -> VariancePreserving:
 
 
 @pytest.fixture(scope="module")
-def latent_and_noise() -> tuple[np.ndarray, np.ndarray]:
+def latent_and_noise() -> tuple[jax.Array, jax.Array]:
     generator = np.random.default_rng(0)
-    return tuple(generator.standard_normal((4, 8, 8)).astype(np.float32) for _ in range(2))
+    latent, noise = generator.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    return jnp.asarray(latent), jnp.asarray(noise)
 
 
 @pytest.mark.parametrize("scheduler", [diffusers.DDPMScheduler, diffusers.DDIMScheduler])
@@ -42,12 +43,13 @@ def test_the_last_step_of_stable_diffusion_still_shows_the_signal() -> None:
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_noisy_latents_and_targets_are_those_of_diffusers(timestep: int, latent_and_noise: tuple) -> None:
     theirs = diffusers.DDPMScheduler(**STABLE_DIFFUSION, beta_schedule="scaled_linear")
-    arguments = [torch.from_numpy(x)[None] for x in latent_and_noise] + [torch.tensor([timestep])]
-    noisy = add_noise(stable_diffusion("epsilon"), *latent_and_noise, timestep)
+    arguments = [torch.tensor(np.asarray(x))[None] for x in latent_and_noise] + [torch.tensor([timestep])]
+    at = jnp.int32(timestep)
+    noisy = add_noise(stable_diffusion("epsilon"), *latent_and_noise, at)
     np.testing.assert_allclose(noisy, theirs.add_noise(*arguments)[0], atol=2e-6)
-    velocity = stable_diffusion("v_prediction").target(*latent_and_noise, 0.0, timestep)
+    velocity = stable_diffusion("v_prediction").target(*latent_and_noise, 0.0, at)
     np.testing.assert_allclose(velocity, theirs.get_velocity(*arguments)[0], atol=2e-6)
-    epsilon = stable_diffusion("epsilon").target(*latent_and_noise, 0.0, timestep)
+    epsilon = stable_diffusion("epsilon").target(*latent_and_noise, 0.0, at)
     np.testing.assert_array_equal(epsilon, latent_and_noise[1])
 
 
@@ -73,8 +75,9 @@ def test_a_perfect_prediction_gives_back_the_latent_and_the_noise(prediction_typ
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_both_parameterisations_stand_for_the_same_estimates(timestep: int, latent_and_noise: tuple) -> None:
+    at = jnp.int32(timestep)
     noisy, velocity = latent_and_noise  # any two arrays: a wrong prediction, too, has one meaning
-    latent, noise = stable_diffusion("v_prediction").to_latent_and_noise(noisy, velocity, timestep)
-    again = stable_diffusion("epsilon").to_latent_and_noise(noisy, noise, timestep)
+    latent, noise = stable_diffusion("v_prediction").to_latent_and_noise(noisy, velocity, at)
+    again = stable_diffusion("epsilon").to_latent_and_noise(noisy, noise, at)
     np.testing.assert_allclose(again[0], latent, atol=2e-5)
-    np.testing.assert_allclose(add_noise(stable_diffusion("epsilon"), latent, noise, timestep), noisy, atol=2e-6)
+    np.testing.assert_allclose(add_noise(stable_diffusion("epsilon"), latent, noise, at), noisy, atol=2e-6)

@@ -66,7 +66,7 @@ def _unequal(name: str) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
     generator = np.random.default_rng(0)
     shapes = [(2, length, heads, 16), *[(2, context_length, groups, 16)] * 2]
     inputs = tuple(generator.standard_normal(shape).astype(np.float32) for shape in shapes)
-    return inputs, {"is_causal": is_causal, "lengths": None if lengths is None else np.array(lengths)}
+    return inputs, {"is_causal": is_causal, "lengths": None if lengths is None else jnp.array(lengths)}
 
 
 @pytest.mark.parametrize("name", UNEQUAL)
@@ -95,12 +95,13 @@ def test_einsums_attend_as_pytorch_does(name: str) -> None:
     if settings["is_causal"]:
         seen &= np.tri(length, context_length, dtype=bool)
     if settings["lengths"] is not None:
-        seen &= (np.arange(context_length) < settings["lengths"][:, None])[:, None, None]
+        seen &= (np.arange(context_length) < np.asarray(settings["lengths"])[:, None])[:, None, None]
     by_head = [torch.from_numpy(x).transpose(1, 2) for x in (query, key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(
         *by_head, attn_mask=torch.from_numpy(seen), enable_gqa=True
     ).transpose(1, 2)
-    assert _apart(attention.attend_by_head(query, key, value, **settings), expected.numpy()) < 1e-5
+    heads = map(jnp.asarray, (query, key, value))
+    assert _apart(attention.attend_by_head(*heads, **settings), expected.numpy()) < 1e-5
 
 
 def test_heads_of_queries_that_do_not_divide_among_those_of_keys_are_refused() -> None:
