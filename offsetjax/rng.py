@@ -7,7 +7,6 @@ there, whatever the number of devices, since an example is known by its place in
 import zlib
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 
@@ -16,8 +15,3 @@ def stream_key(seed: int, name: str, step: int | Int[Array, ""] = 0) -> Key[Arra
     # CRC-32 rather than hash(): Python salts the latter anew in each process.
     named = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     return jax.random.fold_in(named, step)
-
-
-def example_keys(key: Key[Array, ""], count: int) -> Key[Array, " count"]:
-    """One key for each of `count` examples, by its place in the global batch."""
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(count))

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from offsetjax.rng import example_keys, stream_key
+from offsetjax.rng import stream_key
+from offsetjax.training.objective import batch_keys
 
 DRAWS = 1 << 17  # the correlation of independent draws has a standard deviation of 0.003
+
+
+def _keys(seed: int, step: int, count: int) -> jax.Array:
+    """The keys of a batch's examples, as the objective takes them."""
+    return batch_keys(seed, "noise", jnp.int32(step), {"position": jnp.arange(count)})
 
 
 def _draw(seed: int, name: str, step: int) -> np.ndarray:
@@ -27,7 +33,7 @@ def test_streams_of_different_names_steps_and_seeds_are_uncorrelated() -> None:
 
 
 def test_examples_are_uncorrelated() -> None:
-    keys = example_keys(stream_key(0, "noise", 3), 8)
+    keys = _keys(0, 3, 8)
     draws = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (DRAWS,)))(keys))
     correlations = np.abs(np.corrcoef(draws) - np.eye(len(draws)))
     assert correlations.max() < 0.015
@@ -35,10 +41,9 @@ def test_examples_are_uncorrelated() -> None:
 
 
 def test_an_examples_key_does_not_depend_on_the_size_of_the_batch() -> None:
-    key = stream_key(7, "noise", 11)
-    data = jax.random.key_data(example_keys(key, 64))
+    data = jax.random.key_data(_keys(7, 11, 64))
     for count in (1, 2, 8, 63):
-        assert jnp.array_equal(jax.random.key_data(example_keys(key, count)), data[:count])
+        assert jnp.array_equal(jax.random.key_data(_keys(7, 11, count)), data[:count])
 
 
 def test_a_step_inside_jit_draws_what_it_draws_outside() -> None:

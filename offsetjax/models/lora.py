@@ -117,15 +117,6 @@ def merged(
     return kernel + scale * (down @ up.reshape(up.shape[-2:]))
 
 
-def merged_params(params: PyTree, adapters: PyTree, scale: float) -> PyTree:
-    """The parameters with every adapter merged into its kernel."""
-    result, halves = flatten_dict(params), flatten_dict(adapters)
-    for path in layers(adapters, "down").values():
-        kernel = result[*path, "kernel"]
-        result[*path, "kernel"] = merged(kernel, halves[*path, "down"], halves[*path, "up"], scale)
-    return unflatten_dict(result)
-
-
 def merged_tensors(tensors: Mapping[str, Tensor], adapters: PyTree, scale: float) -> dict[str, Tensor]:
     """The same for tensors by their PyTorch names, none of which is read before it is asked for.
 

@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from offsetjax.config import default_config
@@ -21,7 +21,7 @@ from offsetjax.errors import UserError
 from offsetjax.formats.lora_names import layers
 from offsetjax.formats.names import flax_tensors, to_torch, torch_tensors
 from offsetjax.formats.tensors import Tensor, of_array
-from offsetjax.models.lora import Adapted, init_adapters, merged_params, merged_tensors
+from offsetjax.models.lora import Adapted, init_adapters, merged, merged_tensors
 from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
 from tests import tiny, torch_models
@@ -101,6 +101,15 @@ def test_fresh_adapters_change_nothing(dtype: str) -> None:
     exactly = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     adapted = exactly(Adapted(model, 0.5).apply)({"base": base, "adapters": adapters}, *inputs())
     np.testing.assert_array_equal(adapted, exactly(model.apply)(base, *inputs()))
+
+
+def merged_params(params: PyTree, adapters: PyTree, scale: float) -> PyTree:
+    """The parameters with every adapter merged into its kernel."""
+    result, halves = flatten_dict(params), flatten_dict(adapters)
+    for path in layers(adapters, "down").values():
+        kernel = result[*path, "kernel"]
+        result[*path, "kernel"] = merged(kernel, halves[*path, "down"], halves[*path, "up"], scale)
+    return unflatten_dict(result)
 
 
 def test_outputs_and_gradients_are_those_of_the_model_with_merged_weights() -> None:
