@@ -8,7 +8,7 @@ The model is a diffusers directory or a single .safetensors file. To train the t
 --config.train.text_encoders=true --config.optimizer.text_encoder_learning_rate=2e-6.
 
 Hardware: a v5e-8. By `offsetjax plan --topology=v5e:2x4` a chip's batch of 1 takes 4.7 of 15.8 GiB, and a step 0.08
-to 0.12 s: 1,000 steps in 1 to 2 minutes, beside compiling, looking and saving. Not yet run at full size. Expected:
+to 0.12 s: 1,000 steps in 1 to 2 minutes, beside compiling, evaluating and saving. Not yet run at full size. Expected:
 the article saw the mean brightness of dark and bright prompts move within about 1,000 steps on 40 pictures.
 """
 

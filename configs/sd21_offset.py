@@ -8,8 +8,8 @@ What it predicts, v (2.1) or ε (2.1 base), is read from the model; for the base
 The strength is 0.1 at 64x64 latents, kept in c √N.
 
 Hardware: a v5e-8. By `offsetjax plan --topology=v5e:2x4` a chip's batch of 1 takes 5.7 of 15.8 GiB, and a step 0.08
-to 0.16 s: 1,000 steps in 1 to 3 minutes, beside compiling, looking and saving. Not yet run at full size. Expected: as
-for configs/sd15_offset.py.
+to 0.16 s: 1,000 steps in 1 to 3 minutes, beside compiling, evaluating and saving. Not yet run at full size. Expected:
+as for configs/sd15_offset.py.
 """
 
 from ml_collections import ConfigDict

@@ -11,7 +11,7 @@ are named in lora.targets ("ff.net.0.proj", "ff.net.2"); adapters for the text e
 --config.train.text_encoders=true --config.optimizer.text_encoder_learning_rate=5e-5.
 
 Hardware: a v5e-4. By `offsetjax plan --topology=v5e:2x2` a chip's batch of 1 takes 4.6 of 15.8 GiB, and a step 0.06
-s: 1,000 steps in a minute, beside compiling, looking and saving. Not yet run at full size. Expected: as for the
+s: 1,000 steps in a minute, beside compiling, evaluating and saving. Not yet run at full size. Expected: as for the
 fine-tuning of all weights, as strongly as the weight that a program gives the LoRA.
 """
 

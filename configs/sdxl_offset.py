@@ -8,8 +8,8 @@ The strength is that of the SDXL report (arXiv 2307.01952): 0.05 at 128x128 late
 original sizes of the pictures and what was cropped are told to the model as they are.
 
 Hardware: a v5e-8. By `offsetjax plan --topology=v5e:2x4` a chip's batch of 1 takes 8.5 of 15.8 GiB, and a step 0.29
-to 0.54 s: 1,000 steps in 5 to 9 minutes, beside compiling, looking and saving. Not yet run at full size. Expected: as
-for configs/sd15_offset.py.
+to 0.54 s: 1,000 steps in 5 to 9 minutes, beside compiling, evaluating and saving. Not yet run at full size. Expected:
+as for configs/sd15_offset.py.
 """
 
 from ml_collections import ConfigDict

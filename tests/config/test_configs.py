@@ -95,6 +95,15 @@ def test_the_commands_of_its_docstring_can_be_typed(
     load_config(str(file), re.findall(r"--config\.([\w.]+)=([^\s,;]*\w)", docstring(file)))
 
 
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_it_quotes_the_plan_of_the_training_that_it_is(file: pathlib.Path) -> None:
+    quoted = re.findall(r"`offsetjax plan([^`]*)`", docstring(file))
+    own = load_config(str(file)).to_dict()
+    for arguments in quoted:
+        changes = re.findall(r"--config\.([\w.]+)=(\S+)", arguments)
+        assert load_config(str(file), changes).to_dict() == own, arguments
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_each_family_can_be_fine_tuned_adapted_and_pretrained(family: str) -> None:
     whole, lora, pretrain = (load_config(config_file(family, kind)) for kind in KINDS)
@@ -158,6 +167,7 @@ def begin(base: pathlib.Path, family: str, kind: str, workdir: pathlib.Path) -> 
     """The run of a config, with a narrow model of its family, and its state before the first step."""
     pretrained = families.saved(base, family)
     overrides = {"model.pretrained": pretrained, "data.path": base / "data", "train.global_batch_size": 8}
+    overrides |= {"mesh.fsdp": -1, "mesh.data": 1}  # of these devices: those of pretraining are made for more
     config = load_config(config_file(family, kind), [(key, str(value)) for key, value in overrides.items()])
     if config.model.from_scratch:
         narrow = families.narrow_config(family).model
