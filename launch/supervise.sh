@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154 # the variables are tpu_vm.sh's
-# Sourced by tpu_vm.sh: `supervise` creates the slices, sets them up, trains, watches, and does so again after a failure.
+# Sourced by tpu_vm.sh: `supervise` creates the slices, sets them up, trains, follows the run, and does so again after a failure.
 #
 # A preempted slice cannot be restarted, only created again; the run resumes from its work directory on gs://. What only a
 # person can mend (exit status 2 of any step or of the training, 74 of the training) ends it at once.
@@ -18,7 +18,7 @@ supervise() {
   local failures=0 wait_seconds
   trap 'say "the training goes on; the same command watches it again, \`stop\` ends it"; exit 130' INT
   split_flags "${given[@]}"
-  # One copy for all attempts: what is changed here meanwhile must not get into a run that goes on.
+  # One copy for all attempts: what is changed here meanwhile must not get into a run that is alive.
   pack
   export OFFSETJAX_ARCHIVE=$archive
   adopt
@@ -57,7 +57,7 @@ split_flags() { # the flags, and what follows `--`
   done
 }
 
-# A run of the same arguments that goes on already, from an earlier `supervise` or `train`.
+# A run of the same arguments that is alive already, from an earlier `supervise` or `train`.
 adopt() {
   local ids
   if [[ $dry_run == yes ]] || ! describe || [[ $state != ACTIVE ]] || ! find_nodes; then return; fi
@@ -113,7 +113,7 @@ watch() {
   local silent=0 lonely=""
   while [[ -z $how ]]; do
     [[ $dry_run == yes ]] || sleep "$poll"
-    # While gcloud itself cannot be reached nothing is known, and the training goes on without us.
+    # While gcloud itself cannot be reached nothing is known, and the training continues without us.
     if ! describe || { [[ $state == ACTIVE ]] && ! find_nodes; }; then
       say "gcloud does not answer: $(complaint)"
     elif [[ $state != ACTIVE ]] || has_dead_nodes; then

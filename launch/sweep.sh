@@ -6,11 +6,11 @@
 #
 #   --list         prints the state and the name of each training, and runs none
 #   --dry_run      prints the commands that would be run, quoted so that they can be pasted
-#   --at_once=N    of --slices: no more than N at the same time; without it, all
+#   --at_once=N    of --slices: no more than N at the same time; all by default
 #   --delete       of --slices: gives a slice back when its training is done, now or before, with its disks
 #
-# A training that is done is skipped, one that was interrupted goes on. If one fails, it is told, and the others are run.
-# SIGTERM, Ctrl-C and a lost terminal go to the training as SIGTERM, for it to save and to end; on slices it goes on.
+# A training that is done is skipped, one that was interrupted is resumed. If one fails, that is reported, and the others are run.
+# SIGTERM, Ctrl-C and a lost terminal go to the training as SIGTERM, for it to save and to end; on slices it continues.
 # Exit status: 0; 1 if a training failed; 2 for what only the user can mend, at once; 74 for storage that needs a person, at
 # once; 143, 130 or 129 when it was ended.
 set -euo pipefail

@@ -22,7 +22,7 @@ settings+=" stop_minutes max_restarts prepare"
 switches="dry_run yes now follow"
 
 name="" zone="" accelerator_type=""
-project=""             # gcloud's own without it
+project=""             # gcloud's own by default
 runtime_version=""     # follows from the type
 node_count=1           # slices
 tier=spot              # spot, reserved or on_demand
@@ -106,7 +106,7 @@ request() {
 }
 
 wait_until_active() {
-  local began=$SECONDS told=-600 shown="" failed=0
+  local began=$SECONDS reported=-600 shown="" failed=0
   while :; do
     if describe; then failed=0; else ((++failed < 10)) || give_up "$reason"; fi
     case $state in
@@ -119,9 +119,9 @@ wait_until_active() {
         if is_final "$reason"; then exit 2; else exit 1; fi
         ;;
     esac
-    if [[ $state != "$shown" ]] || ((SECONDS - told >= 600)); then
+    if [[ $state != "$shown" ]] || ((SECONDS - reported >= 600)); then
       say "$name is $state after $(((SECONDS - began) / 60)) min"
-      shown=$state told=$SECONDS
+      shown=$state reported=$SECONDS
     fi
     ((SECONDS - began < wait_minutes * 60)) ||
       give_up "$name is still $state after $wait_minutes min: it stays queued, and is billed once it is there;" \

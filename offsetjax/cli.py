@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train, or resume, what a config file describes")
     sub.add_argument("--config", required=True, help="a config file, such as configs/stamps.py")
     sub.add_argument("--workdir", required=True, help="where the run lives: a folder or gs://…")
-    sub.add_argument("--check", action="store_true", help="look at everything and say what would happen; train nothing")
+    sub.add_argument("--check", action="store_true", help="check everything and say what would happen; train nothing")
     sub.epilog = _OVERRIDES
 
     sub = command("plan", _plan, "say what a training needs of TPUs, and how fast it may be, without having any")
@@ -133,10 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="such as v5e:4x4, or cpu:8 for virtual devices of this machine; may be given several times",
     )
-    sub.add_argument("--num_slices", type=int, default=1, help="of that topology; %(default)s without it")
+    sub.add_argument("--num_slices", type=int, default=1, help="of that topology; default: %(default)s")
     sub.add_argument("--full", action="store_true", help="generate code too, for the compiler's own estimate: slow")
     sub.add_argument("--search", action="store_true", help="look for the largest batch that fits, by more compilations")
-    sub.add_argument("--cache_dir", help="where what is compiled is kept; ~/.cache/offsetjax/plan without it")
+    sub.add_argument("--cache_dir", help="where what is compiled is kept; by default ~/.cache/offsetjax/plan")
     sub.add_argument("--out", help="FILE.json")
     sub.epilog = _OVERRIDES
 
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare.png has its pictures on the left, those of --workdir or --model on the right",
     )
     sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    sub.add_argument("--seed", action="append", type=int, help="may be given several times; 0 without it")
+    sub.add_argument("--seed", action="append", type=int, help="may be given several times; default: 0")
     sub.add_argument(
         "--start_noise",
         type=_choice("sample.start_noise"),
@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="of the weights; %(default)s without it",
+        help="of the weights; default: %(default)s",
     )
     sub.add_argument("--lora_keys", choices=("kohya", "diffusers"), help="of --format=lora; kohya by default")
     sub.add_argument("--max_shard_gb", type=float, help="split a directory's weights beyond this; 10 by default")
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=_data_encode)
     sub.add_argument("--config", required=True, help="the config file of the training to be")
     sub.add_argument("--out", required=True, help="a folder for data.path, with data.cached_latents=True, or gs://…")
-    sub.epilog = f"What was interrupted goes on with the parts that are missing. {_OVERRIDES}"
+    sub.epilog = f"What was interrupted is resumed with the parts that are missing. {_OVERRIDES}"
     sub = data.add_parser("inspect", help="what a data set holds", **common)
     sub.set_defaults(run=_data_inspect)
     sub.add_argument("--data", required=True)
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("config", _config, "show the fields of a config: what they are, and what other trainers call them")
     sub.add_argument(
-        "name", nargs="?", default="", help="a section, a field, or a setting of another trainer; all without it"
+        "name", nargs="?", default="", help="a section, a field, or a setting of another trainer; all by default"
     )
     sub.add_argument("--config", help="a config file to check instead; what it sets is listed")
     sub.add_argument("--markdown", action="store_true", help="all of them as a page, offsetjax/config/REFERENCE.md")
@@ -312,9 +312,9 @@ def _choice(path: str) -> Callable[[str], str]:
 
 
 def _checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--step", type=int, help="the newest without it")
+    sub.add_argument("--step", type=int, help="the newest by default")
     sub.add_argument(
-        "--params", type=_choice("sample.params"), help="averaged or not; the config's sample.params without it"
+        "--params", type=_choice("sample.params"), help="averaged or not; by default the config's sample.params"
     )
 
 

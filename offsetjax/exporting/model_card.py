@@ -105,7 +105,7 @@ def _latents(noise: Noise, channels: int, size: int) -> list[str]:
         ]
     strengths = noise.strengths_at(size, size)
     if strengths.any() or noise.adaptive_scale:
-        # Nine digits tell float32 numbers apart.
+        # Nine digits distinguish float32 numbers.
         values = ", ".join(f"{strength:.9g}" for strength in strengths)
         lines.append(f"strength = torch.tensor([{values}]).reshape(1, -1, 1, 1)")
         if noise.random_strength:

@@ -29,7 +29,7 @@ def plan(
     out: str | None = None,
     cache_dir: str | None = None,
 ) -> list[Plan]:
-    """Compiles the train step of a config for each topology, prints what that tells, and writes it as JSON.
+    """Compiles the train step of a config for each topology, prints what follows, and writes it as JSON.
 
     Args:
         topologies: such as `v5e:4x4`; `cpu:8` are 8 virtual devices of this machine.
@@ -37,7 +37,7 @@ def plan(
         is_full: generate the code too, for the compiler's own estimate of the time; takes ten times as long.
         searches: look for the largest batch that fits as well.
         out: a file for the JSON.
-        cache_dir: where what is compiled is kept; ~/.cache/offsetjax/plan without it.
+        cache_dir: where what is compiled is kept; by default ~/.cache/offsetjax/plan.
 
     Raises:
         UserError: a topology that cannot be had, or on which the config cannot run.

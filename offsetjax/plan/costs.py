@@ -63,7 +63,7 @@ class Collective(NamedTuple):
 
 
 def executed(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
-    """Every instruction that runs, with its computation and how often; what is inside fusions is not told apart."""
+    """Every instruction that runs, with its computation and how often; what is inside fusions is not kept apart."""
     yield from _executed(module, module.entry, 1)
 
 
@@ -88,7 +88,7 @@ def _branches(conditional: Instruction) -> list[str]:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:
-    """How often a loop's body runs: as the compiler says, or from a condition `counter < bound`; 1 if neither tells."""
+    """How often a loop's body runs: as the compiler says, or from a condition `counter < bound`; 1 if neither says."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = module.computations[loop.called("condition") or ""]

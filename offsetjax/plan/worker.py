@@ -82,7 +82,7 @@ def _answer(request: dict[str, Any]) -> None:
 
 
 def _key(program: str, request: dict[str, Any], versions: list[str]) -> str:
-    """What tells one compilation from another: the program, and all that changes what the compiler makes of it."""
+    """What makes a compilation another one: the program, and all that changes what the compiler makes of it."""
     asked = [request["topology"], request["num_slices"], request["is_full"], versions]
     if flags := {name: os.environ[name] for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS") if os.environ.get(name)}:
         asked.append(flags)

@@ -46,7 +46,7 @@ Encode = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[Array, "b v 2 c h w"]]
 
 
 def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = caches.SHARD_SIZE) -> Cache:
-    """Writes a cache of the pictures of a config to `out`, for `data.path`, or goes on with it where it is unfinished.
+    """Writes a cache of the pictures of a config to `out`, for `data.path`, or completes one that is unfinished.
 
     Where it is finished, nothing is written. The splits that `data.split` and `validation.split` are of are encoded
     whole.

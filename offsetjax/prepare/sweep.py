@@ -112,7 +112,7 @@ def _text(value: Any, like: Any) -> str:
 
 
 def _labels(fields: Iterable[str]) -> dict[str, str]:
-    """The shortest end of each path that tells it from the others: `noise.offset_strength → offset_strength`."""
+    """The shortest end of each path that no other has: `noise.offset_strength → offset_strength`."""
     parts = {field: field.split(".") for field in fields}
     labels = {}
     for field, own in parts.items():
@@ -155,7 +155,7 @@ def _check_apart(points: Sequence[Point]) -> None:
         if key in configs:
             raise UserError(f"sweep: the points {configs[key]} and {point.name} are the same training; leave one out")
         configs[key] = point.name
-    # Not every file system tells a from A.
+    # Not every file system distinguishes a from A.
     name, count = Counter(point.name.lower() for point in points).most_common(1)[0]
     if count > 1:
         raise UserError(f"sweep: {count} points would be called {name}; give them values that differ in more than case")
@@ -171,7 +171,7 @@ def state(point: Point, workdir: str) -> str:
     """`new`, `step 200 of 350`, or `done`, by the newest checkpoint in the point's folder of `workdir`.
 
     Raises:
-        UserError: the folder has a training that the point cannot resume, or cannot be looked at.
+        UserError: the folder has a training that the point cannot resume, or cannot be read.
     """
     folder = epath.Path(workdir) / point.name
     if not (folder / "config.json").exists():
