@@ -480,7 +480,7 @@ def test_a_mistake_is_one_line(
 def test_an_out_that_cannot_be_is_told_before_the_data_are_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, out: str, words: str
 ) -> None:
-    monkeypatch.setattr("offsetjax.prepare.calibrate.open_source", None)
+    monkeypatch.setattr("offsetjax.prepare.calibrate.open_data", None)
     (tmp_path / "a file").touch()
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=rf"^calibrate: {tmp_path}/{words} --out needs .*; give another --out$"):
