@@ -103,11 +103,11 @@ def test_the_command_and_the_start_of_a_run_say_the_same(
     arguments = ["train", f"--config={file}", f"--workdir={run}", "--config.noise.offset_strength=0.2"]
     assert main([*arguments, "--check"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert last == "nothing is wrong; nothing was written" and len(lines) == 7 and not run.exists()
+    assert last == "nothing is wrong; nothing was written" and len(lines) == 8 and not run.exists()
     assert main([*arguments, "--check", "--config.data.path=/no/such"]) == 2
     with caplog.at_level(logging.INFO, "offsetjax"), tiny.quick_compilation(tmp_path):
         assert main(arguments) == 0
-    assert set(lines) <= {record.getMessage() for record in caplog.records}
+    assert {line.removeprefix("note: ") for line in lines} <= {record.getMessage() for record in caplog.records}
     (start,) = map(json.loads, (run / "starts.jsonl").read_text().splitlines())
     assert start["versions"].keys() >= {"offsetjax", "jax", "flax", "optax", "python"}
     assert start["config_text"] == pathlib.Path(file).read_text()

@@ -68,7 +68,6 @@ class Case:
                 block_out_channels=(32, 64),
                 layers_per_block=1,
             )
-            config.model.text_encoder.num_hidden_layers = 2
         return config
 
     @property
