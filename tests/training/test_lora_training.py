@@ -41,7 +41,8 @@ def lora_config(base: pathlib.Path, **changes: Any) -> ConfigDict:
     config.model.pretrained, config.model.dtype = str(base / "model"), "float32"
     config.train.update(steps=3, global_batch_size=8, log_every_steps=1)
     config.noise.offset_strength = 0.1
-    config.lora.update(rank=4, alpha=2.0)
+    if "lora__pretrained" not in changes:  # which has a rank and an alpha of its own
+        config.lora.update(rank=4, alpha=2.0)
     config.train.text_encoders = True
     config.optimizer.update(learning_rate=1e-2, text_encoder_learning_rate=5e-3, warmup_steps=1, ema_decay=0.5)
     config.sample.every_steps = 0
@@ -154,7 +155,7 @@ def test_a_training_begins_where_a_lora_ended(
 ) -> None:
     """Its rank, alpha and layers are read from the file; without the file, the run goes on all the same."""
     export(workdir, tmp_path / "lora.safetensors", form="lora", params="raw")
-    config = lora_config(base, lora__rank=0, lora__alpha=0.0, lora__pretrained=str(tmp_path / "lora.safetensors"))
+    config = lora_config(base, lora__pretrained=str(tmp_path / "lora.safetensors"))
     config.train.steps = 1
     config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate = 1e-9, 1e-9
     with tiny.quick_compilation(base):
@@ -175,7 +176,7 @@ def test_a_lora_of_text_encoders_is_refused_where_they_are_frozen(
     base: pathlib.Path, workdir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     export(workdir, tmp_path / "lora.safetensors", form="lora")
-    config = lora_config(base, lora__rank=0, lora__alpha=0.0, lora__pretrained=str(tmp_path / "lora.safetensors"))
+    config = lora_config(base, lora__pretrained=str(tmp_path / "lora.safetensors"))
     config.train.text_encoders, config.optimizer.text_encoder_learning_rate = False, 0.0
     with pytest.raises(UserError, match=r"adapts text_encoder, which is frozen; set train\.text_encoders = True"):
         train(config, tmp_path / "run")
