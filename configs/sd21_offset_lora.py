@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.model.pretrained = "stable-diffusion-2-1"
     config.lora.rank = 16
     config.lora.alpha = 16.0
-    config.noise.offset_strength = 0.067
+    config.noise.offset_strength = 0.1
     config.noise.reference_resolution = 768
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 0.0

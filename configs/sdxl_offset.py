@@ -4,8 +4,9 @@
     launch/local.sh train --config=configs/sdxl_offset.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=SDXL_BASE
 
-The strength is that of the SDXL report (arXiv 2307.01952): 0.05 at 128x128 latents is as much as 0.1 at 64x64. The
-original sizes of the pictures and what was cropped are told to the model as they are.
+The strength is that of the SDXL report (arXiv 2307.01952), 0.05; it hides the mean less than 0.1 does, at any size (see
+offsetjax/diffusion/README.md, "Size"). The original sizes of the pictures and what was cropped are told to the model as
+they are.
 
 Hardware: a v5e-8. By `offsetjax plan --topology=v5e:2x4` a chip's batch of 1 takes 8.5 of 15.8 GiB, and a step 0.29
 to 0.54 s: 1,000 steps in 5 to 9 minutes, beside compiling, evaluating and saving. Not yet run at full size. Expected:
