@@ -108,9 +108,7 @@ def test_the_losses_do_not_depend_on_how_they_are_computed(
 class PredictsNothing:
     has_added_conditions: bool = False
 
-    def apply(
-        self, params: Any, noisy: jax.Array, timesteps: jax.Array, hidden: jax.Array, added_conditions: None
-    ) -> jax.Array:
+    def apply(self, params: Any, noisy: jax.Array, timesteps: jax.Array, **conditions: Any) -> jax.Array:
         return jnp.zeros_like(noisy)
 
 
@@ -120,7 +118,7 @@ def test_the_losses_are_unweighted_errors_of_the_noise_that_they_name(base: path
     config = tiny_config(data_path(base), **settings, validation__timesteps=tuple(range(0, 1000, 50)))
     mesh = mesh_of(data=1, fsdp=1)
     pipeline, frozen = _parts(base, tiny_config(), mesh)
-    pipeline = dataclasses.replace(pipeline, unet=PredictsNothing())
+    pipeline = dataclasses.replace(pipeline, parts={**pipeline.parts, "unet": PredictsNothing()})
     stream = open_stream(config, pipeline, open_source(config.data.path))
     seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, {"unet": None}, frozen)
     assert seen["validation_plain"] == pytest.approx(1.0, abs=0.03)
