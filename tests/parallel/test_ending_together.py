@@ -14,7 +14,7 @@ from tests.several import HEARTBEAT_SECONDS, Several
 COMMAND = """
 import os, sys, time, types
 
-def train(config, workdir):
+def train(config, workdir, *origin):
     import jax, jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec as P
     from offsetjax.errors import PreemptedError, UserError
