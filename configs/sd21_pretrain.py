@@ -1,7 +1,7 @@
 """Pretrains the denoiser of Stable Diffusion 2.1 from random weights with offset noise.
 
-    launch/local.sh train --config=configs/sd21_pretrain.py --workdir=gs://BUCKET/RUN \
-        --config.data.path=gs://BUCKET/DATA --config.model.pretrained=STABLE_DIFFUSION_2_1
+    launch/local.sh train --config=configs/sd21_pretrain.py --workdir=gs://my-bucket/run \
+        --config.data.path=gs://my-bucket/data --config.model.pretrained=STABLE_DIFFUSION_2_1
 
 The autoencoder and the text encoder are those of model.pretrained, which does not change them. With an
 empty model.pretrained and model.from_scratch all is drawn at random, which tries a pod out, no more.

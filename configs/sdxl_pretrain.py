@@ -1,7 +1,7 @@
 """Pretrains the denoiser of Stable Diffusion XL from random weights with offset noise.
 
-    launch/local.sh train --config=configs/sdxl_pretrain.py --workdir=gs://BUCKET/RUN \
-        --config.data.path=gs://BUCKET/DATA --config.model.pretrained=SDXL_BASE
+    launch/local.sh train --config=configs/sdxl_pretrain.py --workdir=gs://my-bucket/run \
+        --config.data.path=gs://my-bucket/data --config.model.pretrained=SDXL_BASE
 
 The autoencoder and the text encoders are those of model.pretrained, which does not change them. With an
 empty model.pretrained and model.from_scratch all is drawn at random, which tries a pod out, no more.

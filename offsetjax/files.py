@@ -36,6 +36,9 @@ def misplaced(path: str) -> str:
         rest = path[4:].lstrip("/")
         if _BUCKET.fullmatch(f"gs://{rest}") and not path.startswith("gs:///"):
             return f"did you mean gs://{rest}?"
+        bucket, slash, name = rest.partition("/")
+        if _BUCKET.fullmatch(f"gs://{bucket.lower()}"):
+            return f"a bucket's name has no capitals; did you mean gs://{bucket.lower()}{slash}{name}?"
         return f"it names no bucket; write gs://BUCKET/{rest}"
     if not (found := _SCHEME.fullmatch(path)):
         return ""

@@ -114,9 +114,8 @@ def test_each_family_can_be_fine_tuned_adapted_and_pretrained(family: str) -> No
     assert not whole.lora.rank
     assert lora.lora.rank
     assert (whole.model.from_scratch, lora.model.from_scratch, pretrain.model.from_scratch) == ((), (), ("unet",))
-    # The article's 0.1 at 64x64 latents: what counts is c √N.
-    for config in (whole, lora):
-        assert config.noise.offset_strength * config.data.resolution / 8 == pytest.approx(0.1 * 64, rel=0.01)
+    # The article's 0.1, which hides the mean alike at every size on one schedule; of XL its own report's.
+    assert {each.noise.offset_strength for each in (whole, lora)} == {0.05 if family == "sdxl" else 0.1}
 
 
 @pytest.fixture(scope="module")

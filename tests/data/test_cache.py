@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -17,7 +18,7 @@ from offsetjax.data.cache import Cache, Shard, begin, finish, is_finished, missi
 from offsetjax.data.inspect import inspect
 from offsetjax.data.source import Source, captions, open_source
 from offsetjax.data.stream import check_fingerprint, make_stream
-from offsetjax.errors import UserError
+from offsetjax.errors import StorageError, UserError
 from tests.data.grey import grey_pictures
 
 COUNT, SIDE = 23, 16
@@ -163,14 +164,13 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: 
     begin(tmp_path / "cache", CACHE)
     before = sorted(tmp_path.rglob("*"))
 
-    def fill_disk(path: epath.Path, content: bytes) -> None:
-        pathlib.Path(path).write_bytes(content[:10])
+    def fill_disk(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     shard = missing_shards(tmp_path / "cache", CACHE, shard_size=10)[0]
     with monkeypatch.context() as patch:
-        patch.setattr(type(shard.path), "write_bytes", fill_disk)
-        with pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(os, "fsync", fill_disk)
+        with pytest.raises(StorageError, match="No space left on device"):
             write(shard)
     assert sorted(tmp_path.rglob("*")) == before
 
