@@ -132,7 +132,7 @@ def test_a_bad_grid_is_one_line(
         (["--config=configs/stamps.py"], "no function get_grid(); see configs/sweeps/sd15_strength.py for the form"),
         (["--config.seed=3"], "sweep: --config.seed is given, but"),
         (["--config.sed=3"], "unknown key 'sed'"),
-        (["--config.data.path=a\tb"], "has a control character"),
+        (["--config.sample.negative_prompt=a\tb"], "has a control character"),
         (["--config.loss.min_snr_gamma=-1"], "sweep: seed=0: config: loss.min_snr_gamma = -1.0 must be"),
         (["--list"], "unknown argument --list"),
         (["--workdir="], "--workdir is empty"),
