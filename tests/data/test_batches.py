@@ -1,0 +1,120 @@
+"""A batch is a function of (data, seed, number): each example once an epoch, no size starved, none in runs."""
+
+import itertools
+import time
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offsetjax.data.batches import BatchPlan
+from offsetjax.errors import UserError
+
+
+def plan_of(counts: list[int], batch_sizes: list[int], seed: int = 0) -> BatchPlan:
+    bounds = np.cumsum([0, *counts])
+    groups = tuple(np.arange(first, last) for first, last in itertools.pairwise(bounds))
+    return BatchPlan(groups, tuple(batch_sizes), seed)
+
+
+SIZES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 7)), min_size=1, max_size=5).filter(
+    lambda pairs: any(count for count, _ in pairs)
+)
+
+
+@given(SIZES, st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_over_any_time_each_example_is_seen_as_often_as_any_other(pairs: list[tuple[int, int]], seed: int) -> None:
+    counts, batch_sizes = map(list, zip(*pairs, strict=True))
+    plan = plan_of(counts, batch_sizes, seed)
+    epochs = 5
+    seen: Counter[int] = Counter()
+    for number in range(plan.batches_before(epochs)):
+        size, examples = plan.batch(number)
+        assert len(examples) == batch_sizes[size] and set(examples) <= set(plan.groups[size].tolist())
+        assert plan.size_of(number) == size
+        seen.update(examples.tolist())
+        for group in plan.groups:  # at every moment
+            times = [seen[int(example)] for example in group]
+            assert not times or max(times) - min(times) <= 1
+    # At the end of each epoch less than a batch of each size has to wait for the next.
+    for group, count, waiting in zip(plan.groups, batch_sizes, plan.waiting(epochs), strict=True):
+        assert 0 <= waiting < count
+        assert sum(seen[int(example)] for example in group) == epochs * len(group) - waiting
+
+
+def test_what_waits_changes_from_epoch_to_epoch() -> None:
+    plan = plan_of([10], [4])
+    late = []
+    for epoch in range(1, 6):
+        seen = Counter(
+            example for number in range(plan.batches_before(epoch)) for example in plan.batch(number).examples.tolist()
+        )
+        late.append(frozenset(example for example in range(10) if seen[example] < epoch))
+    assert [len(each) for each in late] == [2, 0, 2, 0, 2]
+    assert len(set(late)) == 4  # the empty one, and three that differ
+
+
+def test_a_size_of_few_pictures_has_its_turn() -> None:
+    plan = plan_of([1000, 2, 3], [4, 4, 4])
+    batches = Counter(plan.size_of(number) for number in range(plan.batches_before(8)))
+    assert batches == {0: 2000, 1: 4, 2: 6}
+    size, examples = next(each for each in map(plan.batch, range(plan.batches_before(2))) if each.size == 1)
+    assert sorted(examples) == [1000, 1000, 1001, 1001] and size == 1
+
+
+def test_no_size_comes_in_runs() -> None:
+    plan = plan_of([400, 400, 400], [4, 4, 4])
+    sizes = [plan.size_of(number) for number in range(plan.batches_before(1))]
+    longest = max(len(list(run)) for _, run in itertools.groupby(sizes))
+    assert longest <= 6  # in a random order, of the 300, it is 5 in the mean and 9 in one of a hundred
+    for begin in range(0, 300, 30):
+        assert all(abs(sizes[begin : begin + 30].count(size) - 10) <= 2 for size in range(3))
+
+
+def test_seeds_and_epochs_have_orders_of_their_own() -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        plan = plan_of([12, 12], [3, 3], seed)
+        return [plan.batch(epoch * 8 + number).examples.tolist() for number in range(8)]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_a_written_out_plan() -> None:
+    """What a resumed run, or another version, must give again."""
+    plan = plan_of([5, 2], [2, 2], seed=7)
+    assert [(each.size, each.examples.tolist()) for each in map(plan.batch, range(7))] == WRITTEN
+
+
+WRITTEN = [(0, [3, 0]), (1, [5, 6]), (0, [2, 1]), (0, [4, 4]), (0, [3, 0]), (0, [1, 2]), (1, [5, 6])]
+
+
+def test_repeats_are_seen_as_often_as_they_stand_there() -> None:
+    plan = BatchPlan((np.array([0, 1, 1, 1]),), (2,), 0)
+    seen = Counter(example for number in range(20) for example in plan.batch(number).examples.tolist())
+    assert seen == {0: 10, 1: 30}
+
+
+def test_ten_million_examples_take_seconds() -> None:
+    rng = np.random.default_rng(0)
+    bucket = rng.choice(8, 10_000_000, p=np.array([30, 20, 15, 10, 10, 8, 5, 2]) / 100)
+    groups = tuple(np.flatnonzero(bucket == place).astype(np.int32) for place in range(8))
+    tracemalloc.start()
+    began = time.perf_counter()
+    plan = BatchPlan(groups, (1024,) * 8, 0)
+    for number in range(50):
+        plan.batch(number)
+    assert time.perf_counter() - began < 10
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
+
+
+def test_mistakes_are_answered() -> None:
+    with pytest.raises(UserError, match="no picture fits any of the sizes"):
+        plan_of([0], [2])
+    with pytest.raises(ValueError, match="there is no batch -1"):
+        plan_of([3], [2]).batch(-1)
