@@ -178,13 +178,18 @@ def _by_part(work: Sequence[Work], chip: Chip | None) -> dict[str, float]:
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
+_NETWORKS = {"FlaxUNet2DCondition": "unet", "FlaxAutoencoderKL": "vae", "ClipText": "text encoders"}
+
+
 def _part(attributes: str) -> str:
     """The network that an operation belongs to, and in which pass, by the name that jax gives it."""
     name = re.search(r'op_name="([^"]*)"', attributes)
-    found = re.search(r"Flax(\w+?)(?:Model)?(?:\.\w+)?\)", name[1]) if name else None
+    found = (
+        re.search(r"(FlaxUNet2DCondition|FlaxAutoencoderKL|ClipText)(?:Model)?(?:\.\w+)?\)", name[1]) if name else None
+    )
     if name is None or found is None:
         return "other"
-    network = {"UNet2DCondition": "unet", "AutoencoderKL": "vae"}.get(found[1], "text encoders")
+    network = {"FlaxUNet2DCondition": "unet", "FlaxAutoencoderKL": "vae", "ClipText": "text encoders"}[found[1]]
     # By jax.checkpoint, or in the backward pass of a loop.
     if re.search(r"rematted_computation|transpose\(.*/while/body/(closed_call/)?jvp\(", name[1]):
         return f"{network} again"
