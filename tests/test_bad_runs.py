@@ -61,7 +61,7 @@ def run(trained: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
         ),
         (("--out={0}/run",), "run exists; give another --out, or remove it"),
         (("--out={0}/run/config.json",), "config.json exists; give another --out, or remove it"),
-        (("--out={0}/run/config.json/o",), "run/config.json: File exists; see to it and try again"),
+        (("--out={0}/run/config.json/o",), "run/config.json: Not a directory; see to it and try again"),
         (("--out=",), "--out is empty; give a path"),
         (("--out={0}/o", "--workdir="), "--workdir is empty; give a path"),
         (("--out={0}/a/b", "--step=5"), r"has no step 5 \(it has 2, 4, 6\); give --step one of these"),

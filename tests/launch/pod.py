@@ -123,7 +123,7 @@ def resumed_at(processes: Several) -> int:
 
 def last_step(processes: Several) -> int:
     """The last step that these processes, and none before them, have told of."""
-    return max(map(int, re.findall(r"^step (\d+)/", processes.output(0), re.MULTILINE)), default=0)
+    return max(map(int, re.findall(r" step (\d+)/", processes.output(0), re.MULTILINE)), default=0)
 
 
 @dataclass(frozen=True)
