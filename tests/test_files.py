@@ -7,7 +7,7 @@ import pytest
 
 from offsetjax.cli import main
 from offsetjax.config import default_config, override, validate
-from offsetjax.errors import UserError
+from offsetjax.errors import StorageError, UserError
 from offsetjax.files import check_place, unfinished, write_whole
 from tests.launch.fake_bucket import BUCKET, bucket, run_on
 
@@ -30,7 +30,7 @@ def test_what_cannot_be_finished_leaves_what_was_there(tmp_path: pathlib.Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(full, "replace", replace)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match=rf"{path}: No space .* 5 bytes"):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
