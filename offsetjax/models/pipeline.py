@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
@@ -74,6 +75,18 @@ class Pipeline:
         return Tokens({part: ids for part, (ids, _) in read.items()}, num_tokens, limit)
 
 
+@dataclass(frozen=True)
+class Named:
+    """A part in all of whose computations its name stands, as plans and profiles show it; else the part itself."""
+
+    name: str
+    model: Any
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(self.model, attribute)
+        return jax.named_scope(self.name)(value) if attribute in ("apply", "encode", "decode") else value
+
+
 def network_parts(config: ConfigDict) -> tuple[str, ...]:
     """The parts with weights that `config.task` needs."""
     family = family_of(config)
@@ -116,7 +129,7 @@ def build(config: ConfigDict, tokenizers: Mapping[str, Any] | None = None) -> Pi
 
 
 def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shards: int = 1) -> Pipeline:
-    """The pipeline as it is trained, to be traced by each device for itself.
+    """The pipeline as it is trained, to be traced by each device for itself; what it computes carries the parts' names.
 
     The denoiser has `model.attention`, `model.remat` and, as the text encoders have, `model.scan_layers`. Pictures are
     encoded in the compute type, as by other trainers (latents move by 1 % of their standard deviation, their means by
@@ -151,7 +164,7 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shar
     trained = lora.ARRAYS if isinstance(pipeline.denoiser, Adapted) else None
     parts[family.denoiser] = _traced(pipeline.denoiser, Tracing(kernel, config.model.remat, is_scanned, trained))
     parts |= {part: _traced(parts[part], Tracing(is_scanned=is_scanned)) for part in family.encoders}
-    return replace(pipeline, parts=parts)
+    return replace(pipeline, parts={part: Named(part, model) for part, model in parts.items()})
 
 
 def _traced(model: Any, tracing: Tracing) -> Any:

@@ -69,7 +69,7 @@ def estimate(request: Request, compiled: Compiled) -> Plan:
         "hbm_traffic_bytes": sum(each.hbm_bytes * each.times for each in work),
         "collectives": _by_kind(exchanged),
         "seconds": seconds._asdict(),
-        "seconds_by_part": _by_part(work, chip),
+        "seconds_by_part": _by_part(work, facts["parts"], chip),
         **_rates(facts, seconds, chip, chips),
         "assumptions": list(ASSUMPTIONS),
         "compiled": {
@@ -168,32 +168,28 @@ def _closed(sizes: list[int], chip: Chip) -> list[bool]:
     return [all(size % 4 == 0 for size in sizes)] * len(sizes)
 
 
-def _by_part(work: Sequence[Work], chip: Chip | None) -> dict[str, float]:
-    """The roofline by the part of the step, from the names that operations carry."""
+def _by_part(work: Sequence[Work], parts: Sequence[str], chip: Chip | None) -> dict[str, float]:
+    """The roofline by the part of the model and its pass, from the names that operations carry."""
     if chip is None:
         return {}
-    parts: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     for each in work:
-        parts[_part(each.instruction.attributes)] += each.times * _roofline(each, chip)
-    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+        seconds[_part(each.instruction.attributes, parts)] += each.times * _roofline(each, chip)
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-_NETWORKS = {"FlaxUNet2DCondition": "unet", "FlaxAutoencoderKL": "vae", "ClipText": "text encoders"}
-
-
-def _part(attributes: str) -> str:
-    """The network that an operation belongs to, and in which pass, by the name that jax gives it."""
+def _part(attributes: str, parts: Sequence[str]) -> str:
+    """The part that an operation belongs to, and in which pass, by the name that jax gives it (`pipeline.Named`)."""
     name = re.search(r'op_name="([^"]*)"', attributes)
-    found = (
-        re.search(r"(FlaxUNet2DCondition|FlaxAutoencoderKL|ClipText)(?:Model)?(?:\.\w+)?\)", name[1]) if name else None
-    )
+    # The outermost: a layer may be called as another part is.
+    found = re.search(rf"[/(]({'|'.join(map(re.escape, parts))})[)/]", name[1]) if name and parts else None
     if name is None or found is None:
         return "other"
-    network = {"FlaxUNet2DCondition": "unet", "FlaxAutoencoderKL": "vae", "ClipText": "text encoders"}[found[1]]
+    part = found[1]
     # By jax.checkpoint, or in the backward pass of a loop.
     if re.search(r"rematted_computation|transpose\(.*/while/body/(closed_call/)?jvp\(", name[1]):
-        return f"{network} again"
-    return f"{network} {'backward' if 'transpose(' in name[1] else 'forward'}"
+        return f"{part} again"
+    return f"{part} {'backward' if 'transpose(' in name[1] else 'forward'}"
 
 
 def _rates(facts: dict[str, Any], seconds: Seconds, chip: Chip | None, chips: int) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def _facts(program: Program) -> dict[str, Any]:
     idle = {part: tree for part, tree in abstract_frozen(config, program.pipeline).items() if part not in frozen}
     devices = program.mesh.devices.flat
     return {
+        "parts": list(program.pipeline.parts),
         "mesh": dict(program.mesh.shape),
         "num_devices": int(program.mesh.size),
         "device_kind": devices[0].device_kind,

@@ -125,9 +125,9 @@ def test_a_plan_for_a_tpu_without_one(on_tpu: dict[str, Any], on_cpu: dict[str, 
     assert on_tpu["hours"][0] == pytest.approx(900 * fastest / 3600)
 
 
-def test_the_roofline_is_told_by_networks_and_passes(on_tpu: dict[str, Any]) -> None:
+def test_the_roofline_is_told_by_parts_and_passes(on_tpu: dict[str, Any]) -> None:
     parts = on_tpu["seconds_by_part"]
-    passes = {"text encoders forward", "vae forward", "unet forward", "unet again", "unet backward"}
+    passes = {"text_encoder forward", "vae forward", "unet forward", "unet again", "unet backward"}
     assert set(parts) == passes | {"other"}
     assert sum(parts.values()) == pytest.approx(on_tpu["seconds"]["roofline"])
     assert parts["unet backward"] > parts["unet forward"]

@@ -36,6 +36,7 @@ def planned(name: str, shape: tuple[int, int], function: Any, spec: P, out: P, *
     )
     devices = mesh.devices.ravel()
     known = {
+        "parts": [],
         "mesh": dict(mesh.shape),
         "num_devices": len(devices),
         "device_kind": devices[0].device_kind,
@@ -175,14 +176,18 @@ def test_a_chip_of_two_devices_counts_once() -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("jvp(UNET)/up_blocks_0/resnets_1/conv1", "unet forward"),
-        ("transpose(jvp(UNET))/jvp(UNET)/FlaxResnetBlock2D/conv1", "unet backward"),
-        ("transpose(jvp(UNET))/rematted_computation/FlaxResnetBlock2D/conv1", "unet again"),
-        ("transpose(jvp(UNET))/while/body/closed_call/jvp(FlaxBasicTransformerBlock)/to_q", "unet again"),
-        ("transpose(jvp(UNET))/while/body/closed_call/transpose(jvp(FlaxBasicTransformerBlock))/to_q", "unet backward"),
+        ("jvp(unet)/Net/up_blocks_0/resnets_1/conv1", "unet forward"),
+        ("unet/Net/up_blocks_0/words/conv1", "unet forward"),
+        ("words/Net/layers_0", "words forward"),
+        ("transpose(jvp(unet))/jvp(unet)/FlaxResnetBlock2D/conv1", "unet backward"),
+        ("transpose(jvp(unet))/rematted_computation/FlaxResnetBlock2D/conv1", "unet again"),
+        ("transpose(jvp(unet))/while/body/closed_call/jvp(FlaxBasicTransformerBlock)/to_q", "unet again"),
+        ("transpose(jvp(unet))/while/body/closed_call/transpose(jvp(FlaxBasicTransformerBlock))/to_q", "unet backward"),
+        ("mul_of_unet/sin", "other"),
     ],
 )
-def test_operations_belong_to_a_network_and_a_pass(name: str, part: str) -> None:
+def test_operations_belong_to_a_part_and_a_pass(name: str, part: str) -> None:
     """By such names as jax gives them, with and without jax.checkpoint and loops that are computed again."""
-    name = name.replace("UNET", "FlaxUNet2DConditionModel")
-    assert _part(f'metadata={{op_name="jit(train_step)/shard_map/{name}/dot_general"}}') == part
+    attributes = f'metadata={{op_name="jit(train_step)/shard_map/{name}/dot_general"}}'
+    assert _part(attributes, ["unet", "words"]) == part
+    assert _part(attributes, []) == "other"

@@ -151,3 +151,13 @@ def test_it_is_planned_for(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     [plan] = json.loads((tmp_path / "plan.json").read_text())
     assert plan["devices"] == 8
     assert plan["parameters"]["trained"] > 16 * 16 * 5 * 3
+
+
+def test_its_roofline_is_told_by_its_own_parts(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("libtpu")
+    (tmp_path / "config.py").write_text(CONFIG.format(data=str(base / "data")))
+    command = ["plan", f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", f"--out={tmp_path / 'plan.json'}"]
+    assert main([*command, f"--cache_dir={tmp_path / 'cache'}"]) == 0
+    [plan] = json.loads((tmp_path / "plan.json").read_text())
+    passes = {"patches forward", "transformer forward", "transformer backward"}
+    assert passes <= set(plan["seconds_by_part"]) <= passes | {"words forward", "letters forward", "other"}
