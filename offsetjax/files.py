@@ -1,13 +1,11 @@
 """Where a command writes: looked at before its work, which may take hours; files are there whole, or not at all."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 from etils import epath
 
@@ -102,58 +100,6 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         if isinstance(error, OSError) and kind_of(error) == Status.STORAGE:
             raise storage_error(path, error, len(content), "the file") from error
         raise
-
-
-def parse_json(text: str | bytes, most_bytes: int = 2**28, takes_nan: bool = False) -> Any:
-    """The value that a JSON text stands for; for every text that this program did not write itself.
-
-    Args:
-        takes_nan: whether it may hold NaN, Infinity and -Infinity, which are no JSON but which Python writes.
-
-    Raises:
-        ValueError: too long, nested too deep, not UTF-8, a number that no double holds, or no JSON; says which.
-    """
-    if len(text) > most_bytes:
-        raise ValueError(f"{len(text)} bytes, more than {most_bytes}")
-    if isinstance(text, bytes):
-        text = text.decode("utf-8-sig")
-    constant = float if takes_nan else _no_constant
-    try:
-        return json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=constant)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def parse_object(text: str | bytes, most_bytes: int = 2**28, takes_nan: bool = False) -> dict[str, Any]:
-    """The object that a JSON text stands for.
-
-    Raises:
-        ValueError: as for `parse_json`, or it is something else than an object.
-    """
-    value = parse_json(text, most_bytes, takes_nan)
-    if not isinstance(value, dict):
-        raise ValueError(f"a {_KINDS[type(value)]}, not an object")
-    return value
-
-
-_KINDS = {list: "list", str: "text", int: "number", float: "number", bool: "truth value", type(None): "null"}
-
-
-def _integer(text: str) -> int:
-    if len(text) > 20:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text[:20]}, which is out of range")
-    return value
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text}, which is no JSON")
 
 
 @contextlib.contextmanager

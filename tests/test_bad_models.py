@@ -119,7 +119,7 @@ MODELS: dict[str, tuple[str, Change, str]] = {
             "tokenizer_2": "tokenizer_2 has no vocab.json",
         }.items()
     },
-    "config that is half written": ("sd1", cut("unet/config.json", 0.5), r"unet/config.json is not JSON \("),
+    "config that is half written": ("sd1", cut("unet/config.json", 0.5), r"unet/config.json is no configuration \("),
     "config of texts": (
         "sd1",
         with_json("unet/config.json", layers_per_block="two"),

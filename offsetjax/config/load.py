@@ -22,6 +22,7 @@ from offsetjax.config.names import suggestion
 from offsetjax.config.schema import default_config, fields
 from offsetjax.config.settings import assign, explicit_paths, flatten
 from offsetjax.errors import UserError
+from offsetjax.json_text import parse_object
 
 _EXPLICIT = "explicit"  # beside the fields in config.json: those that were set
 _EXAMPLES = {"get_config": "configs/stamps.py", "get_grid": "configs/sweeps/sd15_strength.py"}
@@ -179,17 +180,12 @@ def read_json(text: str) -> tuple[dict[str, Any], frozenset[str]]:
     Raises:
         ValueError: it is no JSON, or no object.
     """
-    try:
-        stored = json.loads(text)
-        if not isinstance(stored, dict):
-            raise ValueError(f"it is a {type(stored).__name__}, not an object")
-        explicit = stored.pop(_EXPLICIT, [])
-        stored.pop("digest", None)  # of the file, which whoever reads a work directory has compared
-        if not isinstance(explicit, list) or not all(isinstance(path, str) for path in explicit):
-            raise ValueError(f"its {_EXPLICIT!r} is no list of fields")
-        return _completed(_by_path(stored, "")), frozenset(explicit)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    stored = parse_object(text)
+    explicit = stored.pop(_EXPLICIT, [])
+    stored.pop("digest", None)  # of the file, which whoever reads a work directory has compared
+    if not isinstance(explicit, list) or not all(isinstance(path, str) for path in explicit):
+        raise ValueError(f"its {_EXPLICIT!r} is no list of fields")
+    return _completed(_by_path(stored, "")), frozenset(explicit)
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from offsetjax.data.images import UnreadableImage, clean
 from offsetjax.data.items import Dropped, Items, Listing, shown
 from offsetjax.data.shards import INFO, REPEATS_FILE, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
-from offsetjax.files import parse_object, write_whole
+from offsetjax.files import write_whole
+from offsetjax.json_text import parse_object
 from offsetjax.progress import tracked
 
 DROPPED_FILE = "dropped.json"

@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from offsetjax.data.shards import INFO, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
-from offsetjax.files import parse_object, unfinished, write_whole
+from offsetjax.files import unfinished, write_whole
+from offsetjax.json_text import parse_object
 
 SHARD_SIZE = 1024  # pictures: 100 to 500 MB, and as much encoding as an interruption can cost a process
 _NAME, _VERSION = "latents", "1.0.0"
@@ -62,7 +63,7 @@ class Cache:
 
     def difference(self, other: "Cache") -> str | None:
         """The first field in which two caches differ; it does not matter where their pictures lie."""
-        one, another = (json.loads(each.to_json()) for each in (self, other))
+        one, another = (parse_object(each.to_json()) for each in (self, other))
         return next((name for name in one if name != "source" and one[name] != another[name]), None)
 
     def features(self) -> tfds.features.FeaturesDict:

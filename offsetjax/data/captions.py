@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TextIO
 
 from offsetjax.data.items import MAX_CAPTION_BYTES, Dropped
-from offsetjax.files import parse_object
+from offsetjax.json_text import parse_object
 
 # Which lines of a text file are captions: kohya's scripts read the first, others the whole, or each as one.
 TextLines = Literal["whole", "first", "each"]

@@ -15,7 +15,8 @@ from offsetjax.data.images import UnreadableImage, resize_and_crop
 from offsetjax.data.items import shown
 from offsetjax.data.source import unreadable
 from offsetjax.data.tfds import TfdsPictures, open_pictures
-from offsetjax.files import check_file, parse_object
+from offsetjax.files import check_file
+from offsetjax.json_text import parse_object
 
 MAX_MEASURED = 10_000  # pictures that are decoded
 

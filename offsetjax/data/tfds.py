@@ -14,7 +14,7 @@ from offsetjax.data.record import Picture
 from offsetjax.data.shards import REPEATS_FILE
 from offsetjax.data.source import Source
 from offsetjax.errors import UserError, one_line
-from offsetjax.files import parse_json, parse_object
+from offsetjax.json_text import parse_json, parse_object
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from offsetjax.diffusion.process import Process, make_process, mode_snr
 from offsetjax.diffusion.spectrum import frequencies, multiplicity
 from offsetjax.errors import UserError, one_line
 from offsetjax.files import write_whole
+from offsetjax.json_text import parse_object
 
 # The fields of config.noise that a calibration may fill in.
 FILLED = ("noise.channel_strengths", "noise.spectrum", "noise.data_mean", "noise.data_mean_std")
@@ -267,7 +268,7 @@ def read_calibration(path: epath.PathLike) -> Calibration:
     """
     remedy = "write it anew with `offsetjax calibrate`"
     try:
-        content = json.loads(epath.Path(path).read_text())
+        content = parse_object(epath.Path(path).read_bytes())
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         return _checked(content)

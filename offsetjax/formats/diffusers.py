@@ -14,10 +14,11 @@ from typing import Any
 import diffusers
 from etils import epath
 
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 from offsetjax.formats.safetensors import PICKLES, NotFiniteError, open_tensors, read_metadata
 from offsetjax.formats.shards import open_sharded, shard_files, write_sharded
 from offsetjax.formats.tensors import Tensor
+from offsetjax.json_text import parse_object
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those with weights
 _CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
@@ -59,12 +60,9 @@ class Directory:
             or_else = f", or add {part} to model.from_scratch" if part in self.parts else ""
             raise UserError(f"{self.where}: {file} is missing; give a whole diffusers directory{or_else}")
         try:
-            config = json.loads(file.read_text())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.where}: {file} is not JSON ({error}); fetch it again") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{self.where}: {file} is no configuration ({type(config).__name__}); fetch it again")
-        return config
+            return parse_object(file.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{self.where}: {file} is no configuration ({one_line(error)}); fetch it again") from error
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Every tensor of a part, by its PyTorch name.

@@ -14,7 +14,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from offsetjax.json_text import parse_object
+
 MAX_BYTES = 100_000_000  # as in the safetensors library
+MAX_TENSORS = 2**16  # the largest models have a few thousand in a file
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -53,13 +56,16 @@ def parse_header(text: bytes) -> tuple[list[Entry], dict[str, str]]:
     Raises:
         ValueError: it is no header, or its tensors do not lie one after the other.
     """
+    # Counted before anything is made of them: a header of 60 MB would be 1.4 GB of objects.
+    if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise ValueError(f"{count} tensors, more than {MAX_TENSORS}")
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        header = parse_object(text)
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds more than strings")
         entries = [_entry(name, **values) for name, values in header.items()]
-    except (TypeError, AttributeError, RecursionError) as error:  # JSON of another structure
+    except (TypeError, AttributeError) as error:  # JSON of another structure
         raise ValueError(str(error)) from error
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     end = 0
@@ -68,13 +74,6 @@ def parse_header(text: bytes) -> tuple[list[Entry], dict[str, str]]:
             raise ValueError(f"{entry.name} begins at byte {entry.begin}, not {end}")
         end = entry.end
     return entries, metadata
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return values
 
 
 def _entry(name: str, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:

@@ -19,11 +19,12 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
 
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 from offsetjax.formats.lora_names import Path, known_names, kohya_names, layers
 from offsetjax.formats.names import from_torch, to_torch
 from offsetjax.formats.safetensors import PICKLES, open_file, write_tensors
 from offsetjax.formats.tensors import Tensor, cast, of_array, with_ndim
+from offsetjax.json_text import parse_object
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # as kohya's scripts call them
 _PEFT_CONFIGS = "lora_adapter_metadata"  # diffusers' entry of the header, as JSON
@@ -280,8 +281,8 @@ def _alpha(layer: _Layer, tensor: Tensor | None, configs: Mapping[str, Any], ran
 
 def _peft_configs(metadata: Mapping[str, str], file: epath.Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(metadata.get(_PEFT_CONFIGS, "{}")))
-    except (ValueError, TypeError, RecursionError) as error:
+        return parse_object(metadata.get(_PEFT_CONFIGS, "{}"))
+    except ValueError as error:
         raise UserError(f"lora.pretrained: {file} is damaged ({_PEFT_CONFIGS}: {error}); fetch it again") from error
 
 
@@ -289,10 +290,25 @@ def _peft_alpha(layer: _Layer, configs: Mapping[str, Any], rank: int) -> float:
     alpha = configs.get(f"{layer.part}.lora_alpha", rank)
     patterns = configs.get(f"{layer.part}.alpha_pattern") or {}
     try:
-        matching = [value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", layer.name)]
+        matching = [value for pattern, value in patterns.items() if _is_named(layer.name, pattern)]
         return float((matching or [alpha])[0]) * (math.sqrt(rank) if configs.get(f"{layer.part}.use_rslora") else 1.0)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise ValueError(f"has no readable alpha in {_PEFT_CONFIGS} of the header") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"has no readable alpha in {_PEFT_CONFIGS} of the header ({one_line(error)})") from error
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    """Whether PEFT's `alpha_pattern` means a layer: its name, or the end of it from a dot on; with `^` the whole name.
+
+    PEFT compiles the pattern as a regular expression, which a stranger can write so that it never ends. What programs
+    write are names: these are compared as text.
+
+    Raises:
+        ValueError: it is no name.
+    """
+    if not (plain := re.fullmatch(r"(\^?)((?:\w|-|\\?\.)+)\$?", pattern)):
+        raise ValueError(f"the pattern {pattern[:80]!r} is no name of a layer")
+    end = plain[2].replace("\\", "")
+    return name == end or (not plain[1] and name.endswith(f".{end}"))
 
 
 def _alike(adapters: Mapping[_Layer, _Adapter]) -> tuple[int, float, dict[_Layer, dict[str, np.ndarray]]]:

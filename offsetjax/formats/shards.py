@@ -9,6 +9,7 @@ from etils import epath
 from offsetjax.errors import UserError
 from offsetjax.formats.safetensors import converted, open_tensors, write_tensors
 from offsetjax.formats.tensors import Tensor
+from offsetjax.json_text import parse_object
 
 
 def open_sharded(index: epath.PathLike, where: str) -> dict[str, Tensor]:
@@ -42,8 +43,8 @@ def shard_files(index: epath.PathLike, where: str) -> list[epath.Path]:
 
 def _weight_map(index: epath.Path, where: str) -> dict[str, str]:
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        weight_map = dict(parse_object(index.read_bytes())["weight_map"])
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: {index} is no index of safetensors files ({error!r}); fetch it again") from error
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or ".." in name:

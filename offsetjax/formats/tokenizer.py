@@ -16,6 +16,7 @@ from etils import epath
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from offsetjax.errors import UserError
+from offsetjax.json_text import parse_object
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -200,12 +201,9 @@ def _json(folder: epath.Path, name: str, default: Any = None) -> dict[str, Any]:
     if default is not None and not (folder / name).is_file():
         return default
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} cannot be read: it is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} cannot be read: it is no JSON object")
-    return content
+        return parse_object((folder / name).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def write_vocabulary(directory: epath.PathLike, vocabulary: Vocabulary) -> None:

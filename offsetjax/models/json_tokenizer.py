@@ -7,7 +7,6 @@ A chat model reads a caption as what a user says, and what it is about to answer
 """
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import tokenizers as library
 from etils import epath
 
 from offsetjax.errors import UserError, one_line
+from offsetjax.json_text import parse_json
 
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -102,8 +102,8 @@ class JsonTokenizer:
 
     def _config(self) -> dict:
         try:
-            config = json.loads(self.files.get(_CONFIG, b"{}"))
-        except (ValueError, RecursionError) as error:
+            config = parse_json(self.files.get(_CONFIG, b"{}"))
+        except ValueError as error:
             raise UserError(f"{self.where}: {_CONFIG} is not JSON ({one_line(error)}); fetch it again") from error
         return config if isinstance(config, dict) else {}
 

@@ -1,6 +1,5 @@
 """A model that no work directory holds, for sampling: an exported one, or one that was never trained here."""
 
-import json
 import re
 from functools import partial
 
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from offsetjax.config import default_config, validate
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained
+from offsetjax.json_text import parse_object
 from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.initial import (
     abstract_trained,
@@ -94,7 +94,7 @@ def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) ->
     own = pipeline.denoiser.config["sample_size"] * pipeline.autoencoder.downscale
     config.data.resolution = int(size[1]) if size and "offsetjax.noise" in header else own
     try:
-        noise = json.loads(header.get("offsetjax.noise", "{}"))
+        noise = parse_object(header.get("offsetjax.noise", "{}"))
         for key in noise.keys() & config.noise.keys():
             with config.noise.ignore_type():
                 config.noise[key] = tuple(noise[key]) if isinstance(noise[key], list) else noise[key]

@@ -7,7 +7,6 @@ A vocabulary is the 256 symbols of bytes, the same as the ends of words, what ea
 
 import functools
 import gzip
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from offsetjax.errors import UserError
 from offsetjax.formats.tokenizer import END, START, WORDS, Vocabulary, bpe_model, read_vocabulary, write_vocabulary
+from offsetjax.json_text import parse_object
 
 _VOCABULARY = Path(__file__).with_name("clip_vocabulary.txt.gz")
 _NUM_MERGES, _MAX_LENGTH = 48_894, 77  # of OpenAI's models, and of OpenCLIP's with the same vocabulary
@@ -191,7 +191,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
         vocab_size=vocab_size, end_of_word_suffix="</w>", special_tokens=last_letters, show_progress=False
     )
     bpe.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = [tuple(pair) for pair in parse_object(bpe.to_str())["model"]["merges"]]
     symbols = _symbols()
     known, kept = set(symbols), []
     for left, right in merges:  # a merge of a symbol outside the bytes' alphabet can never apply

@@ -24,6 +24,7 @@ from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import flax_tensors
 from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_tensors
 from offsetjax.formats.tensors import Tensor, inspected
+from offsetjax.json_text import parse_object
 from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.storage import checksums, digests
@@ -157,7 +158,7 @@ def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str
     tensors = files.open_part(directory, part)
     flax_tensors(tensors, abstract_params(model), f"workdir: {directory}/{part}")
     file = epath.Path(directory) / _CHECKSUMS_FILE
-    sums = json.loads(file.read_text()) if file.exists() else {}  # whole, or `digests.check` has refused it
+    sums = parse_object(file.read_bytes()) if file.exists() else {}  # whole, or `digests.check` has refused it
 
     def checked(name: str, tensor: Tensor) -> Tensor:
         def check(array: np.ndarray) -> None:

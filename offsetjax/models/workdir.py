@@ -16,6 +16,7 @@ from offsetjax.errors import UserError
 from offsetjax.files import write_whole
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
+from offsetjax.json_text import parse_object
 from offsetjax.models.family import family_of
 from offsetjax.models.initial import abstract_trained
 from offsetjax.models.lora import merged_tensors
@@ -75,17 +76,15 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         raise UserError(f"workdir: {workdir} has no config.json; give the --workdir of a training")
     try:
         text = retried(file.read_text, f"workdir: {file}")
-        stored = json.loads(text)
-        if isinstance(stored, dict):
-            digests.check_json(stored, f"workdir: {file}")
+        digests.check_json(parse_object(text), f"workdir: {file}")
         return from_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"workdir: {file} is no config ({error}); restore it from a copy") from error
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes config.json, with its own digest."""
-    stored = digests.signed(json.loads(to_json(config)))
+    stored = digests.signed(parse_object(to_json(config)))
     write_whole(epath.Path(workdir) / "config.json", json.dumps(stored, indent=2) + "\n")
 
 

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import to_json
 from offsetjax.errors import UserError
+from offsetjax.json_text import parse_object
 from offsetjax.leftovers import temporary_prefix
 from offsetjax.parallel.chips import CHIPS, chip_named
 
@@ -198,7 +199,7 @@ def _remember(compiled: Compiled, cache_dir: Path) -> None:
 
 def _recall(facts: dict[str, Any], entry: Path) -> Compiled:
     hlo = gzip.decompress(entry.with_suffix(".hlo.gz").read_bytes()).decode()
-    return Compiled(facts, hlo, is_cached=True, **json.loads(entry.read_text()))
+    return Compiled(facts, hlo, is_cached=True, **parse_object(entry.read_bytes()))
 
 
 class _Worker:
@@ -243,7 +244,7 @@ class _Worker:
     def _read(self, lines: IO[str]) -> None:
         for line in lines:
             if line.startswith("{"):
-                self._messages.put(json.loads(line))
+                self._messages.put(parse_object(line))
         self._messages.put({"ended": True})
 
     def next_message(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from offsetjax.config import from_json
 from offsetjax.errors import UserError
+from offsetjax.json_text import parse_object
 from offsetjax.parallel import sharding
 from offsetjax.parallel.chips import Chip, chip_named
 from offsetjax.plan.program import Program, architecture, make_program
@@ -29,7 +30,7 @@ from offsetjax.training.flops import kernel_flops
 
 def main() -> None:
     """Answers one request; see `compile.Request`."""
-    request = json.loads(sys.stdin.readline())
+    request = parse_object(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_enable_compilation_cache", False)
     try:

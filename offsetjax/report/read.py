@@ -1,7 +1,6 @@
 """Work directories as the training leaves them: config.json, metrics.jsonl, samples/NAME.json and NAME.png."""
 
 import io
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from offsetjax.config.load import read_json
 from offsetjax.data.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError, one_line
+from offsetjax.json_text import parse_object
 from offsetjax.training.jsonl import read_log
 
 
@@ -185,7 +185,7 @@ def _is_evaluation(line: dict[str, float]) -> bool:
 def _read_samples(path: epath.Path) -> Samples:
     picture = path.with_suffix(".png")
     try:
-        values = json.loads(path.read_text())
+        values = parse_object(path.read_bytes())
         samples = Samples(
             name=path.stem,
             step=int(values["step"]),

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from offsetjax.errors import Status, StorageError, TransientError, UserError, kind_of, one_line
 from offsetjax.files import room_of, size_text, storage_error, write_whole
 from offsetjax.formats.tensors import Tensor
+from offsetjax.json_text import parse_object
 from offsetjax.parallel.processes import all_of, barrier
 from offsetjax.storage import checksums, digests
 from offsetjax.storage.retry import retried
@@ -77,7 +78,7 @@ def newest_step(workdir: epath.PathLike) -> int:
 def newest_saved(workdir: epath.PathLike) -> int:
     """The newest step that was ever saved, as the run has noted; 0 where it has not."""
     try:
-        return int(json.loads((epath.Path(workdir) / _SAVED).read_text())["step"])
+        return int(parse_object((epath.Path(workdir) / _SAVED).read_bytes())["step"])
     except (OSError, ValueError, TypeError, KeyError):
         return 0
 
@@ -247,8 +248,8 @@ def read_data(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     file = manager.directory / str(step) / DATA / "metadata"
 
     def read() -> dict[str, Any]:
-        data = json.loads(file.read_text())
-        if not isinstance(data, dict) or not isinstance(data.get("checksums", {}), dict):
+        data = parse_object(file.read_bytes())
+        if not isinstance(data.get("checksums", {}), dict):
             raise ValueError("its data position has no checksums")
         if "checksums" in data and digests.is_damaged(data):
             raise ValueError("its data position is damaged: its digest is not the one that was written")
@@ -320,7 +321,7 @@ class _Arrays:
         self._folder = manager.directory / str(step) / STATE
         self._context = tensorstore.Context()  # the database's index is read once
         self.checksums: dict[str, int] = read_data(manager, step)["checksums"]
-        metadata = _read(manager, step, lambda: json.loads((self._folder / "_METADATA").read_text()))
+        metadata = _read(manager, step, lambda: parse_object((self._folder / "_METADATA").read_bytes()))
         self._driver = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
 
     def read(self, keys: list[str], index: tuple[Any, ...] = (), shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -14,6 +14,7 @@ from etils import epath
 
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
+from offsetjax.json_text import parse_object
 from offsetjax.storage.retry import retried
 
 _log = logging.getLogger("offsetjax")
@@ -28,7 +29,7 @@ def of_json(values: Mapping[str, Any]) -> str:
 
 def signed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with its digest; values are as JSON gives them back, such as lists in the place of tuples."""
-    values = json.loads(json.dumps(values))
+    values = parse_object(json.dumps(values), takes_nan=True)
     return {**values, KEY: of_json(values)}
 
 
@@ -67,9 +68,8 @@ def check(folder: epath.PathLike) -> None:
         _log.warning("%s is missing: what lies beside it is not checked", file)
         return
     try:
-        stored = json.loads(retried(file.read_bytes, str(file)))
-        assert isinstance(stored, dict)
-    except (ValueError, AssertionError, RecursionError) as error:
+        stored = parse_object(retried(file.read_bytes, str(file)))
+    except ValueError as error:
         raise UserError(f"workdir: {file} is damaged; restore it from a copy") from error
     for name, digest in check_json(stored, f"workdir: {file}").items():
         path = folder / name

@@ -24,6 +24,7 @@ from etils import epath
 
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
+from offsetjax.json_text import parse_object
 
 _log = logging.getLogger("offsetjax")
 
@@ -147,7 +148,7 @@ def _held(file: epath.Path, by: Holder) -> UserError:
 def _read(file: epath.Path) -> Holder | None:
     """Who holds it; None where there is no lock, or none that says so."""
     try:
-        return Holder(**json.loads(file.read_text()))
+        return Holder(**parse_object(file.read_bytes()))
     except (OSError, ValueError, TypeError):  # on its way, or damaged: whoever holds it writes it again
         return None
 

@@ -1,6 +1,5 @@
 """What a study has found: the figures of each variant, a table of them and a picture."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from offsetjax.article.pictures import PROMPTS
 from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.source import open_source
+from offsetjax.json_text import parse_object
 from offsetjax.plots import colour, prompt_label, style
 from offsetjax.study.variants import VARIANTS, drawn
 
@@ -25,7 +25,7 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
             records = read_records(drawn(out, name, seed, start, False))
             prompts = read_records(drawn(out, name, seed, start, True))
             lines = (out / f"{name} {seed}" / "metrics.jsonl").read_text().splitlines()
-            metrics = [json.loads(line) for line in lines]
+            metrics = [parse_object(line, takes_nan=True) for line in lines]
             # A validation has a line of its own, before that of its step.
             validations = [line["validation_plain"] for line in metrics if "validation_plain" in line]
             each.append(
@@ -46,7 +46,7 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The record of each picture in a folder."""
-    return json.loads((folder / "samples.json").read_text())["records"]
+    return parse_object((folder / "samples.json").read_bytes())["records"]
 
 
 def table(study: dict[str, Any]) -> str:

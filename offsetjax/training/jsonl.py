@@ -15,7 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from offsetjax.files import is_remote, parse_object, write_whole
+from offsetjax.files import is_remote, write_whole
+from offsetjax.json_text import parse_object
 from offsetjax.sampling.pictures import Picture, write_samples
 
 _log = logging.getLogger("offsetjax")

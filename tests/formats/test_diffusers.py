@@ -42,7 +42,7 @@ def change(file: pathlib.Path, **values: Any) -> None:
     ("file", "text", "message"),
     [
         ("unet/config.json", None, r"unet/config\.json is missing"),
-        ("vae/config.json", "{", r"vae/config\.json is not JSON"),
+        ("vae/config.json", "{", r"vae/config\.json is no configuration"),
         ("scheduler/scheduler_config.json", None, r"scheduler_config\.json is missing"),
     ],
 )

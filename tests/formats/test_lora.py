@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,10 +21,11 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 
 from offsetjax.config import default_config, presets
 from offsetjax.errors import UserError
-from offsetjax.formats.lora import read_lora, write_lora
+from offsetjax.formats.lora import _is_named, read_lora, write_lora
 from offsetjax.formats.lora_names import kohya_names, layers, original_names
 from offsetjax.formats.names import flax_tensors, to_torch
 from offsetjax.formats.original_names import unet_rules
@@ -563,6 +565,29 @@ def test_a_damaged_header_is_named(configs: str, tmp_path: pathlib.Path) -> None
     safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, {"lora_adapter_metadata": configs})
     with pytest.raises(UserError, match=r"lora\.pretrained: .*lora_adapter_metadata"):
         read_lora(file, bases("sd1"), "sd1")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(([a-z0-9_]+)+[.]*)+!", "(.*)*$", "a|b", "[", "", "\ud83d.", "." * 50_000 + "!", "to_q\n", "(?:x+x+)+y"],
+)
+def test_a_strangers_regular_expression_is_not_run(pattern: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    write(file, "sd1", trained("sd1"), "diffusers")
+    configs = json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 1}})
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, {"lora_adapter_metadata": configs})
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"lora\.pretrained: .*is no name of a layer") as caught:
+        read_lora(file, bases("sd1"), "sd1")
+    assert time.monotonic() - begin < 5 and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "pattern", ["attn1.to_q", "^mid.attn1.to_q", r"attn1\.to_q", "to_q$", "q", "^attn1.to_q", "mid"]
+)
+def test_a_pattern_means_what_it_does_to_peft(pattern: str) -> None:
+    name = "mid.attn1.to_q"
+    assert _is_named(name, pattern) == (get_pattern_key([pattern], name) == pattern)
 
 
 def test_a_pickle_is_not_opened(tmp_path: pathlib.Path) -> None:

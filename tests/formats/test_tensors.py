@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -349,3 +350,13 @@ def test_an_index_that_leads_astray_is_refused(index: str, message: str, tmp_pat
     with pytest.raises(UserError, match=message) as caught:
         open_sharded(tmp_path / "model.safetensors.index.json", "here")
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_of_a_million_tensors_costs_no_more_than_its_reading(tmp_path: pathlib.Path) -> None:
+    header = ",".join(f'"t{each}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for each in range(300_000))
+    text = f"{{{header}}}".encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="is damaged \\(300000 tensors, more than 65536\\)"):
+        open_file(tmp_path / "a.safetensors", "here")
+    assert time.monotonic() - begin < 1
