@@ -194,6 +194,10 @@ def _noise(values: Values) -> Wrongs:
         {"noise.offset_strength", "noise.channel_strengths"} <= noise,
         "noise.offset_strength and noise.channel_strengths both say how strong the offset is; set one",
     )
+    yield (
+        "noise.anneal" in noise and kind == "offset" and not has_strength,
+        "noise.anneal cannot apply to plain noise; set noise.offset_strength, or leave it out",
+    )
     channels, _ = family_of_values(values).latents(values)
     for path in ("noise.channel_strengths", "noise.data_mean", "noise.data_mean_std"):
         yield (

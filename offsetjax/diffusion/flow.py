@@ -150,16 +150,10 @@ class Flow:
             **settings,
         }
 
-    def advice(self, shift: float, plain_share: float) -> str:
-        text = (
+    def advice(self, shift: float) -> str:
+        return (
             f"This is a flow (rectified flow), told 1000 t, with a shift of {shift:.4g}. No key of a file says so: in "
             "ComfyUI put the node ModelSamplingSD3 with that shift behind the checkpoint's loader."
-        )
-        if plain_share > 0.9:
-            return text
-        return (
-            f"{text}\n\n**Do not start it from plain noise**: {plain_share:.0%} of the spread of brightness would be "
-            "left, and pictures would come out alike in brightness. Hand in the latents above."
         )
 
     def metadata(self) -> dict[str, str]:

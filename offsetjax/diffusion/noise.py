@@ -11,12 +11,16 @@ For one latent `x0` of shape `[c, h, w]`, with `N = h w`, at timestep t:
     spectral    Σ of any power spectrum                                              (spectrum.py)
     adjusted    Σ = I, ψ_t from 0 to 1: the shift grows with time                     (the process's `growth`)
 
+What sets it apart from plain noise may vanish over the last part of a training: with the weight w, of `weight_at` a
+step, c becomes w c and the power of each mode `1 + w² (P - 1)`.
+
 Sources: N. Guttenberg, "Diffusion with Offset Noise", CrossLabs, 2023; T. Kutsuna, "Generalized Diffusion Model with
 Adjusted Offset Noise", arXiv 2412.03134.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -83,11 +87,20 @@ class Noise:
     data_mean: tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]] | None = None
     spectrum: Callable[[int, int], Float[np.ndarray, "#c h w2"]] | None = None  # of √Σ; None: white
     growth: Callable[[Any], tuple[Any, Any]] | None = None  # t → ψ_t and its derivative; None: 1 at every timestep
+    weight: Any = 1.0  # w, of what sets it apart from plain noise; traced in a training
 
     @property
     def is_plain(self) -> bool:
         """Whether `n` is white."""
         return self.spectrum is None and not self.strengths.any() and not self.adaptive_scale
+
+    def weighted(self, weight: Any) -> "Noise":
+        """The noise with a weight; plain noise where that is a 0 which is known."""
+        return PLAIN if isinstance(weight, float) and weight == 0.0 else replace(self, weight=weight)
+
+    @property
+    def _is_whole(self) -> bool:
+        return isinstance(self.weight, float) and self.weight == 1.0
 
     def shift_from_reference(self, pixels: int) -> float:
         """`k`: what the process multiplies σ/α by at this size, relative to the size that the strengths are for."""
@@ -95,14 +108,18 @@ class Noise:
             return 1.0
         return self.shift_at(pixels) / self.shift_at(round(self.reference_pixels))
 
-    def strengths_at(self, height: int, width: int) -> Float[np.ndarray, " c"]:
-        """The strengths in effect for latents of a size, without the adaptive part.
+    def strengths_at(self, height: int, width: int) -> Any:
+        """The strengths `[c]` in effect for latents of a size, without the adaptive part.
 
         The mean's SNR, at the last timestep and at any share of the timesteps, is what it is at the reference's size:
         `c'² = (V + c²) / k² - V'`, V the variance of a channel's mean without an offset, 1/N for white noise. On one
         and the same schedule (k = 1) this is nearly the same strength at every size; `c √N` is kept where the schedule
         is shifted by `k = √(N'/N)`. A channel without an offset has none at any size.
         """
+        whole = self._whole_strengths_at(height, width)
+        return whole if self._is_whole else self.weight * whole
+
+    def _whole_strengths_at(self, height: int, width: int) -> Float[np.ndarray, " c"]:
         pixels = height * width
         if not self.reference_pixels or pixels == self.reference_pixels:
             return self.strengths
@@ -119,9 +136,16 @@ class Noise:
         rest = np.maximum(total - self._mean_variance_at_reference(), 0.0)
         return np.where(effective > 0, np.sqrt(rest / self.share), 0.0)
 
-    def adaptive_scale_at(self, pixels: int) -> float:
+    def adaptive_scale_at(self, pixels: int) -> Any:
         """The adaptive scale in effect: a strength that is not small goes with `1 / k`."""
-        return self.adaptive_scale / self.shift_from_reference(pixels)
+        return self.weight * self.adaptive_scale / self.shift_from_reference(pixels)
+
+    def coloured_power(self, height: int, width: int) -> Any:
+        """Σ `[#c, h, w2]` in effect for latents of a size, without the offset; None: white."""
+        if self.spectrum is None:
+            return None
+        whole = self.spectrum(height, width)
+        return whole if self._is_whole else 1.0 + self.weight**2 * (whole - 1.0)
 
     @property
     def share(self) -> float:
@@ -177,8 +201,10 @@ class Noise:
             return jax.random.normal(jax.random.split(key)[0], shape)
         return self.draw(key, jnp.zeros(shape))
 
-    def power(self, height: int, width: int, timestep: Any = None) -> Float[np.ndarray, "c h w2"]:
-        """The expected power spectrum of `n_t`, a channel; by default of the last timestep."""
+    def power(self, height: int, width: int, timestep: Any = None) -> Any:
+        """The expected power spectrum `[c, h, w2]` of `n_t`, a channel; by default of the last timestep."""
+        if not self._is_whole:
+            return 1.0 + self.weight**2 * (self.weighted(1.0).power(height, width, timestep) - 1.0)
         spectrum = np.ones((1, height, width // 2 + 1)) if self.spectrum is None else self.spectrum(height, width)
         variance = self._shift_variance(height, width) * self._psi(timestep) ** 2
         power = np.repeat(spectrum, max(len(variance), len(spectrum)) // len(spectrum), 0)
@@ -187,6 +213,8 @@ class Noise:
 
     def variance(self, height: int, width: int, timestep: Any = None) -> Any:
         """The expected variance of a pixel of `n_t`, over channels; by default at the last timestep."""
+        if not self._is_whole:
+            return 1.0 + self.weight**2 * (self.weighted(1.0).variance(height, width, timestep) - 1.0)
         colours = 1.0 if self.spectrum is None else mean_power(self.spectrum(height, width), width).mean()
         return colours + self._psi(timestep) ** 2 * self._shift_variance(height, width).mean()
 
@@ -194,10 +222,11 @@ class Noise:
         return 1.0 if self.growth is None or timestep is None else self.growth(timestep)[0]
 
     def _coloured(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "c h w"]:
-        white = jax.random.normal(key, shape)
-        if self.spectrum is None:
+        white, power = jax.random.normal(key, shape), self.coloured_power(*shape[1:])
+        if power is None:
             return white
-        return colour(white, jnp.asarray(np.sqrt(self.spectrum(*shape[1:])), jnp.float32))
+        root = jnp.sqrt(power) if isinstance(power, jax.Array) else np.sqrt(power)
+        return colour(white, jnp.asarray(root, jnp.float32))
 
     def _strength(self, key: Key[Array, ""], latent: Float[Array, "c h w"]) -> Float[Array, "#c 1 1"]:
         strength = jnp.asarray(self.strengths_at(*latent.shape[1:]), jnp.float32)[:, None, None]
@@ -228,6 +257,25 @@ class Noise:
 
 
 PLAIN = Noise("offset", np.zeros(1))
+
+
+def weight_at(step: Any, num_steps: int, share: float) -> Any:
+    """w after so many steps of a training whose last `share` makes its noise plain, `(1 - cos π u) / 2`.
+
+    u goes from 1 to 0 over that share. w is flat at both ends: most of the way down is behind when a third is left, in
+    which the network gets used to noise that is nearly plain.
+
+    Args:
+        step: a number, for which w is one, or a traced one.
+    """
+    if share == 0:
+        return 1.0
+    if not isinstance(step, jax.Array):
+        left = min(max((num_steps - step) / (share * num_steps), 0.0), 1.0)
+        return 0.5 - 0.5 * math.cos(math.pi * left)
+    left = jnp.clip((num_steps - step) / (share * num_steps), 0.0, 1.0)
+    # The same bits wherever it is used.
+    return jax.lax.optimization_barrier(jnp.float32(0.5 - 0.5 * jnp.cos(jnp.pi * left)))
 
 
 def make_noise(config: ConfigDict, process: Process, downscale: int) -> Noise:
@@ -262,6 +310,7 @@ def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
         return "plain" + perturbed
     strengths = noise.strengths_at(height, width)
     text: str = noise.kind
+    left = f", at a weight of {noise.weight:.3g} beside plain noise" * (noise.weight != 1.0)
     if noise.kind == "pyramid":
         text += f" of {config.pyramid_levels} levels, discount {config.pyramid_discount:g}"
     if noise.kind == "spectral":
@@ -277,4 +326,4 @@ def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
     if noise.adaptive_scale:
         scale = noise.adaptive_scale_at(height * width)
         text += f", and {scale:.4g} times the absolute mean of a latent's channel"
-    return text + perturbed
+    return text + left + perturbed

@@ -126,12 +126,11 @@ class Process(Protocol):
     def scheduler(self, sampler: str, spacing: str, shift: float) -> dict[str, Any]:
         """`scheduler_config.json` of PyTorch diffusers' counterpart of a sampler: `_class_name` and its settings."""
 
-    def advice(self, shift: float, plain_share: float) -> str:
+    def advice(self, shift: float) -> str:
         """What a model's card says, besides the noise, to those who sample it elsewhere; "" for nothing.
 
         Args:
             shift: of the sampler's grid.
-            plain_share: of the standard deviation of a channel's mean in the noise of training, plain noise's.
         """
 
     def metadata(self) -> dict[str, str]:

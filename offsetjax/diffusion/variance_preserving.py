@@ -175,7 +175,7 @@ class VariancePreserving:
             **settings,
         }
 
-    def advice(self, shift: float, plain_share: float) -> str:
+    def advice(self, shift: float) -> str:
         return ""
 
     def metadata(self) -> dict[str, str]:
@@ -229,6 +229,11 @@ class VariancePreserving:
             values["noise.kind"] == "adjusted" and values["sample.spacing"] == "leading",
             "noise.kind = 'adjusted' needs sample.spacing = 'trailing': its shift is that of the last timestep, where "
             "leading spacing does not begin",
+        )
+        yield (
+            values["noise.kind"] == "adjusted" and values["noise.anneal"],
+            "noise.anneal cannot apply to noise.kind = 'adjusted', whose sampler has a table of the means for one "
+            "strength; use noise.kind = 'offset'",
         )
 
 

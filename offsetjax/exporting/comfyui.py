@@ -16,10 +16,11 @@ from offsetjax.models.pipeline import Pipeline, training_noise
 _PLACE = 'r"""{}"""'
 
 
-def comfyui_node(pipeline: Pipeline, config: ConfigDict, title: str) -> str:
+def comfyui_node(pipeline: Pipeline, config: ConfigDict, title: str, step: int) -> str:
     """The file's text.
 
     Args:
+        step: of the training, after which the noise is as strong as `noise.anneal` says.
         title: tells the nodes of several models apart.
     """
     text = (resources.files(__package__) / "comfyui_node.py.txt").read_text(encoding="utf-8")
@@ -27,7 +28,7 @@ def comfyui_node(pipeline: Pipeline, config: ConfigDict, title: str) -> str:
         "title": title,
         "channels": pipeline.autoencoder.latent_channels,
         "resolution": config.data.resolution,
-        **noise_parameters(training_noise(pipeline, config), config.noise),
+        **noise_parameters(training_noise(pipeline, config, step), config.noise),
     }
     return text.replace(_PLACE, repr(json.dumps(parameters)))
 
@@ -43,6 +44,7 @@ def noise_parameters(noise: Noise, config: ConfigDict) -> dict[str, Any]:
     }
     return {
         "kind": noise.kind,
+        "weight": noise.weight,
         "strengths": noise.strengths.tolist(),
         "reference_pixels": noise.reference_pixels,
         "shifts": _shifts(noise),

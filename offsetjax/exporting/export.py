@@ -95,7 +95,7 @@ def export(
             if form == "diffusers":
                 _write_directory(temporary, stored, dtype, int((max_shard_gb or 10.0) * 1e9), out.name)
             elif form == "comfyui_node":
-                temporary.write_text(comfyui_node(stored.pipeline, stored.config, out.stem))
+                temporary.write_text(comfyui_node(stored.pipeline, stored.config, out.stem, stored.step))
             elif form == "single_file":
                 _write_single_file(temporary, stored, dtype, out.stem)
             else:
@@ -145,10 +145,10 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
             )
     if is_diffusion:
         write_tokenizers(out, pipeline.family, pipeline.tokenizers)
-        scheduler = files.scheduler_config(_scheduler(stored, matched_sampler(pipeline, config)))
+        scheduler = files.scheduler_config(_scheduler(stored, matched_sampler(pipeline, config, stored.step)))
         files.write_scheduler(out, scheduler)
         (out / "README.md").write_text(model_card(pipeline, config, stored.step))
-        write_spectrum(out, pipeline, config)
+        write_spectrum(out, pipeline, config, stored.step)
         described = pipeline.family.files
         files.write_index(out, described.pipeline, scheduler["_class_name"], described.index(pipeline.settings))
 
@@ -218,11 +218,12 @@ def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator
         }
 
 
-def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict) -> None:
+def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict, step: int) -> None:
     """The deviation of each mode of coloured noise, which the card's recipe reads; an offset comes on top."""
-    noise, size = training_noise(pipeline, config), config.data.resolution // pipeline.autoencoder.downscale
-    if noise.spectrum is None:
+    noise, size = training_noise(pipeline, config, step), config.data.resolution // pipeline.autoencoder.downscale
+    power = noise.coloured_power(size, size)
+    if power is None:
         return
-    root = np.ascontiguousarray(np.sqrt(noise.spectrum(size, size)), np.float32)
+    root = np.ascontiguousarray(np.sqrt(power), np.float32)
     (out / SPECTRUM_FILE).parent.mkdir()
     (out / SPECTRUM_FILE).write_bytes(safetensors.numpy.save({"root_spectrum": root}))

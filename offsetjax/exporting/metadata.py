@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.diffusion.process import make_process
 from offsetjax.models.pipeline import Pipeline, training_noise
+from offsetjax.sampling.reach import start_in_words
 
 
 def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: str) -> dict[str, str]:
@@ -33,7 +34,8 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
         "modelspec.resolution": f"{side}x{side}",
         **described,
         "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
-        **_noise_names(pipeline, config),
+        "offsetjax.start": start_in_words(pipeline, config, step),
+        **_noise_names(pipeline, config, step),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
         "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
         "ss_learning_rate": repr(optimizer.learning_rate),
@@ -46,10 +48,13 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
     }
 
 
-def _noise_names(pipeline: Pipeline, config: ConfigDict) -> dict[str, str]:
-    """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None."""
+def _noise_names(pipeline: Pipeline, config: ConfigDict, step: int) -> dict[str, str]:
+    """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None.
+
+    The strength is what the step has left of it: what a start needs.
+    """
     noise, side = config.noise, config.data.resolution // pipeline.autoencoder.downscale
-    strength = float(f"{training_noise(pipeline, config).strengths_at(side, side).max():.6g}")
+    strength = float(f"{training_noise(pipeline, config, step).strengths_at(side, side).max():.6g}")
     return {
         "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
         "ss_noise_offset_random_strength": str(noise.random_strength),

@@ -1,22 +1,27 @@
 """The README.md of an exported model: what a PyTorch user needs to sample it from the noise of its training."""
 
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import Noise, describe
-from offsetjax.diffusion.process import Process, make_process
+from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.sampler import ANCESTRAL
 from offsetjax.models.pipeline import Pipeline, grid_shift, training_noise
+from offsetjax.sampling.reach import brightness_reach, start_in_words
 
 SPECTRUM_FILE = "noise/root_spectrum.safetensors"
 
+_FAILS = 0.5  # of the spread that a matched start returns, below which a plain one must not be used
 
-def matched_sampler(pipeline: Pipeline, config: ConfigDict) -> str:
+
+def matched_sampler(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
     """The sampler whose PyTorch scheduler needs nothing but matched initial latents.
 
     PyTorch's ancestral schedulers inject plain noise, which is right for plain and for `adjusted` noise alone; its
     deterministic ones are right for all noise but `adjusted`.
     """
-    noise, sampler = training_noise(pipeline, config), config.sample.sampler
+    noise, sampler = training_noise(pipeline, config, step), config.sample.sampler
     if noise.is_plain:
         return sampler
     process = make_process(config.schedule, pipeline.autoencoder.downscale)
@@ -27,10 +32,9 @@ def matched_sampler(pipeline: Pipeline, config: ConfigDict) -> str:
 
 def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
     """The text of README.md, with a recipe in PyTorch that runs in the model's folder."""
-    noise, process = training_noise(pipeline, config), make_process(config.schedule, pipeline.autoencoder.downscale)
-    size = config.data.resolution // pipeline.autoencoder.downscale
-    channels = pipeline.autoencoder.latent_channels
-    shift, plain_share = grid_shift(pipeline, config), float(noise.power(size, size)[:, 0, 0].max() ** -0.5)
+    channels, downscale = pipeline.autoencoder.latent_channels, pipeline.autoencoder.downscale
+    process, noise = make_process(config.schedule, downscale), training_noise(pipeline, config, step)
+    size = config.data.resolution // downscale
     return _CARD.format(
         step=step,
         pipeline=pipeline.family.files.pipeline,
@@ -46,15 +50,32 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
                 ("guidance_rescale", "guidance_rescale"),
             )
         ),
-        advice="\n\n".join(filter(None, (_scheduler_advice(noise, process), process.advice(shift, plain_share)))),
+        advice="\n\n".join(
+            (*_start_advice(pipeline, config, step), *filter(None, (process.advice(grid_shift(pipeline, config)),)))
+        ),
     )
 
 
-def _scheduler_advice(noise: Noise, process: Process) -> str:
+def _start_advice(pipeline: Pipeline, config: ConfigDict, step: int) -> Iterator[str]:
+    noise = training_noise(pipeline, config, step)
+    numbers = f"By the algebra of an exact denoiser, {start_in_words(pipeline, config, step)}."
     if noise.is_plain:
-        return "With plain noise, PyTorch's default start is the right one."
-    advice = _ANCESTRAL if noise.kind == "adjusted" and not process.includes_rate else _DETERMINISTIC
-    return f"{advice}\n\n{_COMFYUI}"
+        yield "With plain noise, PyTorch's default start is the right one."
+        if config.noise.anneal and not training_noise(pipeline, config).is_plain:
+            yield (
+                f"The noise of most of its training was {config.noise.kind} noise; over the last "
+                f"{config.noise.anneal:.3g} of it the noise became plain."
+            )
+        yield numbers
+        return
+    found = brightness_reach(pipeline, config, noise)
+    if found.plain < _FAILS * found.matched:
+        yield f"**Do not start it from plain noise**: pictures would come out alike in brightness. {numbers}"
+    else:
+        yield numbers
+    process = make_process(config.schedule, pipeline.autoencoder.downscale)
+    yield _ANCESTRAL if noise.kind == "adjusted" and not process.includes_rate else _DETERMINISTIC
+    yield _COMFYUI
 
 
 _CARD = """---

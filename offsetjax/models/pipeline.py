@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.diffusion.noise import Noise, make_noise
+from offsetjax.diffusion.noise import Noise, make_noise, weight_at
 from offsetjax.diffusion.process import make_process
 from offsetjax.errors import UserError
 from offsetjax.models import attention, lora
@@ -173,10 +173,15 @@ def _traced(model: Any, tracing: Tracing) -> Any:
     return replace(model, tracing=tracing)
 
 
-def training_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
-    """The noise that a config trains with."""
+def training_noise(pipeline: Pipeline, config: ConfigDict, step: Any = None) -> Noise:
+    """The noise that a config trains with.
+
+    Args:
+        step: after which, a number or a traced one; None: before `noise.anneal` makes any difference.
+    """
     downscale = pipeline.autoencoder.downscale
-    return make_noise(config.noise, make_process(config.schedule, downscale), downscale)
+    noise = make_noise(config.noise, make_process(config.schedule, downscale), downscale)
+    return noise if step is None else noise.weighted(weight_at(step, config.train.steps, config.noise.anneal))
 
 
 def adapter_scale(config: ConfigDict) -> float:

@@ -44,7 +44,7 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
         if variant or lora:
             raise UserError(f"sample: {path} is a work directory, to which --variant and --lora cannot apply")
         return load_trained(path)
-    config, pipeline, tensors = _open(path, variant, lora)
+    config, pipeline, tensors, step = _open(path, variant, lora)
     mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
     place = partial(sharding.shardings, mesh)
     weights = {}
@@ -53,7 +53,7 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
     frozen = {part: weights.pop(part) for part in frozen_parts(config)}
     if lora:
         weights = initial_trained(config, pipeline, place(abstract_trained(config, pipeline)))
-    return Trained(config, pipeline, weights, frozen, 0, "raw", mesh)
+    return Trained(config, pipeline, weights, frozen, step, "raw", mesh)
 
 
 def check_model(path: epath.PathLike) -> None:
@@ -68,8 +68,10 @@ def _is_workdir(path: epath.PathLike) -> bool:
     return all((epath.Path(path) / name).exists() for name in ("config.json", "checkpoints"))
 
 
-def _open(path: epath.PathLike, variant: str = "", lora: str = "") -> tuple[ConfigDict, Pipeline, dict[str, PyTree]]:
-    """The config of a model, its parts, and their tensors, which are not read yet."""
+def _open(
+    path: epath.PathLike, variant: str = "", lora: str = ""
+) -> tuple[ConfigDict, Pipeline, dict[str, PyTree], int]:
+    """The config of a model, its parts, their tensors, which are not read yet, and its step, as `_describe` says."""
     pretrained = open_checkpoint(path, variant)
     config = default_config()
     config.model.pretrained, config.model.variant = str(path), variant
@@ -82,13 +84,15 @@ def _open(path: epath.PathLike, variant: str = "", lora: str = "") -> tuple[Conf
     config.train.text_encoders = bool(lora and family_of(config).encoders)
     adopt_lora(config)
     pipeline = build(config, pretrained_tokenizers(config))
-    _describe(config, pipeline, pretrained)
-    parts = network_parts(config)
-    return config, pipeline, {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in parts}
+    step, parts = _describe(config, pipeline, pretrained), network_parts(config)
+    return config, pipeline, {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in parts}, step
 
 
-def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) -> None:
-    """Sets the noise and the size of the training, as far as the model's header tells."""
+def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) -> int:
+    """Sets the noise and the size of the training, as far as the model's header tells; returns its step.
+
+    That is 0 but where the noise depends on it.
+    """
     header = pretrained.metadata()
     size = re.fullmatch(r"(\d{1,5})x\d+", header.get("modelspec.resolution", ""))
     own = pipeline.denoiser.config["sample_size"] * pipeline.autoencoder.downscale
@@ -98,8 +102,13 @@ def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) ->
         for key in noise.keys() & config.noise.keys():
             with config.noise.ignore_type():
                 config.noise[key] = tuple(noise[key]) if isinstance(noise[key], list) else noise[key]
+        if config.noise.anneal:
+            config.train.steps, step = int(header["ss_max_train_steps"]), int(header["ss_steps"])
+        else:
+            step = 0
         validate(config)
-    except (UserError, ValueError, TypeError, AttributeError) as error:
+        return step
+    except (UserError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"sample: {pretrained.path}: what its header says of its noise cannot be read ({error}); export it again"
         ) from error

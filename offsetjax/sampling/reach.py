@@ -64,8 +64,9 @@ def about_data(config: ConfigDict) -> str:
 
 def training_advice(pipeline: Pipeline, config: ConfigDict) -> Iterator[str]:
     """One line where a training's sampler or density cannot reach the data's spread of brightness."""
-    found, steps = brightness_reach(pipeline, config), config.sample.num_steps
-    is_plain_start = config.sample.start_noise == "plain"
+    last = training_noise(pipeline, config, config.train.steps)
+    found, steps = brightness_reach(pipeline, config, last), config.sample.num_steps
+    is_plain_start = config.sample.start_noise == "plain" and not last.is_plain
     spread = found.plain if is_plain_start else found.matched
     facts = []
     if spread < ENOUGH:
@@ -77,13 +78,41 @@ def training_advice(pipeline: Pipeline, config: ConfigDict) -> Iterator[str]:
     if facts:
         remedy = _remedy(pipeline, config, found, is_plain_start)
         yield f"the spread of brightness: {', and '.join(facts)} ({about_data(config)}); {remedy}"
+    annealed, decay = round(config.noise.anneal * config.train.steps), config.optimizer.ema_decay
+    if annealed and decay and config.sample.params == "ema" and annealed * (1.0 - decay) < 6.0:
+        yield (
+            f"noise.anneal: over {annealed} steps the noise becomes plain, and optimizer.ema_decay = {decay:g} "
+            f"averages over some {1 / (1 - decay):.0f}, so that the average will not have forgotten it; anneal over "
+            f"{6 / (1 - decay):.0f} steps and more, or draw with sample.params = 'raw'"
+        )
 
 
-def start_warning(pipeline: Pipeline, config: ConfigDict) -> Iterator[str]:
-    """One line where pictures are drawn from plain noise by a model that was trained with another."""
-    if config.sample.start_noise != "plain" or training_noise(pipeline, config).is_plain:
+def start_in_words(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
+    """What the start of sampling is to the spread of brightness of a model, in numbers: a sentence.
+
+    Args:
+        step: of the model.
+    """
+    noise, sample = training_noise(pipeline, config, step), config.sample
+    found = brightness_reach(pipeline, config, noise)
+    text = (
+        f"of the data's spread of brightness {sample.num_steps} steps of {sample.sampler} return {found.matched:.0%} "
+    )
+    text += "from plain noise, the noise of training" if noise.is_plain else "from the noise of training"
+    text += "" if noise.is_plain else f", and {found.plain:.0%} from plain noise"
+    return f"{text}, {about_data(config)}"
+
+
+def start_warning(pipeline: Pipeline, config: ConfigDict, step: int) -> Iterator[str]:
+    """One line where pictures are drawn from plain noise by a model that was trained with another.
+
+    Args:
+        step: of the model.
+    """
+    noise = training_noise(pipeline, config, step)
+    if config.sample.start_noise != "plain" or noise.is_plain:
         return
-    found = brightness_reach(pipeline, config)
+    found = brightness_reach(pipeline, config, noise)
     if found.plain < found.matched:
         yield (
             f"a start of plain noise returns {found.plain:.0%} of the spread of brightness, the noise of training "
@@ -94,6 +123,8 @@ def start_warning(pipeline: Pipeline, config: ConfigDict) -> Iterator[str]:
 def _remedy(pipeline: Pipeline, config: ConfigDict, found: Reach, is_plain_start: bool) -> str:
     if is_plain_start and found.matched > found.plain + 0.05:
         return f"sample.start_noise='matched' returns {found.matched:.0%}"
+    if config.noise.anneal:
+        return f"noise.anneal=0 returns {brightness_reach(pipeline, config).matched:.0%}, from the noise of training"
     noise, best = training_noise(pipeline, config), (0.0, found)
     if noise.kind != "spectral":
         for strength in (each for each in _STRENGTHS if each > noise.strengths.max()):

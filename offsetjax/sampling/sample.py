@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -39,9 +39,10 @@ PixelSampler = Callable[..., Float[Array, "b 3 H W"]]
 
 @dataclass(frozen=True)
 class Sampler:
-    """`draw(params, frozen, input_ids, negative_ids, keys [b], shifts [b]) → uint8 [b, H, W, 3]`.
+    """`draw(params, frozen, input_ids, negative_ids, keys [b], shifts [b], step) → uint8 [b, H, W, 3]`.
 
-    Ids are by text encoder: those of the prompts [b, n], the negative prompt's [n].
+    Ids are by text encoder: those of the prompts [b, n], the negative prompt's [n]. The step is the parameters', by
+    which `noise.anneal` says how strong their noise is.
     """
 
     draw: Callable[..., UInt8[Array, "b H W 3"]]
@@ -71,11 +72,13 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
         negative_ids: Ids,
         keys: Key[Array, " b"],
         shifts: Float[Array, " b"],
+        step: Int[Array, ""] | None = None,
     ) -> UInt8[Array, "b H W 3"]:
-        start = start_noise(pipeline, config, keys)
+        start = start_noise(pipeline, config, keys, step)
         if config.sample.brightness:
-            start = set_brightness(pipeline, config, frozen[pipeline.family.autoencoder], start, shifts)
-        pixels = split(pixels_of(params, frozen, jax.tree.map(split, input_ids), negative_ids, split(start), keys))
+            start = set_brightness(pipeline, config, frozen[pipeline.family.autoencoder], start, shifts, step)
+        ids = jax.tree.map(split, input_ids)
+        pixels = split(pixels_of(params, frozen, ids, negative_ids, split(start), keys, step))
         return jnp.transpose(jnp.round(pixels * 255.0).astype(jnp.uint8), (0, 2, 3, 1))
 
     # What a device can decode at once shrinks fast as pictures grow: 16 of 512 px, one of 1024 px.
@@ -84,14 +87,17 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
     return Sampler(jitted, each * num_devices, num_devices)
 
 
-def sampling_noise(pipeline: Pipeline, config: ConfigDict) -> Noise:
+def sampling_noise(pipeline: Pipeline, config: ConfigDict, step: Any = None) -> Noise:
     """The noise that sampling starts from and injects: that of training, or by `sample.start_noise` plain noise.
 
     "plain" is how other programs sample: they know nothing of the noise of training, neither at the start nor later.
+
+    Args:
+        step: after which training's noise is meant, as of `training_noise`.
     """
     if config.sample.start_noise == "plain":
         return PLAIN
-    return training_noise(pipeline, config)
+    return training_noise(pipeline, config, step)
 
 
 def latent_shape(pipeline: Pipeline, config: ConfigDict) -> tuple[int, int, int]:
@@ -100,9 +106,11 @@ def latent_shape(pipeline: Pipeline, config: ConfigDict) -> tuple[int, int, int]
     return pipeline.autoencoder.latent_channels, size, size
 
 
-def start_noise(pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
-    """The `x_T` that sampling starts from, one for each key."""
-    noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
+def start_noise(
+    pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"], step: Any = None
+) -> Float[Array, "b c h w"]:
+    """The `x_T` that sampling starts from, one for each key, for parameters of a step."""
+    noise, shape = sampling_noise(pipeline, config, step), latent_shape(pipeline, config)
     return jax.vmap(lambda key: noise.start(key, shape))(keys)
 
 
@@ -112,6 +120,7 @@ def set_brightness(
     vae_params: PyTree,
     start: Float[Array, "b c h w"],
     shifts: Float[Array, " b"],
+    step: Any = None,
 ) -> Float[Array, "b c h w"]:
     """The same start with its mean moved to a given place between dark and bright.
 
@@ -120,10 +129,10 @@ def set_brightness(
     and all that is not the mean, stay. A deterministic sampler takes a brighter start to a brighter picture.
     """
     channels, height, width = latent_shape(pipeline, config)
-    power = sampling_noise(pipeline, config).power(height, width)[:, 0, 0]
-    if not power.all():
+    if not sampling_noise(pipeline, config).power(height, width)[:, 0, 0].all():
         raise UserError("sample: --brightness cannot apply: the noise has no power at f = 0, so every mean is the same")
-    deviation = jnp.asarray(np.sqrt(np.broadcast_to(power, channels) / (height * width)), jnp.float32)
+    power = sampling_noise(pipeline, config, step).power(height, width)[:, 0, 0]
+    deviation = jnp.sqrt(jnp.broadcast_to(jnp.asarray(power, jnp.float32), channels) / (height * width))
     black_and_white = jnp.stack([jnp.full((3, config.data.resolution, config.data.resolution), x) for x in (-1.0, 1.0)])
     black, white = pipeline.autoencoder.encode(vae_params, black_and_white)[0].mean((2, 3))
     direction = (white - black) / deviation
@@ -133,9 +142,9 @@ def set_brightness(
 
 
 def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
-    """The pure `(trained, frozen, input_ids, negative_ids, start [b, c, h, w], keys [b]) → pixels`, as `Sampler.draw`.
+    """The pure `(trained, frozen, input_ids, negative_ids, start, keys, step) → pixels`, as `Sampler.draw`.
 
-    Pixels are in [0, 1].
+    The start is `[b, c, h, w]`, and pixels are in [0, 1].
 
     The keys are those of the noise that ancestral samplers inject; the others have no use for them.
     """
@@ -158,8 +167,10 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
         negative_ids: Ids,
         start: Float[Array, "b c h w"],
         keys: Key[Array, " b"] | None = None,
+        step: Int[Array, ""] | None = None,
     ) -> Float[Array, "b 3 H W"]:
         params, count = join(trained, frozen), len(start)
+        injected = sampling_noise(pipeline, config, step)
         is_guided = sample.guidance_scale != 1.0
         ids = input_ids
         if is_guided:
@@ -177,7 +188,7 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
 
         def inject(index):
             def draw_one(key):
-                return noise.inject(jax.random.fold_in(jax.random.fold_in(key, 5), index), shape)
+                return injected.inject(jax.random.fold_in(jax.random.fold_in(key, 5), index), shape)
 
             return jax.vmap(draw_one)(keys)
 
@@ -202,10 +213,14 @@ def draw_pictures(
     frozen: PyTree,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    step: int,
 ) -> list[Picture]:
     """A picture for each prompt, seed and value of `sample.brightness`.
 
     One seed starts from the same noise for every prompt; with `sample.brightness`, but for its mean.
+
+    Args:
+        step: of the parameters.
     """
     shifts = config.sample.brightness or (None,)
     requests = [(prompt, seed, shift) for prompt in prompts for seed in seeds for shift in shifts]
@@ -220,7 +235,8 @@ def draw_pictures(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([seed for _, seed, _ in padded], jnp.uint32))
         input_ids = pipeline.tokenize([prompt for prompt, *_ in padded])
         moved = np.array([shift or 0.0 for *_, shift in padded], np.float32)
-        images = jax.device_get(sampler.draw(params, frozen, input_ids, negative_ids, keys, moved))
+        given = (params, frozen, input_ids, negative_ids, keys, moved, np.int32(step))
+        images = jax.device_get(sampler.draw(*given))
         pictures += [Picture(*request[:2], image, request[2]) for request, image in zip(chunk, images, strict=False)]
     return pictures
 
@@ -251,12 +267,13 @@ def draw_model(
     if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
     side = config.data.resolution // model.pipeline.autoencoder.downscale
-    started = describe(sampling_noise(model.pipeline, config), config.noise, side, side)
+    started = describe(sampling_noise(model.pipeline, config, model.step), config.noise, side, side)
     _log.info("starts from %s noise: %s", config.sample.start_noise, started)
-    for line in start_warning(model.pipeline, config):
+    for line in start_warning(model.pipeline, config, model.step):
         _log.warning("%s", line)
     sampler = make_sampler(model.pipeline, config, model.mesh)
-    pictures = draw_pictures(sampler, model.pipeline, config, model.params, model.frozen, prompts, seeds)
+    given = (model.params, model.frozen, prompts, seeds, model.step)
+    pictures = draw_pictures(sampler, model.pipeline, config, *given)
     for picture in pictures:
         _log.info("%s  seed %d  brightness %.3f", picture.prompt or "(no prompt)", picture.seed, picture.brightness)
     return pictures, about_samples(config, model.step, model.which)

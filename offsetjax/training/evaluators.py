@@ -76,9 +76,11 @@ def _evaluated(run: Run, state: TrainState) -> PyTree:
     return state.ema_params if run.config.sample.params == "ema" else state.params
 
 
-def _draw(run: Run, sampler: Sampler, state: TrainState, prompts: tuple[str, ...], num_seeds: int) -> list[Picture]:
+def _draw(
+    run: Run, sampler: Sampler, state: TrainState, step: int, prompts: tuple[str, ...], num_seeds: int
+) -> list[Picture]:
     params = _evaluated(run, state)
-    return draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, prompts, range(num_seeds))
+    return draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, prompts, range(num_seeds), step)
 
 
 def _about(run: Run, step: int) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def _sample(run: Run, sampler: Sampler) -> Evaluate:
     sample = run.config.sample
 
     def evaluate(state: TrainState, step: int) -> Evaluation:
-        pictures = _draw(run, sampler, state, sample.prompts, sample.seeds_per_prompt)
+        pictures = _draw(run, sampler, state, step, sample.prompts, sample.seeds_per_prompt)
         return Evaluation(images={f"step_{step}": pictures}, about=_about(run, step))
 
     return evaluate
@@ -100,7 +102,7 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
     measured = functools.cache(lambda: data_brightness(source, run.config.data.resolution))
 
     def evaluate(state: TrainState, step: int) -> Evaluation:
-        pictures = _draw(run, sampler, state, probe.prompts, probe.seeds_per_prompt)
+        pictures = _draw(run, sampler, state, step, probe.prompts, probe.seeds_per_prompt)
         if jax.process_index() != 0:  # who writes no metrics need not read the data for them
             return Evaluation()
         values = compare([picture.brightness for picture in pictures], measured())
@@ -125,12 +127,11 @@ def _validation(run: Run, source: Source) -> Evaluate:
     pipeline = dataclasses.replace(as_trained, parts={**as_trained.parts, **exact})
     losses = jax.jit(
         make_losses(pipeline, config, run.mesh),
-        in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated),
+        in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated, replicated),
         out_shardings=replicated,
     )
 
     def evaluate(state: TrainState, step: int) -> Evaluation:
-        del step
-        return Evaluation(validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen))
+        return Evaluation(validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen, step))
 
     return evaluate

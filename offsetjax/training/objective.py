@@ -37,11 +37,10 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     text encoder, int32 [b, n]; `time_ids` float32 [b, 6] and `position` int32 [b].
     """
     process, density = make_process(config.schedule, pipeline.autoencoder.downscale), make_density(config)
-    noises = training_noise(pipeline, config)
     empty_ids = pipeline.tokens("").input_ids
 
     def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
-        params = join(trained, frozen)
+        params, noises = join(trained, frozen), training_noise(pipeline, config, step)
 
         def keys(name: str) -> Key[Array, " b"]:
             return batch_keys(config.seed, name, step, batch)

@@ -32,7 +32,8 @@ def summary(
     yield f"steps: {train.steps:,} of {train.global_batch_size} examples{parts}, {epochs:.3g} epochs"
     if config.task == "diffusion":
         side = config.data.resolution // pipeline.autoencoder.downscale
-        yield f"noise: {describe(training_noise(pipeline, config), config.noise, side, side)}"
+        vanishing = f"; plain over the last {config.noise.anneal:.3g} of the training" * (config.noise.anneal > 0)
+        yield f"noise: {describe(training_noise(pipeline, config), config.noise, side, side)}{vanishing}"
     trained = abstract_trained(config, pipeline)
     rank = f" in adapters of rank {config.lora.rank}" if config.lora.rank else ""
     yield f"trained: {_counted({part: _size(params) for part, params in trained.items()})}{rank}"

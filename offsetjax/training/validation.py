@@ -25,8 +25,8 @@ from offsetjax.parallel import fsdp, sharding
 from offsetjax.rng import stream_key
 from offsetjax.training.objective import Batch, add_position
 
-# trained, frozen, batch, its number, count of examples → the sum over the batch, for each noise and timestep
-Losses = Callable[[PyTree, PyTree, Batch, Int[Array, ""], Int[Array, ""]], dict[str, Float[Array, " t"]]]
+# trained, frozen, batch, its number, count of examples, step → the sum over the batch, for each noise and timestep
+Losses = Callable[..., dict[str, Float[Array, " t"]]]
 
 
 def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> Losses:
@@ -37,14 +37,17 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
     """
     process = make_process(config.schedule, pipeline.autoencoder.downscale)
     empty_ids = pipeline.tokens("").input_ids
-    noises = {"plain": PLAIN}
-    training = training_noise(pipeline, config)
-    if not training.is_plain:
-        noises["training"] = training
+    is_plain = training_noise(pipeline, config).is_plain
 
     def sums(
-        trained: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
+        trained: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        number: Int[Array, ""],
+        count: Int[Array, ""],
+        step: Int[Array, ""],
     ) -> dict[str, Float[Array, " t"]]:
+        noises = {"plain": PLAIN} | ({} if is_plain else {"training": training_noise(pipeline, config, step)})
         params = join(trained, frozen)
         # The posterior's mean: a draw from it would only add noise to the curve.
         means, _ = batch_moments(pipeline.autoencoder, params.get(pipeline.family.autoencoder), batch)
@@ -70,23 +73,33 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
     on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.dtypes) if mesh else sums
 
     def losses(
-        trained: PyTree, frozen: PyTree, batch: Batch, number: Int[Array, ""], count: Int[Array, ""]
+        trained: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        number: Int[Array, ""],
+        count: Int[Array, ""],
+        step: Int[Array, ""],
     ) -> dict[str, Float[Array, " t"]]:
-        return on_devices(trained, frozen, add_position(batch, config.train.global_batch_size), number, count)
+        return on_devices(trained, frozen, add_position(batch, config.train.global_batch_size), number, count, step)
 
     return losses
 
 
 def validate(
-    losses: Losses, config: ConfigDict, stream: Stream, mesh: Mesh, params: PyTree, frozen: PyTree
+    losses: Losses, config: ConfigDict, stream: Stream, mesh: Mesh, params: PyTree, frozen: PyTree, step: int = 0
 ) -> dict[str, float]:
-    """The mean of each noise, over pictures and timesteps, and at each timestep: `validation_plain`, `…_t999`."""
+    """The mean of each noise, over pictures and timesteps, and at each timestep: `validation_plain`, `…_t999`.
+
+    Args:
+        step: after which the training's noise is as strong as `noise.anneal` says.
+    """
     count = num_examples(config, stream)
     host_batches = stream.iterator()
     try:
         batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.global_batch_size, ahead=0)
         numbers = range(-(-count // stream.global_batch_size))
-        sums = [losses(params, frozen, next(batches), jnp.int32(number), jnp.int32(count)) for number in numbers]
+        given = [(jnp.int32(number), jnp.int32(count), jnp.int32(step)) for number in numbers]
+        sums = [losses(params, frozen, next(batches), *each) for each in given]
     finally:
         host_batches.close()
     total = jax.tree.map(lambda *values: sum(values) / count, *jax.device_get(sums))

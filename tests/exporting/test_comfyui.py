@@ -37,7 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def nodes_of(title: str = 'A "model" \\ ü', **changes: Any) -> dict[str, Any]:
     config = tiny.tiny_config(**changes)
     names: dict[str, Any] = {}
-    exec(compile(comfyui_node(build(config), config, title), "node.py", "exec"), names)
+    exec(compile(comfyui_node(build(config), config, title, 0), "node.py", "exec"), names)
     return names
 
 

@@ -59,7 +59,7 @@ def test_the_recipes_latents_are_distributed_like_our_start(
 ) -> None:
     config = tiny.tiny_config(**NOISES[name])
     pipeline = build(config)
-    write_spectrum(tmp_path, pipeline, config)
+    write_spectrum(tmp_path, pipeline, config, 1)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {"torch": torch, "b": COUNT}
@@ -90,7 +90,7 @@ def test_the_recipes_latents_are_distributed_like_our_start(
 )
 def test_the_exported_scheduler_needs_no_more_than_the_start(noise: str, sampler: str, expected: str) -> None:
     config = tiny.tiny_config(**NOISES[noise], sample__sampler=sampler)
-    assert matched_sampler(build(config), config) == expected
+    assert matched_sampler(build(config), config, 1) == expected
 
 
 def test_the_whole_recipe_runs_in_the_exported_folder(

@@ -52,13 +52,13 @@ def test_a_plain_start_of_an_offset_model_is_a_failure() -> None:
         "sample.start_noise='matched' returns 95%"
     )
     config = tiny.tiny_config(**{**FLOW, **changes})
-    [warning] = start_warning(build(config), config)
+    [warning] = start_warning(build(config), config, 0)
     assert warning.startswith(
         "a start of plain noise returns 7% of the spread of brightness, the noise of training 95%"
     )
     for quiet in ({"noise__offset_strength": 0.0}, {"sample__start_noise": "matched"}):
         config = tiny.tiny_config(**{**FLOW, **changes, **quiet})
-        assert list(start_warning(build(config), config)) == []
+        assert list(start_warning(build(config), config, 0)) == []
 
 
 def test_the_present_process_in_its_own_terms() -> None:

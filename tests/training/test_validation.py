@@ -49,7 +49,7 @@ def _parts(base: pathlib.Path, config: ConfigDict, mesh: Mesh) -> tuple[Pipeline
     return pipeline, load_frozen(folder, pipeline, frozen_parts(config), partial(shardings, mesh))
 
 
-def _validate(base: pathlib.Path, *, fsdp: int = 1, **changes: Any) -> dict[str, float]:
+def _validate(base: pathlib.Path, *, fsdp: int = 1, step: int = 0, **changes: Any) -> dict[str, float]:
     """The losses of one fixed model on 5 pictures."""
     settings = {"validation__num_examples": 5, "validation__timesteps": TIMESTEPS, "data__random_flip": False}
     config = tiny_config(data_path(base), **settings, **changes)
@@ -60,7 +60,7 @@ def _validate(base: pathlib.Path, *, fsdp: int = 1, **changes: Any) -> dict[str,
     stream_config.seed = 0
     stream = open_stream(stream_config, pipeline, open_source(config.data.path))
     losses = jax.jit(make_losses(pipeline, config, mesh))
-    return validate(losses, config, stream, mesh, params, frozen)
+    return validate(losses, config, stream, mesh, params, frozen, step)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,13 @@ def test_no_offset_leaks_into_the_plain_curve(
     assert bool(training) == (noise.get("noise__offset_strength", 0) > 0 or "noise__kind" in noise)
     if training:
         assert seen["validation_training"] != plain["validation_plain"]
+
+
+def test_the_training_curve_ends_in_the_plain_one_where_the_noise_becomes_plain(base: pathlib.Path) -> None:
+    annealed = {"noise__offset_strength": 0.5, "noise__anneal": 0.5, "train__steps": 100}
+    end = _validate(base, step=100, **annealed)
+    for timestep in ("", *(f"_t{each}" for each in TIMESTEPS)):
+        assert end[f"validation_training{timestep}"] == pytest.approx(end[f"validation_plain{timestep}"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

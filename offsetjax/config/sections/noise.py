@@ -116,6 +116,14 @@ NOISE = Section(
             "pixels",
         ),
         Field(
+            "anneal",
+            float,
+            0.0,
+            Range(lambda value: 0 <= value <= 1, "at least 0 and at most 1"),
+            "the fraction of the training at its end over which the noise becomes plain, and with it the model's start",
+            "of train.steps",
+        ),
+        Field(
             "calibration",
             str,
             "",
