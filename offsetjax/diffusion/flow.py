@@ -121,7 +121,7 @@ class Flow:
             line = np.flip(1.0 - np.linspace(1.0, 1.0 / count, num_steps + 1))
         if sampler == "unipc":
             line = np.linspace(1.0, 1.0 / count, num_steps + 1)
-        sigma = shifted(line, shift)[:num_steps]
+        sigma = np.minimum(shifted(line, shift), 1.0)[:num_steps]  # for some shifts rounding leads beyond all noise
         if sampler == "unipc" and abs(sigma[0] - 1.0) < _EPSILON:
             sigma[0] -= _EPSILON
         after = np.append(sigma[1:], 0.0)
