@@ -12,6 +12,14 @@ SOURCES: Registry[Any] = Registry(
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer.name", "offsetjax.optimizers", {"adamw": "offsetjax.training.optimizer:adamw"}
 )
+TASKS: Registry[Any] = Registry(
+    "task",
+    "offsetjax.tasks",
+    {
+        "diffusion": "offsetjax.training.diffusion:DIFFUSION",
+        "autoencoder": "offsetjax.training.autoencoder:AUTOENCODER",
+    },
+)
 WRITERS: Registry[Any] = Registry(
     "train.writers",
     "offsetjax.writers",

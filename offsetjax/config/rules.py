@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from offsetjax.config.families import FAMILIES, family_of_values
+from offsetjax.config.registries import TASKS
 from offsetjax.config.schema import default_config
 from offsetjax.config.settings import flatten
 from offsetjax.diffusion.process import PROCESSES
@@ -84,7 +85,7 @@ def _model(values: Values) -> Wrongs:
     )
     is_drawn = not values["model.pretrained"] or family.denoiser in values["model.from_scratch"]
     yield (
-        has_adapters and is_drawn and values["task"] == "diffusion",
+        has_adapters and is_drawn and TASKS[values["task"]].denoises,
         f"lora.rank needs a model to adapt: set model.pretrained, with {family.denoiser} not in model.from_scratch, or "
         "lora.rank = 0",
     )
@@ -92,7 +93,7 @@ def _model(values: Values) -> Wrongs:
 
 def _text_encoders(values: Values) -> Wrongs:
     """What says how text encoders are trained, where none is."""
-    if values["task"] != "diffusion":  # `_task` says so
+    if not TASKS[values["task"]].denoises:  # `_task` says so
         return
     rate, learns = "optimizer.text_encoder_learning_rate", values["train.text_encoders"]
     yield (
@@ -250,48 +251,8 @@ def _spectrum(values: Values) -> Wrongs:
 
 
 def _task(values: Values) -> Wrongs:
-    """What the task does not read.
-
-    An autoencoder's training may name the other networks, as presets do, and how a picture is drawn: no picture is
-    asked for.
-    """
-    defaults = dict(flatten(default_config()))
-    if values["task"] != "autoencoder":
-        yield (
-            values["loss.kl_weight"] != defaults["loss.kl_weight"],
-            f"loss.kl_weight cannot apply to task = {values['task']!r}, which trains no autoencoder; set it back",
-        )
-        return
-    sections = ("encode.", "lora.", "noise.", "schedule.", "timesteps.")
-    named_by_presets = ("schedule.prediction_type",)
-    others = (
-        "data.cached_latents",
-        "model.attention",
-        "model.remat",
-        "model.scan_layers",
-        "loss.min_snr_gamma",
-        "loss.min_timestep",
-        "loss.max_timestep",
-        "loss.weighting",
-        "train.text_encoders",
-        "optimizer.text_encoder_learning_rate",
-        "sample.every_steps",
-        "sample.prompts",
-        "sample.brightness",
-        "validation.every_steps",
-        "probe.every_steps",
-    )
-    wrong = [
-        path
-        for path, value in values.items()
-        if (path.startswith(sections) or path in others)
-        and path not in named_by_presets
-        and value not in (defaults[path], 0, "", ())
-    ]
-    if set(values["model.from_scratch"]) - {family_of_values(values).autoencoder}:
-        wrong.append("model.from_scratch")
-    back = "it" if len(wrong) == 1 else "them"
-    yield wrong, f"{', '.join(wrong)} cannot apply to task = 'autoencoder'; set {back} back"
+    """What the task does not read."""
+    yield from TASKS[values["task"]].rules(values)
 
 
 def _sampling(values: Values) -> Wrongs:

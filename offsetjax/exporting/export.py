@@ -34,6 +34,7 @@ from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.leftovers import unfinished_name
 from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 from offsetjax.models.workdir import Stored, open_stored
 
@@ -80,8 +81,9 @@ def export(
     if max_shard_gb is not None and (form != "diffusers" or not 0 < max_shard_gb < math.inf):
         raise UserError(f"export: --max_shard_gb={max_shard_gb} must be above 0, and needs --format=diffusers")
     stored = open_stored(workdir, step, params)
-    if form != "diffusers" and stored.config.task == "autoencoder":
-        raise UserError(f"export: {workdir} trained an autoencoder alone; use --format=diffusers")
+    task = task_of(stored.config)
+    if form not in task.formats:
+        raise UserError(f"export: {workdir} trained {task.title}; use --format={' or '.join(task.formats)}")
     if form == "lora" and not stored.config.lora.rank:
         raise UserError(
             f"export: {workdir} trained whole weights (lora.rank = 0); use --format=diffusers or single_file"
@@ -128,7 +130,6 @@ def _check_layout(family: Family, form: str, lora_keys: str) -> None:
 
 def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_bytes: int, title: str) -> None:
     config, pipeline = stored.config, stored.pipeline
-    is_diffusion = config.task == "diffusion"
     parts = {part: stored.part(part) for part in network_parts(config)}
     with _progress(out.name, parts) as parts:
         for part, tensors in parts.items():
@@ -143,7 +144,7 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
                 metadata=metadata,
                 max_shard_bytes=max_shard_bytes,
             )
-    if is_diffusion:
+    if task_of(config).denoises:
         write_tokenizers(out, pipeline.family, pipeline.tokenizers)
         scheduler = files.scheduler_config(_scheduler(stored, matched_sampler(pipeline, config, stored.step)))
         files.write_scheduler(out, scheduler)

@@ -19,6 +19,7 @@ from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import Pipeline, build, trained_parts
 from offsetjax.models.resolve import is_from_scratch
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, load, on_host
 from offsetjax.parallel.sharding import path_name
 from offsetjax.rng import stream_key
@@ -68,7 +69,7 @@ def initial_tensors(config: ConfigDict, part: str, model: Any) -> dict[str, Tens
 
 def carried_tensors(config: ConfigDict) -> dict[str, Tensor]:
     """What a single file has beyond the parts, kept so that an export can give it back."""
-    if not config.model.pretrained or config.task != "diffusion":
+    if not config.model.pretrained or not task_of(config).denoises:
         return {}
     return open_checkpoint(config.model.pretrained, config.model.variant).carried()
 

@@ -16,6 +16,7 @@ from offsetjax.errors import UserError
 from offsetjax.models import attention, lora
 from offsetjax.models.family import Conditions, Family, Tokens, family_of
 from offsetjax.models.lora import Adapted
+from offsetjax.models.task import task_of
 from offsetjax.models.tracing import Tracing
 
 _SHARDS_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for whole ones would be a second copy
@@ -88,17 +89,13 @@ class Named:
 
 
 def network_parts(config: ConfigDict) -> tuple[str, ...]:
-    """The parts with weights that `config.task` needs."""
-    family = family_of(config)
-    return (family.autoencoder,) if config.task == "autoencoder" else family.parts
+    """The parts with weights that a run needs."""
+    return task_of(config).parts(family_of(config))
 
 
 def trained_parts(config: ConfigDict) -> tuple[str, ...]:
     """The parts that a run trains, whole or by their adapters."""
-    family = family_of(config)
-    if config.task == "autoencoder":
-        return (family.autoencoder,)
-    return (family.denoiser, *(family.encoders if config.train.text_encoders else ()))
+    return task_of(config).trained(family_of(config), config.train.text_encoders)
 
 
 def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
@@ -159,7 +156,7 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shar
     is_scanned = scan == "always" or (scan == "auto" and num_shards >= _SHARDS_TO_SCAN)
 
     family, parts = pipeline.family, dict(pipeline.parts)
-    if config.task == "diffusion" and family.encodes_in_half:
+    if family.autoencoder not in trained_parts(config) and family.encodes_in_half:
         parts[family.autoencoder] = replace(pipeline.autoencoder, dtype=pipeline.denoiser.dtype)
     trained = lora.ARRAYS if isinstance(pipeline.denoiser, Adapted) else None
     parts[family.denoiser] = _traced(pipeline.denoiser, Tracing(kernel, config.model.remat, is_scanned, trained))

@@ -14,6 +14,7 @@ from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained
 from offsetjax.models.family import FAMILIES, Family, family_of, open_checkpoint
 from offsetjax.models.pipeline import network_parts
+from offsetjax.models.task import task_of
 
 _log = logging.getLogger("offsetjax")
 
@@ -40,16 +41,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
-    if pretrained.family and config.task == "diffusion" and config.model.family not in ("", pretrained.family):
+    denoises = task_of(config).denoises
+    if pretrained.family and denoises and config.model.family not in ("", pretrained.family):
         title = FAMILIES[pretrained.family].title
         raise UserError(
             f"config: model.family = {config.model.family!r}, but {pretrained.path} is a {title} "
             f"model ({pretrained.family}); give another model.pretrained, or leave model.family out"
         )
-    if config.task == "diffusion" and pretrained.family:
+    if denoises and pretrained.family:
         assign(config, "model.family", pretrained.family, explicit=False)
     sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config, part)}
-    if config.task == "diffusion" and not is_from_scratch(config, family_of(config).denoiser):
+    if denoises and not is_from_scratch(config, family_of(config).denoiser):
         sections["scheduler"] = config.schedule
     declared, family = fields(), family_of(config)
     denoiser = family.denoiser
@@ -72,7 +74,7 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
             value = _normalise(stored[key], key, len(section.get("block_out_channels", ())), section[key])
             _check_value(f"model.pretrained: {pretrained.path}: {part} has {key}", declared[prefix + key], value)
             _adopt_value(config, prefix + key, value, pretrained, denoiser if part == "scheduler" else part)
-    if config.task == "diffusion" and pretrained.has("model_index"):
+    if denoises and pretrained.has("model_index"):
         path, index = "model.force_zeros_for_empty_prompt", pretrained.read_config("model_index")
         zeros = bool(index.get("force_zeros_for_empty_prompt", False))
         if "force_zeros_for_empty_prompt" in index or not is_explicit(config, path):
@@ -129,14 +131,14 @@ def check_architecture(config: ConfigDict) -> None:
     if (vae.get("in_channels", 3), vae.get("out_channels", 3)) != (3, 3):
         where = f"model.{family.autoencoder}"
         raise UserError(f"config: {where}.in_channels and {where}.out_channels must be 3: red, green and blue")
-    if config.task == "diffusion":
+    if task_of(config).denoises:
         family.check(config.model)
 
 
 def check_resolution(config: ConfigDict) -> None:
     """Raises a UserError unless pictures of `data.resolution` can be halved as often as the networks do."""
     family = family_of(config)
-    networks = (family.autoencoder, family.denoiser) if config.task == "diffusion" else (family.autoencoder,)
+    networks = [part for part in (family.autoencoder, family.denoiser) if part in network_parts(config)]
     unit = family.resolution_unit(config.model, networks)
     if config.data.resolution % unit:
         raise UserError(

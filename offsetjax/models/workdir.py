@@ -21,6 +21,7 @@ from offsetjax.models.family import family_of
 from offsetjax.models.initial import abstract_trained
 from offsetjax.models.lora import merged_tensors
 from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_parts
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import frozen_tensors, load_frozen, read_tokenizers
 from offsetjax.parallel import sharding
 from offsetjax.storage import checkpoint, digests
@@ -133,7 +134,7 @@ def _open(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipel
         raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
     pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config)))
-    if config.task == "diffusion" and len(pipeline.tokenizers) != len(pipeline.family.encoders):
+    if task_of(config).denoises and len(pipeline.tokenizers) != len(pipeline.family.encoders):
         raise UserError(f"workdir: {folder / 'frozen'} lacks a tokenizer; restore it from a copy")
     digests.check(folder / "frozen")
     return config, pipeline, which

@@ -39,6 +39,7 @@ from offsetjax.files import check_file, write_whole
 from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.encode import to_unit_range
 from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.task import task_of
 from offsetjax.parallel import sharding
 from offsetjax.plots import png
 from offsetjax.prepare.latents import open_vae
@@ -65,7 +66,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         raise UserError(f"calibrate: --out={out} must end in .json")
     if not 0 < target < math.inf:
         raise UserError(f"calibrate: --target_snr={target} must be above 0")
-    if config.task != "diffusion":
+    if not task_of(config).denoises:
         raise UserError(
             f"calibrate: task = {config.task!r} noises no latents; give the config of the diffusion training"
         )

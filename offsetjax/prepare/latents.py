@@ -33,6 +33,7 @@ from offsetjax.models.encode import encode_moments
 from offsetjax.models.initial import initial_params
 from offsetjax.models.pipeline import Pipeline, build
 from offsetjax.models.resolve import check_resolution, resolve
+from offsetjax.models.task import task_of
 from offsetjax.parallel.processes import barrier
 from offsetjax.progress import tracked
 from offsetjax.training.setup import Statistics, check_cache, latent_statistics
@@ -54,7 +55,7 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
     Raises:
         UserError: a mistake in the config or the data, a picture that cannot be decoded, or what is in `out`.
     """
-    if config.task != "diffusion":
+    if not task_of(config).denoises:
         raise UserError(
             f"data: task = {config.task!r} trains what encodes; give `data encode` the config of the diffusion training"
         )

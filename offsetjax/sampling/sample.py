@@ -25,6 +25,7 @@ from offsetjax.models.encode import encode_captions
 from offsetjax.models.family import Ids
 from offsetjax.models.pipeline import Pipeline, grid_shift, join, training_noise
 from offsetjax.models.resolve import check_resolution
+from offsetjax.models.task import task_of
 from offsetjax.models.workdir import Trained, load_trained
 from offsetjax.parallel import sharding
 from offsetjax.rng import stream_key
@@ -259,8 +260,8 @@ def draw_model(
         UserError: the model draws nothing from prompts, or a setting is out of range.
     """
     config = model.config.copy_and_resolve_references()
-    if config.task != "diffusion":
-        raise UserError("sample: this is the training of an autoencoder, which draws nothing from prompts")
+    if not task_of(config).denoises:
+        raise UserError(f"sample: this is the training of {task_of(config).title}, which draws nothing from prompts")
     config.sample.update(settings)
     validate(config)
     check_resolution(config)

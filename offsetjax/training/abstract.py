@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.models.initial import abstract_trained, new_tokenizers, pretrained_tokenizers
 from offsetjax.models.pipeline import Pipeline, build, for_training, frozen_parts
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, stored_dtype
 from offsetjax.training.flops import count_flops
 from offsetjax.training.objective import add_position, make_objective
@@ -18,7 +19,7 @@ from offsetjax.training.step import TrainState, init_state
 
 def abstract_pipeline(config: ConfigDict) -> Pipeline:
     """The parts, with tokenizers that have read no caption: a program depends on the captions' length alone."""
-    if config.task == "autoencoder":
+    if not task_of(config).denoises:
         return build(config)
     if (tokenizers := pretrained_tokenizers(config)) is None:
         tokenizers = new_tokenizers(config, ("",))

@@ -16,9 +16,9 @@ from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.initial import abstract_trained
 from offsetjax.models.pipeline import Pipeline, build, for_training
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import read_tokenizers
 from offsetjax.parallel import sharding
-from offsetjax.sampling.reach import training_advice
 from offsetjax.training.setup import reopened, settled
 from offsetjax.training.summary import GIB, free_bytes, state_bytes, summary
 from offsetjax.training.validation import check_apart
@@ -56,19 +56,19 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
     source = found.of(lambda: open_data(data))
     if source:
         found.of(lambda: _check_records(source, data.resolution))
-        if config.validation.every_steps and config.task == "diffusion":
+        if config.validation.every_steps:
             found.of(lambda: _check_held_out(config, source))
     mesh = found.of(lambda: sharding.make_mesh(config))
     ready = found.of(lambda: _ready(config, folder, source)) if source else None
     if source and mesh and ready:
         resolved, pipeline = ready
-        if resolved.task == "diffusion":
+        if task_of(resolved).denoises:
             platform = mesh.devices.flat[0].platform
             found.of(lambda: for_training(pipeline, resolved, platform, mesh.shape["fsdp"]))
         found.notes += _long_prompts(resolved, pipeline)
         found.of(lambda: _check_room(resolved, pipeline, folder))
         if not found.wrong:
-            found.notes += training_advice(pipeline, resolved) if resolved.task == "diffusion" else ()
+            found.notes += task_of(resolved).advice(pipeline, resolved)
             return [], found.notes, list(summary(resolved, pipeline, len(source), mesh, workdir))
     return found.wrong, found.notes, []
 
@@ -93,7 +93,7 @@ def _check_held_out(config: ConfigDict, source: Source) -> None:
 
 def _long_prompts(config: ConfigDict, pipeline: Pipeline) -> Iterator[str]:
     """The prompts that the text encoders do not read to their end."""
-    if config.task != "diffusion":
+    if not task_of(config).denoises:
         return
     named: Sequence[tuple[str, Sequence[str]]] = (
         ("sample.prompts", config.sample.prompts if config.sample.every_steps else ()),

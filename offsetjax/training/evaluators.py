@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.source import Source, open_data
 from offsetjax.models.pipeline import for_training
+from offsetjax.models.task import task_of
 from offsetjax.parallel import sharding
 from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
@@ -55,10 +56,11 @@ def open_evaluators(run: Run, source: Source) -> list[Evaluator]:
     Raises:
         UserError: a hold-out that cannot be read, or that shares pictures with the training data.
     """
-    return [] if run.config.task == "autoencoder" else list(_open(run, source))
+    return list(task_of(run.config).evaluators(run, source))
 
 
-def _open(run: Run, source: Source) -> Iterator[Evaluator]:
+def of_diffusion(run: Run, source: Source) -> Iterator[Evaluator]:
+    """Sample grids, validation losses and the brightness of what is drawn, of a model that draws from prompts."""
     config = run.config
     sampler = make_sampler(run.pipeline, config, run.mesh)  # nothing is compiled before its first use
     if config.sample.every_steps and config.sample.prompts:

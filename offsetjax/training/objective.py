@@ -16,6 +16,7 @@ from offsetjax.diffusion.density import make_density
 from offsetjax.diffusion.process import add_noise, make_process
 from offsetjax.models.encode import drop_captions, encode_batch, encode_captions, sample_latent, to_unit_range
 from offsetjax.models.pipeline import Pipeline, join, training_noise
+from offsetjax.models.task import task_of
 from offsetjax.rng import stream_key
 
 Batch = Mapping[str, Any]  # arrays, and token ids by text encoder
@@ -122,7 +123,7 @@ def autoencoder_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
 
 def make_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
     """The objective of `config.task`."""
-    return {"diffusion": diffusion_objective, "autoencoder": autoencoder_objective}[config.task](pipeline, config)
+    return task_of(config).objective(pipeline, config)
 
 
 def add_position(batch: Batch, global_batch_size: int) -> dict[str, Any]:

@@ -41,11 +41,11 @@ from offsetjax.models.initial import (
 )
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts
 from offsetjax.models.resolve import check_resolution, resolve
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.models.workdir import read_config, write_config
 from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
-from offsetjax.sampling.reach import training_advice
 from offsetjax.storage import checkpoint, digests
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.training.step import TrainState, init_state
@@ -100,7 +100,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
     pipeline = build(config, tokenizers)
     tensors = {part: initial_tensors(config, part, pipeline.parts[part]) for part in frozen_parts(config)}
     autoencoder = pipeline.family.autoencoder
-    if config.task == "diffusion" and pipeline.autoencoder.scaling_factor == 0:
+    if task_of(config).denoises and pipeline.autoencoder.scaling_factor == 0:
         vae = _vae_params(tensors[autoencoder], pipeline)
         mean, std = latent_statistics(config, pipeline, vae, source)
         tensors[autoencoder] = torch_tensors(standardised(vae, mean, std))
@@ -227,7 +227,7 @@ def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
 
 
 def _tokenizers(config: ConfigDict, source: Any) -> dict[str, Any]:
-    if config.task == "autoencoder":
+    if not task_of(config).denoises:
         return {}
     if (pretrained := pretrained_tokenizers(config)) is not None:
         return pretrained
@@ -241,7 +241,7 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     shardings = sharding.shardings(run.mesh, like)
     for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
         _log.info("%s", line)
-    for line in training_advice(pipeline, config) if config.task == "diffusion" else ():
+    for line in task_of(config).advice(pipeline, config):
         _log.warning("%s", line)
     if manager.all_steps():
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.models.task import task_of
 from offsetjax.parallel.fsdp import Gradient
 from offsetjax.training.objective import Batch, Objective, add_position
 from offsetjax.training.optimizer import make_optimizer
@@ -80,7 +81,7 @@ def make_train_step(gradient: Gradient, config: ConfigDict) -> TrainStep:
         truncated = state.truncated + batch["is_truncated"].sum(dtype=jnp.uint32)
         applied = rate(state.step - state.skipped)  # a skipped step does not count in the schedule
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": applied, "skipped": skipped}
-        if config.task == "diffusion":
+        if task_of(config).denoises:
             metrics["captions_truncated"] = truncated
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated), metrics
 

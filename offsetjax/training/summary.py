@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from offsetjax.diffusion.noise import describe
 from offsetjax.models.initial import abstract_trained
 from offsetjax.models.pipeline import Pipeline, frozen_parts, training_noise
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params
 from offsetjax.training.step import init_state
 
@@ -30,7 +31,7 @@ def summary(
     epochs = train.steps * train.global_batch_size / num_examples
     parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
     yield f"steps: {train.steps:,} of {train.global_batch_size} examples{parts}, {epochs:.3g} epochs"
-    if config.task == "diffusion":
+    if task_of(config).denoises:
         side = config.data.resolution // pipeline.autoencoder.downscale
         vanishing = f"; plain over the last {config.noise.anneal:.3g} of the training" * (config.noise.anneal > 0)
         yield f"noise: {describe(training_noise(pipeline, config), config.noise, side, side)}{vanishing}"
@@ -45,7 +46,7 @@ def summary(
         f"checkpoints: {workdir}/checkpoints, every {config.checkpoint.every_steps:,} steps, {saved:.2f} GiB each; the "
         f"newest {config.checkpoint.max_to_keep} are kept"
     )
-    if config.task == "diffusion" and sample.every_steps and sample.prompts:
+    if sample.every_steps and sample.prompts:
         grid = len(sample.prompts) * sample.seeds_per_prompt
         yield f"pictures: {workdir}/samples, {grid} every {sample.every_steps:,} steps"
 

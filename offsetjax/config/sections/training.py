@@ -13,7 +13,7 @@ from offsetjax.config.ranges import (
     from_up_to,
     one_of,
 )
-from offsetjax.config.registries import OPTIMIZERS, WRITERS
+from offsetjax.config.registries import OPTIMIZERS, TASKS, WRITERS
 
 TOP = Section(
     "",
@@ -26,7 +26,7 @@ TOP = Section(
             count(0, 2**32 - 1),
             "of everything that is random: two runs with one seed draw the same",
         ),
-        Field("task", str, "diffusion", one_of("diffusion", "autoencoder"), "what is trained"),
+        Field("task", str, "diffusion", Registered(TASKS), "what is trained"),
     ),
 )
 
