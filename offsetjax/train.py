@@ -91,12 +91,12 @@ def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
 
 def place(objective: Objective, dtypes: Mapping[str, Any], run: Run, state_shardings: PyTree) -> TrainStep:
     """The train step of an objective on the run's mesh: the state is donated, batches are split over all devices."""
-    gradient = fsdp.on_mesh(make_gradient(objective, run.config), run.mesh, dtypes)
+    gradient = fsdp.on_mesh(make_gradient(objective, run.config), run.mesh, run.pipeline.sharding, dtypes)
     return jax.jit(
         make_train_step(gradient, run.config),
         in_shardings=(
             state_shardings,
-            sharding.shardings(run.mesh, run.step_frozen),
+            sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen),
             NamedSharding(run.mesh, sharding.BATCH),
         ),
         out_shardings=(state_shardings, NamedSharding(run.mesh, P())),

@@ -101,7 +101,7 @@ def run_config(model: pathlib.Path, **changes: Any) -> ConfigDict:
 def begin(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree]:
     """A run, and what it trains before the first step."""
     run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, abstract_trained(run.config, run.pipeline))
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
     return run, initial_trained(run.config, run.pipeline, place)
 
 

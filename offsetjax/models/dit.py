@@ -13,7 +13,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,7 @@ from offsetjax.models.norms import layer_norm
 from offsetjax.models.rotary import Rotation, grid_positions, rotation
 from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
+from offsetjax.parallel.sharding import split_layers
 
 _EPSILON = 1e-6  # of all norms
 _TIME_CHANNELS = 256
@@ -78,6 +79,7 @@ class DiT:
     dtype: Any
     tracing: Tracing = PLAIN
     class_name: str = "DiTTransformer2DModel"
+    sharding: ClassVar = split_layers("to_q|to_k|to_v|net_0/proj|gate_proj|up_proj", "to_out_0|net_2|down_proj")
 
     @property
     def _shape(self) -> _Shape:

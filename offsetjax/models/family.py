@@ -43,6 +43,8 @@ Conditions = Mapping[str, PyTree]
 class Network(Protocol):
     """A part of a model: pure `init` and `apply`, without weights.
 
+    One whose layers can be split over the mesh axis `tensor` says so as `sharding`, rules of `parallel.sharding`.
+
     A text encoder's `apply` takes its parameters and ids [b, n], a denoiser's takes its parameters, latents
     [b, c, h, w], timesteps [b] and the conditions of its family by name.
     """

@@ -13,7 +13,7 @@ too. Latents are those of FLUX.2's autoencoder, packed (`kl_autoencoder.py`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from offsetjax.models.norms import RMSNorm, layer_norm
 from offsetjax.models.rotary import Rotation, grid_positions, rotated, rotation
 from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
+from offsetjax.parallel.sharding import split_layers
 
 _TIME_SCALE = 1000.0  # from times in [0, 1]
 # Of picture, text, and both: a shift, a scale and a gate for each of attention and feed-forward layer, or for the two.
@@ -81,6 +82,9 @@ class Flux2Transformer:
     dtype: Any
     tracing: Tracing = PLAIN
     class_name: str = "Flux2Transformer2DModel"
+    sharding: ClassVar = split_layers(
+        "to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|linear_in", "to_out_0|to_add_out|linear_out"
+    )
 
     def __post_init__(self) -> None:
         config = self.config

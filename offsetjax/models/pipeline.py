@@ -18,6 +18,7 @@ from offsetjax.models.family import Conditions, Family, Tokens, family_of
 from offsetjax.models.lora import Adapted
 from offsetjax.models.task import task_of
 from offsetjax.models.tracing import Tracing
+from offsetjax.parallel.sharding import Rule
 
 _SHARDS_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for whole ones would be a second copy
 
@@ -59,6 +60,11 @@ class Pipeline:
     def dtypes(self) -> dict[str, Any]:
         """The type that each part computes in."""
         return {part: model.dtype for part, model in self.parts.items()}
+
+    @property
+    def sharding(self) -> tuple[Rule, ...]:
+        """The rules that the networks declare, by which their weights are split over `tensor`."""
+        return tuple(dict.fromkeys(rule for model in self.parts.values() for rule in getattr(model, "sharding", ())))
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Int[np.ndarray, "b _"]]:
         """Token ids of captions by text encoder, padded and cut to the length of each."""

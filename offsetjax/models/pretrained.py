@@ -46,7 +46,7 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
         return load_trained(path)
     config, pipeline, tensors, step = _open(path, variant, lora)
     mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
-    place = partial(sharding.shardings, mesh)
+    place = partial(sharding.shardings, mesh, pipeline.sharding)
     weights = {}
     for part, tree in tensors.items():
         weights[part] = load(tree, place(tree), stored_dtype(pipeline, part))

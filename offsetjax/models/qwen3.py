@@ -6,7 +6,7 @@ tokens, and the last one alone has the final norm. A caption is padded on the ri
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from offsetjax.models.layers import Attention, SwiGLU
 from offsetjax.models.norms import RMSNorm
 from offsetjax.models.rotary import Rotation, rotation
 from offsetjax.models.tracing import PLAIN, Tracing, traced
+from offsetjax.parallel.sharding import split_layers
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _FIXED = {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": True}
@@ -51,6 +52,7 @@ class Qwen3:
     states: tuple[int, ...]
     tracing: Tracing = PLAIN
     class_name: str = "Qwen3ForCausalLM"
+    sharding: ClassVar = split_layers("q_proj|k_proj|v_proj|gate_proj|up_proj", "o_proj|down_proj")
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@ picture takes the middle. Blocks are modulated by the time and by the caption as
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,7 @@ from offsetjax.models.layers import (
 from offsetjax.models.norms import layer_norm
 from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
+from offsetjax.parallel.sharding import split_layers
 
 _EPSILON = 1e-6  # of all norms
 _TIME_CHANNELS = 256
@@ -72,6 +73,9 @@ class SD3Transformer:
     dtype: Any
     tracing: Tracing = PLAIN
     class_name: str = "SD3Transformer2DModel"
+    sharding: ClassVar = split_layers(
+        "to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|net_0/proj", "to_out_0|to_add_out|net_2"
+    )
 
     def __post_init__(self) -> None:
         if self.config.get("qk_norm") not in (None, "", "rms_norm"):

@@ -6,7 +6,7 @@ buckets, the wider the further. The first layer holds the biases, and all layers
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from offsetjax.models.blocks import Blocks
 from offsetjax.models.layers import by_head, flat
 from offsetjax.models.norms import RMSNorm
 from offsetjax.models.tracing import PLAIN, Tracing, traced
+from offsetjax.parallel.sharding import split_layers
 
 _FIXED = {
     "model_type": "t5",
@@ -60,6 +61,7 @@ class T5Encoder:
     dtype: Any
     tracing: Tracing = PLAIN
     class_name: str = "T5EncoderModel"
+    sharding: ClassVar = split_layers("SelfAttention/[qkv]|wi|wi_0|wi_1", "SelfAttention/o|wo")
 
     def __post_init__(self) -> None:
         if self.config["feed_forward_proj"] not in ("gated-gelu", "relu"):

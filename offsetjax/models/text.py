@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from offsetjax.models.blocks import Blocks
 from offsetjax.models.clip import ClipConfig, ClipLayer, ClipLayers, ClipText
 from offsetjax.models.tracing import PLAIN, Tracing, traced
+from offsetjax.parallel.sharding import split_layers
 
 # What transformers' config.json has beyond the architecture. With `eos_token_id = 2`, as in the published checkpoints,
 # transformers takes the greatest id of a caption for the end of its text, whatever the size of the vocabulary.
@@ -51,6 +52,7 @@ class TextEncoder:
     is_penultimate: bool = False
     has_projection: bool = False
     tracing: Tracing = PLAIN
+    sharding: ClassVar = split_layers("q_proj|k_proj|v_proj|fc1", "out_proj|fc2")
 
     @property
     def class_name(self) -> str:

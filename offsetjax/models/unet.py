@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from offsetjax.models.attention import attend
 from offsetjax.models.blocks import Blocks
 from offsetjax.models.intercept import corrected, group_norm
 from offsetjax.models.tracing import PLAIN, Tracing, traced
+from offsetjax.parallel.sharding import split_layers
 
 # What the config does not vary, and PyTorch needs to be told.
 _FIXED = {"act_fn": "silu", "norm_eps": 1e-5, "mid_block_type": "UNetMidBlock2DCrossAttn"}
@@ -64,6 +65,7 @@ class UNet:
     dtype: jnp.dtype
     tracing: Tracing = PLAIN
     class_name: str = "UNet2DConditionModel"
+    sharding: ClassVar = split_layers("to_q|to_k|to_v|net_0/proj", "to_out_0|net_2")
 
     @property
     def has_added_conditions(self) -> bool:

@@ -101,7 +101,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
     """
     config, pipeline, which = _open(workdir, which)
     mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
-    place = partial(sharding.shardings, mesh)
+    place = partial(sharding.shardings, mesh, pipeline.sharding)
     like = abstract_trained(config, pipeline)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)

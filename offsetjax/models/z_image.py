@@ -12,7 +12,7 @@ the picture up (0, 0, 0).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from offsetjax.models.norms import RMSNorm, layer_norm
 from offsetjax.models.rotary import Rotation, grid_positions, rotation
 from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sequence import split_over_devices
+from offsetjax.parallel.sharding import split_layers
 
 MULTIPLE = 32  # that both sequences are filled up to
 _CONDITION = 256  # channels of the time at most
@@ -65,6 +66,7 @@ class ZImageTransformer:
     dtype: Any
     tracing: Tracing = PLAIN
     class_name: str = "ZImageTransformer2DModel"
+    sharding: ClassVar = split_layers("to_q|to_k|to_v|w1|w3", "to_out_0|w2")
 
     def __post_init__(self) -> None:
         config = self.config

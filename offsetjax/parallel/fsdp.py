@@ -12,7 +12,7 @@ Left to itself, the compiler gathers in float32, several times, and reduces whol
 """
 
 import functools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from offsetjax.parallel import sharding
+from offsetjax.parallel.sharding import Rule
 
 Loss = Float[Array, ""]
 Rings = tuple[tuple[tuple[int, ...], ...], ...]
@@ -120,13 +121,14 @@ def _together(weights: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
 _together.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
-def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradient:
+def on_mesh(gradient: Gradient, mesh: Mesh, rules: Sequence[Rule], dtypes: Mapping[str, Any]) -> Gradient:
     """The gradient of a batch that is split over the mesh, from that of a device's share of it.
 
     The loss must be a mean over the examples; the parameters' gradients come out split as the parameters are.
 
     Args:
         gradient: takes weights as Flax modules do, with `Shard`s among them.
+        rules: by which the parameters are split, those of their networks.
         dtypes: the type that each part of the parameters computes in.
     """
     batch_axes = sharding.BATCH[0]
@@ -141,22 +143,28 @@ def on_mesh(gradient: Gradient, mesh: Mesh, dtypes: Mapping[str, Any]) -> Gradie
         loss, gradients = gradient(*arguments)
         return jax.lax.pmean(loss, batch_axes), jax.tree.map(mean, gradients, is_leaf=_is_shard)
 
-    return _on_devices(of_device, mesh, dtypes, lambda param_specs: (P(), param_specs))
+    return _on_devices(of_device, mesh, rules, dtypes, lambda param_specs: (P(), param_specs))
 
 
-def sums_on_mesh(function: Callable[..., PyTree], mesh: Mesh, dtypes: Mapping[str, Any]) -> Callable[..., PyTree]:
+def sums_on_mesh(
+    function: Callable[..., PyTree], mesh: Mesh, rules: Sequence[Rule], dtypes: Mapping[str, Any]
+) -> Callable[..., PyTree]:
     """(params, frozen, batch, …) → sums over a batch that is split over the mesh, from those of a device's share of it.
 
     Args:
-        function, dtypes: as those of `on_mesh`; what follows the batch is the same on all devices.
+        function, rules, dtypes: as those of `on_mesh`; what follows the batch is the same on all devices.
     """
     return _on_devices(
-        lambda *arguments: jax.lax.psum(function(*arguments), sharding.BATCH[0]), mesh, dtypes, lambda _: P()
+        lambda *arguments: jax.lax.psum(function(*arguments), sharding.BATCH[0]), mesh, rules, dtypes, lambda _: P()
     )
 
 
 def _on_devices(
-    function: Callable[..., Any], mesh: Mesh, dtypes: Mapping[str, Any], out_specs: Callable[[PyTree], PyTree]
+    function: Callable[..., Any],
+    mesh: Mesh,
+    rules: Sequence[Rule],
+    dtypes: Mapping[str, Any],
+    out_specs: Callable[[PyTree], PyTree],
 ) -> Callable[..., Any]:
     """The function on each device, of its own examples and of `Shard`s; `out_specs` takes the parameters' specs."""
     manual = frozenset(axis for axis in mesh.axis_names if axis != "tensor" or mesh.shape[axis] == 1)
@@ -166,7 +174,7 @@ def _on_devices(
         return {part: sharded(params[part], specs[part], dtypes[part], rings) for part in params}
 
     def on_devices(params: PyTree, frozen: PyTree, batch: PyTree, *others: Any) -> Any:
-        param_specs, frozen_specs = sharding.specs(mesh, params), sharding.specs(mesh, frozen)
+        param_specs, frozen_specs = (sharding.specs(mesh, rules, tree) for tree in (params, frozen))
 
         def on_device(params: PyTree, frozen: PyTree, *others: Any) -> Any:
             return function(boxed(params, param_specs), boxed(frozen, frozen_specs), *others)

@@ -7,7 +7,8 @@ Axes of the mesh:
 - `tensor` splits the heads of attention and the width of feed-forward layers, and stays split where they are used
   (Megatron, arXiv 1909.08053), but that GEGLU's two halves, which lie in one kernel, are exchanged.
 
-A parameter, its optimizer moments and its average are placed by the first rule whose pattern is found in its path.
+A parameter, its optimizer moments and its average are placed by the first rule whose pattern is found in its path: of
+the rules of its model's networks, which declare them (`Pipeline.sharding`), and then of `WEIGHTS`.
 """
 
 import itertools
@@ -42,19 +43,19 @@ class Rule(NamedTuple):
     is_split: bool
 
 
-# Of CLIP and Stable Diffusion; of Qwen3, Z-Image, FLUX.2's double blocks and Stable Diffusion 3; of T5.
-_COLUMNS = (
-    "to_q|to_k|to_v|q_proj|k_proj|v_proj|net_0/proj|fc1",
-    "add_q_proj|add_k_proj|add_v_proj|gate_proj|up_proj|linear_in|w1|w3",
-    "SelfAttention/[qkv]|wi|wi_0|wi_1",
-)
-_ROWS = ("to_out_0|out_proj|net_2|fc2", "to_add_out|o_proj|down_proj|linear_out|w2", "SelfAttention/o|wo")
-RULES = (
-    Rule(rf"/({'|'.join(_COLUMNS)})/kernel$", 1, True),  # heads, hidden units
-    Rule(rf"/({'|'.join(_ROWS)})/kernel$", 0, True),  # what those columns give
-    Rule(r"/(kernel|embedding)$", None, True),
-    Rule(r".*", None, False),
-)
+# Of every network, after its own rules.
+WEIGHTS = (Rule(r"/(kernel|embedding)$", None, True), Rule(r".*", None, False))
+
+
+def split_layers(columns: str, rows: str) -> tuple[Rule, ...]:
+    """The rules of a network whose heads and hidden units are split over `tensor` (Megatron).
+
+    Args:
+        columns: the dense layers, as alternatives of a regular expression, whose outputs are split: of queries, keys
+            and values, and into the hidden units.
+        rows: those that take what the columns give.
+    """
+    return Rule(rf"/({columns})/kernel$", 1, True), Rule(rf"/({rows})/kernel$", 0, True)
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -138,9 +139,9 @@ def _slice(device: Any) -> int:
     return getattr(device, "slice_index", 0)
 
 
-def spec(path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
+def spec(path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, int], rules: Sequence[Rule]) -> P:
     """Where the array of this path and shape lies, on a mesh with `mesh_shape` devices an axis."""
-    rule = _rule(path)
+    rule = _rule(path, rules)
     split: list[str | None] = [None] * len(shape)
 
     def divides(axis: int, over: str) -> bool:
@@ -154,8 +155,8 @@ def spec(path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
     return P(*split) if any(split) else P()
 
 
-def _rule(path: str) -> Rule:
-    return next(rule for rule in RULES if re.search(rule.pattern, path))
+def _rule(path: str, rules: Sequence[Rule]) -> Rule:
+    return next(rule for rule in (*rules, *WEIGHTS) if re.search(rule.pattern, path))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -163,14 +164,18 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/" + jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def specs(mesh: Mesh, tree: PyTree) -> PyTree:
-    """A `PartitionSpec` for each array (or abstract array) of a tree, by `RULES`."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec(path_name(path), leaf.shape, mesh.shape), tree)
+def specs(mesh: Mesh, rules: Sequence[Rule], tree: PyTree) -> PyTree:
+    """A `PartitionSpec` for each array (or abstract array) of a tree, by the rules of its networks."""
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> P:
+        return spec(path_name(path), leaf.shape, mesh.shape, rules)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
-def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
-    """A `NamedSharding` for each array (or abstract array) of a tree, by `RULES`."""
-    return jax.tree.map(lambda where: NamedSharding(mesh, where), specs(mesh, tree))
+def shardings(mesh: Mesh, rules: Sequence[Rule], tree: PyTree) -> PyTree:
+    """A `NamedSharding` for each array (or abstract array) of a tree, by the rules of its networks."""
+    return jax.tree.map(lambda where: NamedSharding(mesh, where), specs(mesh, rules, tree))
 
 
 def rows_of_process(sharding: NamedSharding, count: int, process: int | None = None) -> tuple[int, ...]:
@@ -195,15 +200,17 @@ class Placed(NamedTuple):
     undivided: tuple[str, ...]  # large arrays that the rule would split, and no axis of which divides
 
 
-def placed(mesh: Mesh, tree: PyTree) -> tuple[Placed, ...]:
+def placed(mesh: Mesh, rules: Sequence[Rule], tree: PyTree) -> tuple[Placed, ...]:
     """What each rule places of a tree, in the rules' order; rules that place nothing are left out."""
     rows = []
     leaves = [(path_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    for rule in RULES:
-        mine = [(path, shape) for path, shape in leaves if _rule(path) is rule]
+    for rule in (*rules, *WEIGHTS):
+        mine = [(path, shape) for path, shape in leaves if _rule(path, rules) is rule]
         if not mine:
             continue
-        local = {path: NamedSharding(mesh, spec(path, shape, mesh.shape)).shard_shape(shape) for path, shape in mine}
+        local = {
+            path: NamedSharding(mesh, spec(path, shape, mesh.shape, rules)).shard_shape(shape) for path, shape in mine
+        }
         undivided = tuple(
             path for path, shape in mine if rule.is_split and local[path] == shape and np.prod(shape) >= _LARGE
         )

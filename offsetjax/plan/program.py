@@ -42,7 +42,7 @@ def make_program(config: ConfigDict, devices: list[Any]) -> Program:
     pipeline = abstract_pipeline(config)
     run = Run(config, epath.Path("."), mesh, pipeline, abstract_frozen(config, pipeline))
     state, frozen, batch = abstract_state(config, pipeline), run.step_frozen, abstract_batch(config, pipeline)
-    places = sharding.shardings(mesh, state), sharding.shardings(mesh, frozen)
+    places = tuple(sharding.shardings(mesh, pipeline.sharding, tree) for tree in (state, frozen))
     over_devices = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.BATCH), batch)
     step = jit_train_step(run, places[0])
     return Program(config, pipeline, mesh, step, (state, frozen, batch), (*places, over_devices))

@@ -142,7 +142,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "opt_state_bytes": _local_bytes(state.opt_state, state_at.opt_state),
         "ema_params_bytes": _local_bytes(state.ema_params, state_at.ema_params),
         "frozen_bytes": _local_bytes(frozen, frozen_at),
-        "idle_bytes": _local_bytes(idle, sharding.shardings(program.mesh, idle)),
+        "idle_bytes": _local_bytes(idle, sharding.shardings(program.mesh, program.pipeline.sharding, idle)),
         "batch_bytes": _local_bytes(batch, batch_at),
         "checkpoint_bytes_in_all": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         "global_batch_size": config.train.global_batch_size,

@@ -121,7 +121,7 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     config.data.random_flip = False
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     size, total = config.train.global_batch_size, len(source)
-    params = jax.device_put(params, sharding.shardings(mesh, params))
+    params = jax.device_put(params, sharding.shardings(mesh, (), params))
     batch_modes = _jit_batch_modes(pipeline.autoencoder, params, mesh)
     host_batches = open_stream(config, pipeline, source, mesh).iterator(0)
     batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH), size)
@@ -157,7 +157,7 @@ def _jit_batch_modes(vae: Autoencoder, params: PyTree, mesh: Mesh) -> Callable[.
     everywhere = NamedSharding(mesh, P())
     return jax.jit(
         batch_modes,
-        in_shardings=(sharding.shardings(mesh, params), NamedSharding(mesh, sharding.BATCH), everywhere),
+        in_shardings=(sharding.shardings(mesh, (), params), NamedSharding(mesh, sharding.BATCH), everywhere),
         out_shardings=everywhere,
     )
 

@@ -122,7 +122,8 @@ def _validation(run: Run, source: Source) -> Evaluate:
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     config.train.accumulate_steps = 1
     stream = open_stream(config, run.pipeline, held_out, run.mesh)
-    frozen, replicated = sharding.shardings(run.mesh, run.step_frozen), NamedSharding(run.mesh, P())
+    frozen = sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen)
+    replicated = NamedSharding(run.mesh, P())
     # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
     as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
     exact = {run.pipeline.family.autoencoder: run.pipeline.autoencoder}

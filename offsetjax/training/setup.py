@@ -88,7 +88,9 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any, lock: Workdir
     config = _begin(config, workdir, source, lock) if is_new else _reopen(config, workdir, lock)
     digests.check(workdir / "frozen")
     pipeline = build(config, read_tokenizers(workdir / "frozen", family_of(config)))
-    frozen = load_frozen(workdir / "frozen", pipeline, frozen_parts(config), partial(sharding.shardings, mesh))
+    frozen = load_frozen(
+        workdir / "frozen", pipeline, frozen_parts(config), partial(sharding.shardings, mesh, pipeline.sharding)
+    )
     if not is_new:  # the data may be others than those that the run was begun with
         check_cache(config, source, frozen.get(pipeline.family.autoencoder))
     return Run(config, workdir, mesh, pipeline, frozen)
@@ -238,7 +240,7 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
     """The newest checkpoint's state, or the one before the first step; and its shardings."""
     config, pipeline = run.config, run.pipeline
     like = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
-    shardings = sharding.shardings(run.mesh, like)
+    shardings = sharding.shardings(run.mesh, pipeline.sharding, like)
     for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
         _log.info("%s", line)
     for line in task_of(config).advice(pipeline, config):
@@ -253,7 +255,7 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
         return state, shardings
     refuse_to_begin_again(run.workdir, config.checkpoint.every_steps)
     checkpoint.check_room(run.workdir, checkpoint.size_of(like))
-    for row in sharding.placed(run.mesh, like.params):
+    for row in sharding.placed(run.mesh, pipeline.sharding, like.params):
         held = f"{row.elements_per_device / 1e6:.2f} of {row.elements / 1e6:.2f} M on a device"
         _log.info("  %d arrays of %s: %s", row.arrays, row.pattern, held)
         if row.undivided:

@@ -70,7 +70,7 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
         timesteps = jnp.asarray(config.validation.timesteps, jnp.int32)
         return {name: jax.lax.map(lambda t, noise=noise: at(noise, t), timesteps) for name, noise in noises.items()}
 
-    on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.dtypes) if mesh else sums
+    on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.sharding, pipeline.dtypes) if mesh else sums
 
     def losses(
         trained: PyTree,

@@ -31,7 +31,7 @@ def imported(model: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> path
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
     run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, abstract_trained(run.config, run.pipeline))
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
     state = init_state(initial_trained(run.config, run.pipeline, place), run.config)
     with checkpoint.open_checkpoints(workdir) as manager:
         checkpoint.save(manager, 0, state, {"next_batch": 0})

@@ -65,18 +65,19 @@ class Program:
         return jax.jit(self.gradient)(self.params, self.frozen, self.batch, jnp.int32(3))
 
     def lowered(self, mesh: Mesh) -> jax.stages.Lowered:
-        where = partial(sharding.shardings, mesh)
+        where = partial(sharding.shardings, mesh, self.pipeline.sharding)
         params, whole = where(self.params), NamedSharding(mesh, P())
         split = jax.tree.map(lambda _: NamedSharding(mesh, sharding.BATCH), self.batch)
         return jax.jit(
-            fsdp.on_mesh(self.gradient, mesh, self.pipeline.dtypes),
+            fsdp.on_mesh(self.gradient, mesh, self.pipeline.sharding, self.pipeline.dtypes),
             in_shardings=(params, where(self.frozen), split, whole),
             out_shardings=(whole, params),
         ).lower(self.params, self.frozen, self.batch, jnp.int32(3))
 
     def on(self, mesh: Mesh) -> tuple[jax.Array, PyTree]:
-        placed = jax.device_put(self.params, sharding.shardings(mesh, self.params))
-        frozen = jax.device_put(self.frozen, sharding.shardings(mesh, self.frozen))
+        rules = self.pipeline.sharding
+        placed = jax.device_put(self.params, sharding.shardings(mesh, rules, self.params))
+        frozen = jax.device_put(self.frozen, sharding.shardings(mesh, rules, self.frozen))
         batch = jax.device_put(self.batch, NamedSharding(mesh, sharding.BATCH))
         step = jax.device_put(jnp.int32(3), NamedSharding(mesh, P()))
         return self.lowered(mesh).compile()(placed, frozen, batch, step)
@@ -121,7 +122,7 @@ def test_weights_are_gathered_once_a_pass_in_the_compute_type_and_gradients_scat
         program = Program(_config(model__dtype="bfloat16", model__remat=remat))
         mesh = sharding.mesh_of(data=2, fsdp=4)
         text = program.lowered(mesh).as_text()
-        specs = sharding.specs(mesh, program.params)["unet"]
+        specs = sharding.specs(mesh, program.pipeline.sharding, program.params)["unet"]
         sizes = [
             leaf.size
             for leaf, spec in zip(jax.tree.leaves(program.params), jax.tree.leaves(specs), strict=True)
@@ -171,7 +172,7 @@ def _exchanged(text: str, kind: str) -> dict[str, list[int]]:
 def test_large_arrays_that_nothing_divides_are_named() -> None:
     mesh = sharding.mesh_of(data=1, fsdp=8)
     tree = {"a": {"kernel": np.zeros((300, 300))}, "b": {"kernel": np.zeros((256, 300))}, "c": {"bias": np.zeros(9)}}
-    kernels, rest = sharding.placed(mesh, tree)
+    kernels, rest = sharding.placed(mesh, (), tree)
     assert kernels.undivided == ("/a/kernel",)
     assert kernels.elements_per_device == 300 * 300 + 256 * 300 // 8
     assert (rest.arrays, rest.elements_per_device, rest.undivided) == (1, 9, ())

@@ -17,6 +17,7 @@ from offsetjax.training.step import TrainState, init_state
 from tests.plan import topology
 
 FSDP = 8
+RULES = build(default_config()).sharding
 MESH = {"data": 1, "fsdp": FSDP, "tensor": 1}
 
 
@@ -28,7 +29,7 @@ def state() -> TrainState:
 
 
 def _placed(tree: PyTree, data: int = 1, fsdp: int = FSDP) -> dict[str, tuple[tuple[int, ...], P]]:
-    shardings = sharding.shardings(sharding.mesh_of(data=data, fsdp=fsdp), tree)
+    shardings = sharding.shardings(sharding.mesh_of(data=data, fsdp=fsdp), RULES, tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         sharding.path_name(path): (leaf.shape, where.spec)
@@ -74,9 +75,9 @@ def test_without_fsdp_everything_is_whole(state: TrainState) -> None:
 
 
 def test_an_array_that_does_not_divide_is_whole() -> None:
-    assert sharding.spec("/conv_in/kernel", (3, 3, 3, 5), MESH) == P()
-    assert sharding.spec("/conv_in/kernel", (3, 3, 4, 16), MESH) == P(None, None, None, "fsdp")
-    assert sharding.spec("/token_embedding/embedding", (49408, 768), MESH) == P("fsdp", None)
+    assert sharding.spec("/conv_in/kernel", (3, 3, 3, 5), MESH, RULES) == P()
+    assert sharding.spec("/conv_in/kernel", (3, 3, 4, 16), MESH, RULES) == P(None, None, None, "fsdp")
+    assert sharding.spec("/token_embedding/embedding", (49408, 768), MESH, RULES) == P("fsdp", None)
 
 
 def _config(data: int, fsdp: int, global_batch_size: int = 8, accumulate_steps: int = 1) -> ConfigDict:

@@ -61,7 +61,7 @@ def begin(model: pathlib.Path, workdir: pathlib.Path, **noise: Any) -> None:
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.noise.update(noise)
     run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, abstract_trained(run.config, run.pipeline))
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
     state = init_state(initial_trained(run.config, run.pipeline, place), run.config)
     with checkpoint.open_checkpoints(workdir) as manager:
         checkpoint.save(manager, 0, state, {"next_batch": 0})

@@ -36,12 +36,12 @@ def _state(seed: int = 0) -> PyTree:
 
 def _place(state: PyTree, data: int, fsdp: int) -> PyTree:
     mesh = sharding.mesh_of(data=data, fsdp=fsdp)
-    return jax.device_put(jax.tree.map(jnp.asarray, state), sharding.shardings(mesh, state))
+    return jax.device_put(jax.tree.map(jnp.asarray, state), sharding.shardings(mesh, (), state))
 
 
 def _like(data: int = 1, fsdp: int = 1) -> PyTree:
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _state()))
-    return checkpoint.abstract(abstract, sharding.shardings(sharding.mesh_of(data=data, fsdp=fsdp), abstract))
+    return checkpoint.abstract(abstract, sharding.shardings(sharding.mesh_of(data=data, fsdp=fsdp), (), abstract))
 
 
 def _bytes(tree: PyTree) -> list[bytes]:

@@ -24,14 +24,14 @@ def test_every_mesh_gives_the_same() -> None:
     found = set()
     for data, fsdp in ((1, 1), (8, 1), (2, 4), (1, 8)):
         mesh = sharding.mesh_of(data=data, fsdp=fsdp)
-        placed = jax.device_put(tree, sharding.shardings(mesh, tree))
+        placed = jax.device_put(tree, sharding.shardings(mesh, (), tree))
         found.add(checksums.of_tree(placed)["a/kernel"])
     assert found == {checksums.of_array(array)}
 
 
 def test_the_arrays_of_a_large_model_do_not_wait_for_each_other_for_ever() -> None:
     tree = {f"{number}/kernel": np.full((16, 16), number, np.float32) for number in range(600)}
-    placed = jax.device_put(tree, sharding.shardings(sharding.mesh_of(data=2, fsdp=4), tree))
+    placed = jax.device_put(tree, sharding.shardings(sharding.mesh_of(data=2, fsdp=4), (), tree))
     assert checksums.of_tree(placed) == {name: checksums.of_array(array) for name, array in tree.items()}
 
 

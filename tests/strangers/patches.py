@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ from offsetjax.models.attention import attend
 from offsetjax.models.blocks import Blocks
 from offsetjax.models.family import Captions, Family, Files, Tokenizing
 from offsetjax.models.tracing import PLAIN, Tracing, traced
+from offsetjax.parallel.sharding import split_layers
 from tests import tiny
 
 NUM_COLOURS, SIDE = 3, 2  # of a patch
@@ -104,6 +105,7 @@ class Denoiser:
     dtype: Any
     tracing: Tracing = PLAIN
     class_name: str = "PatchTransformer"
+    sharding: ClassVar = split_layers("to_q|to_k|to_v", "to_out_0")
 
     def _module(self) -> Transformer:
         channels = NUM_COLOURS * SIDE**2

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from offsetjax.cli import main
 from offsetjax.config.families import FAMILIES
 from offsetjax.config.schema import SECTIONS
+from offsetjax.models.weights import abstract_params
 from offsetjax.models.workdir import load_trained
+from offsetjax.parallel import sharding
 from offsetjax.train import train
 from tests import tiny
 from tests.strangers.patches import tiny_config
@@ -96,6 +99,19 @@ def test_loops_recomputation_and_split_weights_change_no_loss_nor_does_a_resume(
     assert len(_losses(plain)) == 4
     kernel = load_trained(base / "split").params["transformer"]["layers_0"]["mlp"]["kernel"]
     assert kernel.shape == (16, 16)
+
+
+def test_its_heads_are_split_as_it_declares(base: pathlib.Path, plain: pathlib.Path) -> None:
+    changes = {"mesh__data": -1, "mesh__fsdp": 2, "mesh__tensor": 2, "train__steps": 1}
+    train(_config(base, **changes), base / "heads")
+    np.testing.assert_allclose(_losses(base / "heads"), _losses(plain)[:1], rtol=1e-5)
+    pipeline = load_trained(base / "heads").pipeline
+    mesh = sharding.mesh_of(data=2, fsdp=2, tensor=2)
+    layer = abstract_params(pipeline.denoiser)["layers_0"]
+    places = sharding.specs(mesh, pipeline.sharding, layer)
+    assert places["attention"]["to_q"]["kernel"] == P("fsdp", "tensor")
+    assert places["attention"]["to_out_0"]["kernel"] == P("tensor", "fsdp")
+    assert "tensor" not in places["mlp"]["kernel"]
 
 
 def test_captions_of_unlike_lengths_reach_the_denoiser(base: pathlib.Path, plain: pathlib.Path) -> None:

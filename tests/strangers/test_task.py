@@ -31,14 +31,17 @@ WORDS = Task(
 
 
 def test_it_trains_its_own_parts_with_its_own_evaluator(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     TASKS.register("words", WORDS)
     base, run = tmp_path_factory.getbasetemp(), tmp_path / "run"
     config = tiny.tiny_config(tiny.data_path(base), task="words", train__steps=2, mesh__data=-1)
     with tiny.quick_compilation(base):
         train(config, run)
-    assert "words alone are learnt" in capsys.readouterr().err
+    assert "words alone are learnt" in caplog.text
     trained = load_trained(run)
     assert set(trained.params) == {"text_encoder"} and set(trained.frozen) == {"unet", "vae"}
     drawn = trained.pipeline.parts["text_encoder"].init(jax.random.key(0))

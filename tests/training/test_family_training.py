@@ -241,7 +241,7 @@ def test_text_encoders_learn_at_their_own_rate(case: Case, train_case: Callable[
     """Adam's first step is as long as the learning rate wherever there is a gradient, whatever its size."""
     trained = train_case(case)
     run = open_run(trained.config, epath.Path(trained.workdir), source=None)
-    place = sharding.shardings(run.mesh, abstract_trained(run.config, run.pipeline))
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
     begin = flat(initial_trained(run.config, run.pipeline, place))
     after = flat(load_trained(trained.workdir, 1, "raw").params)
     assert begin.keys() == after.keys()

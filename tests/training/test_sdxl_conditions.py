@@ -43,7 +43,7 @@ def begun(base: pathlib.Path) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     batches = open_stream(run.config, run.pipeline, source).iterator(0)
     batch = add_position(next(batches), COUNT)
     batches.close()
-    place = sharding.shardings(run.mesh, abstract_trained(run.config, run.pipeline))
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
     return run, initial_trained(run.config, run.pipeline, place), batch
 
 

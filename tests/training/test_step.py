@@ -107,9 +107,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         state = init_state(_params(), self.config)
-        shardings = sharding.shardings(self.mesh, state)
+        shardings = sharding.shardings(self.mesh, (), state)
         frozen = {"vae": {"gain": jnp.float32(self.gain)}, "text_encoder": {"unused": jnp.zeros(1)}}
-        self.frozen = jax.device_put(frozen, sharding.shardings(self.mesh, frozen))
+        self.frozen = jax.device_put(frozen, sharding.shardings(self.mesh, (), frozen))
         self.state: TrainState = jax.device_put(state, shardings)
         run = Run(self.config, None, self.mesh, LinearPipeline(), self.frozen)
         self.train_step = place(make_objective(run.pipeline, run.config), run.pipeline.dtypes, run, shardings)

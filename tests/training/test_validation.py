@@ -46,7 +46,7 @@ def _parts(base: pathlib.Path, config: ConfigDict, mesh: Mesh) -> tuple[Pipeline
     """The pipeline and the frozen parts of a finished training."""
     folder = trained_workdir(base) / "frozen"
     pipeline = build(config, read_tokenizers(folder, SD1))
-    return pipeline, load_frozen(folder, pipeline, frozen_parts(config), partial(shardings, mesh))
+    return pipeline, load_frozen(folder, pipeline, frozen_parts(config), partial(shardings, mesh, pipeline.sharding))
 
 
 def _validate(base: pathlib.Path, *, fsdp: int = 1, step: int = 0, **changes: Any) -> dict[str, float]:
