@@ -104,15 +104,19 @@ class Cache:
                 f"config has {encoder}: give the model that the pictures were encoded with, {again}"
             )
 
-    def statistics(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+    def statistics(self, path: str, scale: str) -> tuple[np.ndarray, np.ndarray]:
         """The mean and the deviation of each channel, by which its autoencoder was standardised.
+
+        Args:
+            path: of the cache, for messages.
+            scale: the config's field of the latents' scale.
 
         Raises:
             UserError: it was not.
         """
         if not self.latent_mean:
             raise UserError(
-                f"data: {path} has latents that are not standardised, as model.vae.scaling_factor = 0 asks for; set it "
+                f"data: {path} has latents that are not standardised, as {scale} = 0 asks for; set it "
                 f"to {self.scaling_factor}, or encode the pictures again with `offsetjax data encode`"
             )
         return np.array(self.latent_mean, np.float32), np.array(self.latent_std, np.float32)

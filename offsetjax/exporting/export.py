@@ -27,6 +27,7 @@ from offsetjax.exporting.metadata import header
 from offsetjax.exporting.model_card import SPECTRUM_FILE, matched_sampler, model_card
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
+from offsetjax.formats.lora_names import has_kohya_names
 from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.single_file import write_single_file
@@ -121,7 +122,7 @@ def _check_layout(family: Family, form: str, lora_keys: str) -> None:
             f"export: {family.title} has no single-file layout, which --format=single_file asks for; use "
             "--format=diffusers"
         )
-    if form == "lora" and lora_keys == "kohya" and not family.files.has_kohya_names:
+    if form == "lora" and lora_keys == "kohya" and not has_kohya_names(family.name):
         raise UserError(
             f"export: {family.title} has no layer names of kohya's, which --format=lora writes by default; add "
             "--lora_keys=diffusers, or use --format=diffusers, which merges the adapters"

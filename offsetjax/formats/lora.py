@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
 
 from offsetjax.errors import UserError, one_line
-from offsetjax.formats.lora_names import Path, known_names, kohya_names, layers
+from offsetjax.formats.lora_names import Path, has_kohya_names, known_names, kohya_names, layers
 from offsetjax.formats.names import from_torch, to_torch
 from offsetjax.formats.safetensors import PICKLES, open_file, write_tensors
 from offsetjax.formats.tensors import Tensor, cast, of_array, with_ndim
@@ -166,6 +166,11 @@ def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str
     """
     file = epath.Path(file)
     tensors, metadata = _open(file)
+    if not has_kohya_names(family) and (key := next((key for key in tensors if key.startswith("lora_")), None)):
+        raise UserError(
+            f"lora.pretrained: {file} has {key}, but kohya's scripts have no names for layers of {family}; give a file "
+            "with diffusers' names"
+        )
     known = {key: layer for part, tree in base_like.items() for key, layer in _known(part, tree, family).items()}
     configs = _peft_configs(metadata, file)
     found, problems = _by_layer(tensors, known)

@@ -52,12 +52,16 @@ def layers(params: PyTree, leaf: str = "kernel") -> dict[str, Path]:
 
 
 def kohya_names(part: str, names: Collection[str], family: str) -> dict[str, str]:
-    """Kohya's name for each layer of a part; `names` are all that it has."""
+    """Kohya's name for each layer of a part; `names` are all that it has. None of a family that kohya does not know."""
+    if part not in _PREFIXES.get(family, {}):
+        return {}
     original = original_names(names) if (part, family) == ("unet", "sdxl") else {name: name for name in names}
-    return {
-        name: _underscored(_PREFIXES.get(family, {}).get(part, f"lora_{part}_"), other)
-        for name, other in original.items()
-    }
+    return {name: _underscored(_PREFIXES[family][part], other) for name, other in original.items()}
+
+
+def has_kohya_names(family: str) -> bool:
+    """Whether kohya's scripts have names for a family's layers."""
+    return family in _PREFIXES
 
 
 def known_names(part: str, names: Collection[str], family: str) -> dict[str, str]:

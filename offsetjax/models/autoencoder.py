@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from offsetjax.models.attention import attend
 from offsetjax.models.intercept import corrected, group_norm
-from offsetjax.storage import checksums
 
 _QUERIES = 4096  # that attend at a time
 
@@ -39,6 +38,7 @@ class Autoencoder:
     config: Mapping[str, Any]
     dtype: Any = jnp.float32
     class_name: str = "AutoencoderKL"
+    encoder_params: ClassVar = ("encoder", "quant_conv")
 
     @property
     def downscale(self) -> int:
@@ -84,32 +84,27 @@ class Autoencoder:
         with self._numerics():
             return self._module().apply({"params": params}, channels_last, method="decode").sample.astype(jnp.float32)
 
+    @staticmethod
+    def standardised(params: PyTree, mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> PyTree:
+        """The same autoencoder with other latents, `(z - mean) / std` a channel, folded into its two 1x1 convolutions.
+
+        Args:
+            mean, std: of the latents over the data, a channel; with them the new latents have mean 0 and deviation 1.
+        """
+        quant, post_quant = params["quant_conv"], params["post_quant_conv"]
+        scale = np.concatenate([1.0 / std, np.ones_like(std)]).astype(np.float32)
+        # The variance is divided by std². A logarithm in float32 is not the same on every machine.
+        shift = np.concatenate([-mean / std, -2.0 * np.log(std.astype(np.float64))]).astype(np.float32)
+        kernel = post_quant["kernel"]
+        return {
+            **params,
+            "quant_conv": {"kernel": quant["kernel"] * scale, "bias": quant["bias"] * scale + shift},
+            "post_quant_conv": {"kernel": kernel * std[:, None], "bias": post_quant["bias"] + mean @ kernel[0, 0]},
+        }
+
     def torch_config(self) -> dict[str, Any]:
         """The `config.json` that PyTorch diffusers reads."""
         return {"_class_name": self.class_name, **self.config, "act_fn": "silu", "force_upcast": True}
-
-
-def encoder_checksum(params: PyTree) -> str:
-    """The checksum of all weights that latents depend on; the decoder's are not among them."""
-    return checksums.digest({name: params[name] for name in ("encoder", "quant_conv")})
-
-
-def standardised(params: PyTree, mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> PyTree:
-    """The same autoencoder with other latents, `(z - mean) / std` a channel, folded into its two 1x1 convolutions.
-
-    Args:
-        mean, std: of the latents over the data, a channel; with them the new latents have mean 0 and deviation 1.
-    """
-    quant, post_quant = params["quant_conv"], params["post_quant_conv"]
-    scale = np.concatenate([1.0 / std, np.ones_like(std)]).astype(np.float32)
-    # The variance is divided by std². A logarithm in float32 is not the same on every machine.
-    shift = np.concatenate([-mean / std, -2.0 * np.log(std.astype(np.float64))]).astype(np.float32)
-    kernel = post_quant["kernel"]
-    return {
-        **params,
-        "quant_conv": {"kernel": quant["kernel"] * scale, "bias": quant["bias"] * scale + shift},
-        "post_quant_conv": {"kernel": kernel * std[:, None], "bias": post_quant["bias"] + mean @ kernel[0, 0]},
-    }
 
 
 def numerics(norm_num_groups: int, attends: bool = True) -> AbstractContextManager[None]:

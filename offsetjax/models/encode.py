@@ -1,15 +1,16 @@
 """The frozen parts: pixels and token ids to latents and embeddings."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
-from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.family import Captions, Conditions, Ids
 from offsetjax.models.pipeline import Pipeline
+from offsetjax.storage import checksums
 
 _FEW_PIXELS, _MANY_PIXELS = 2**18, 2**21  # one picture of 512 px, eight of them
 
@@ -27,14 +28,14 @@ def sample_latent(
 
 
 def encode_batch(
-    vae: Autoencoder, params: PyTree, batch: Mapping[str, Array], keys: Key[Array, " b"]
+    vae: Any, params: PyTree, batch: Mapping[str, Array], keys: Key[Array, " b"]
 ) -> Float[Array, "b c h w"]:
     """Scaled latents, drawn from the posterior with one key an example; the arguments are those of `batch_moments`."""
     return jax.vmap(sample_latent)(keys, *batch_moments(vae, params, batch)) * vae.scaling_factor
 
 
 def batch_moments(
-    vae: Autoencoder, params: PyTree, batch: Mapping[str, Array]
+    vae: Any, params: PyTree, batch: Mapping[str, Array]
 ) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
     """The posterior's mean and log-variance, not scaled: the cached ones of a batch, or of its pictures.
 
@@ -49,7 +50,7 @@ def batch_moments(
 
 
 def encode_moments(
-    vae: Autoencoder, params: PyTree, pixels: UInt8[Array, "b h w 3"]
+    vae: Any, params: PyTree, pixels: UInt8[Array, "b h w 3"]
 ) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
     """The posterior's mean and log-variance, not scaled; a few pictures are encoded at a time."""
     params = meta.unbox(params)  # once, not for each few
@@ -62,6 +63,12 @@ def encode_moments(
     if len(pixels) == at_once:
         return jax.vmap(encode)(pixels)
     return jax.lax.map(encode, pixels, batch_size=at_once)
+
+
+def encoder_checksum(vae: Any, params: PyTree) -> str:
+    """The checksum of all weights that latents depend on: of those that the autoencoder names, or of all."""
+    names = getattr(vae, "encoder_params", params)
+    return checksums.digest({name: params[name] for name in names if name in params})
 
 
 def _at_once(count: int, pixels: int) -> int:

@@ -43,6 +43,8 @@ Conditions = Mapping[str, PyTree]
 class Network(Protocol):
     """A part of a model: pure `init` and `apply`, without weights.
 
+    An autoencoder has `encode`, `decode`, `downscale`, `latent_channels` and `scaling_factor`; it may name those of its
+    parameters that latents depend on, as `encoder_params`, and has `standardised` where its latents can be.
     One whose layers can be split over the mesh axis `tensor` says so as `sharding`, rules of `parallel.sharding`.
 
     A text encoder's `apply` takes its parameters and ids [b, n], a denoiser's takes its parameters, latents
@@ -135,10 +137,10 @@ class Files:
         unread: the paths of fields that no network depends on: a preset's value gives way to the checkpoint's.
         pipeline: the class that loads an exported directory.
         index: (the settings of the config's `model`) → the entries of `model_index.json` but for the scheduler's.
+        said_by_index: fields of the config's `model` that `model_index.json` says, and what it means that does not.
         architecture: (what the network predicts) → `modelspec.architecture`.
         original: where the original code is, for `modelspec.implementation` of a single file; empty: it has no such
             layout.
-        has_kohya_names: whether kohya's scripts have names for its layers, which a LoRA's file may use.
     """
 
     pipeline: str
@@ -148,8 +150,8 @@ class Files:
     by_default: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     index: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda settings: {}
+    said_by_index: Mapping[str, bool] = field(default_factory=dict)
     original: str = ""
-    has_kohya_names: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ class Family:
         check: (the config's `model`) raises a UserError unless its parts go together.
         preset: sets a config's `model` to the published architecture.
         encodes_in_half: whether pictures may be encoded in the compute type during training.
+        lora_targets, text_encoder_lora_targets: what `lora.targets` and `lora.text_encoder_targets` are by default:
+            ends of diffusers' names of the layers of the denoiser, and of the encoders, that adapters go to.
         unread: (the config's `model`) → what the paths begin with of parameters that no loss depends on: they have no
             gradient, and get no weight decay.
     """
@@ -189,6 +193,8 @@ class Family:
     check: Callable[[ConfigDict], None] = lambda model: None
     preset: Callable[[ConfigDict], None] = lambda config: None
     encodes_in_half: bool = False
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_encoder_lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     unread: Callable[[ConfigDict], tuple[str, ...]] = lambda model: ()
 
     @property

@@ -18,7 +18,7 @@ from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import Pipeline, build, trained_parts
-from offsetjax.models.resolve import is_from_scratch
+from offsetjax.models.resolve import default_targets, is_from_scratch
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, load, on_host
 from offsetjax.parallel.sharding import path_name
@@ -162,9 +162,9 @@ def adopt_lora(config: ConfigDict) -> None:
     if not config.lora.pretrained:
         return
     loaded = _read_lora(config)
-    defaults = default_config().lora
-    found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}
     family = family_of(config)
+    defaults = {**default_config().lora.to_dict(), **default_targets(family)}
+    found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}
     found |= {"targets": loaded.targets(family.denoiser)} if family.denoiser in loaded.adapters else {}
     text = [part for part in family.encoders if part in loaded.adapters]
     if text and not config.train.text_encoders:

@@ -11,7 +11,7 @@ Packed is a picture whose 2x2 places are channels of one, the channels of z slow
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,7 @@ class KLAutoencoder:
     config: Mapping[str, Any]
     dtype: Any = jnp.float32
     class_name: str = "AutoencoderKL"
+    encoder_params: ClassVar = ("encoder", "quant_conv", "bn")
 
     @property
     def downscale(self) -> int:

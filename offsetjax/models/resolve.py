@@ -35,9 +35,19 @@ def resolve(config: ConfigDict) -> ConfigDict:
         _adopt(config, open_checkpoint(config.model.pretrained, config.model.variant))
     elif config.model.from_scratch:
         raise UserError("config: model.from_scratch cannot apply without model.pretrained: all is drawn at random")
-    assign(config, "model.family", family_of(config).name, explicit=False)
+    family = family_of(config)
+    assign(config, "model.family", family.name, explicit=False)
+    if config.lora.rank or config.lora.pretrained:
+        for field, targets in default_targets(family).items():
+            if config.lora[field] == default(f"lora.{field}") and not is_explicit(config, f"lora.{field}"):
+                assign(config, f"lora.{field}", targets, explicit=False)
     check_architecture(config)
     return config
+
+
+def default_targets(family: Family) -> dict[str, tuple[str, ...]]:
+    """The layers that adapters go to where a config does not say, by the field of `lora` that says them."""
+    return {"targets": family.lora_targets, "text_encoder_targets": family.text_encoder_lora_targets}
 
 
 def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
@@ -75,10 +85,10 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
             _check_value(f"model.pretrained: {pretrained.path}: {part} has {key}", declared[prefix + key], value)
             _adopt_value(config, prefix + key, value, pretrained, denoiser if part == "scheduler" else part)
     if denoises and pretrained.has("model_index"):
-        path, index = "model.force_zeros_for_empty_prompt", pretrained.read_config("model_index")
-        zeros = bool(index.get("force_zeros_for_empty_prompt", False))
-        if "force_zeros_for_empty_prompt" in index or not is_explicit(config, path):
-            _adopt_value(config, path, zeros, pretrained)
+        index = pretrained.read_config("model_index")
+        for key, usual in family.files.said_by_index.items():
+            if key in index or not is_explicit(config, f"model.{key}"):
+                _adopt_value(config, f"model.{key}", bool(index.get(key, usual)), pretrained)
 
 
 def _adopt_value(config: ConfigDict, path: str, value: Any, pretrained: Pretrained, part: str = "") -> None:

@@ -83,6 +83,8 @@ BY_DEFAULT: dict[str, dict[str, Any]] = {"scheduler": {"beta_schedule": "linear"
 # Files differ in these, and a single file of Stable Diffusion 2 does not say the second.
 WITHOUT_EFFECT = ("model.vae.sample_size", "model.text_encoder.projection_dim")
 
+SAID_BY_INDEX = {"force_zeros_for_empty_prompt": False}
+
 INDEX = {
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
@@ -264,8 +266,8 @@ def _files(architecture: Callable[[str], str], original: str) -> Files:
         by_default=BY_DEFAULT,
         unread=WITHOUT_EFFECT,
         index=lambda settings: {**INDEX, "requires_safety_checker": False, "safety_checker": [None, None]},
+        said_by_index=SAID_BY_INDEX,
         original=original,
-        has_kohya_names=True,
     )
 
 

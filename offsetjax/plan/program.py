@@ -90,7 +90,8 @@ def _of_preset(config: ConfigDict) -> ConfigDict:
                     f"{section} in model.from_scratch"
                 )
             config.model[section][leaf] = value
-        config.model.force_zeros_for_empty_prompt = preset.model.force_zeros_for_empty_prompt
+        for key in family_of(config).files.said_by_index:
+            config.model[key] = preset.model[key]
     # All shapes are known now, and no file has to be there.
     config.model.pretrained, config.model.from_scratch, config.lora.pretrained = "", (), ""
     return resolve(config)

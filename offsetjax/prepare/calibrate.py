@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ from offsetjax.diffusion.process import Process, make_process, mode_snr
 from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, write_whole
-from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.encode import to_unit_range
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.task import task_of
@@ -140,7 +139,7 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     return Modes(np.asarray(mean), np.asarray(squares / total))
 
 
-def _jit_batch_modes(vae: Autoencoder, params: PyTree, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
+def _jit_batch_modes(vae: Any, params: PyTree, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
     def batch_modes(
         params: PyTree, batch: Batch, count: Int[Array, ""]
     ) -> tuple[Complex[Array, "c h w2"], Float[Array, "c h w2"]]:

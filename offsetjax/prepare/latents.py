@@ -28,8 +28,7 @@ from offsetjax.data import cache as caches
 from offsetjax.data.cache import Cache, Shard
 from offsetjax.data.source import Source, describe, open_data, seen, split_names
 from offsetjax.errors import UserError
-from offsetjax.models.autoencoder import Autoencoder, encoder_checksum, standardised
-from offsetjax.models.encode import encode_moments
+from offsetjax.models.encode import encode_moments, encoder_checksum
 from offsetjax.models.initial import initial_params
 from offsetjax.models.pipeline import Pipeline, build
 from offsetjax.models.resolve import check_resolution, resolve
@@ -110,10 +109,10 @@ def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, 
     params = jax.device_get(initial_params(config, pipeline.family.autoencoder, pipeline.autoencoder))
     if pipeline.autoencoder.scaling_factor == 0:
         statistics = latent_statistics(config, pipeline, params, source)
-        params = standardised(params, *statistics)
+        params = pipeline.autoencoder.standardised(params, *statistics)
         config.model[pipeline.family.autoencoder].scaling_factor = 1.0
         pipeline = build(config)
-    check_cache(config, source, params)
+    check_cache(config, source, pipeline, params)
     return config, pipeline, params, statistics
 
 
@@ -134,12 +133,12 @@ def _whole_splits(config: ConfigDict) -> dict[str, Source]:
 
 
 def _describe(
-    config: ConfigDict, vae: Autoencoder, params: PyTree, statistics: Statistics | None, sources: dict[str, Source]
+    config: ConfigDict, vae: Any, params: PyTree, statistics: Statistics | None, sources: dict[str, Source]
 ) -> Cache:
     mean, std = statistics or (np.array([]), np.array([]))
     side = config.data.resolution // vae.downscale
     return Cache(
-        encoder=encoder_checksum(params),
+        encoder=encoder_checksum(vae, params),
         scaling_factor=vae.scaling_factor,
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
@@ -152,7 +151,7 @@ def _describe(
     )
 
 
-def _jit_encode(vae: Autoencoder, params: PyTree, random_flip: bool) -> Encode:
+def _jit_encode(vae: Any, params: PyTree, random_flip: bool) -> Encode:
     """Encodes on all devices of this process, a few pictures at a time on each."""
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
 

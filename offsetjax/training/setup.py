@@ -25,8 +25,7 @@ from offsetjax.diffusion.calibration import FILLED, fill
 from offsetjax.errors import UserError
 from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.tensors import Tensor
-from offsetjax.models.autoencoder import encoder_checksum, standardised
-from offsetjax.models.encode import to_unit_range
+from offsetjax.models.encode import encoder_checksum, to_unit_range
 from offsetjax.models.family import family_of, latents_of
 from offsetjax.models.initial import (
     abstract_trained,
@@ -92,7 +91,7 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any, lock: Workdir
         workdir / "frozen", pipeline, frozen_parts(config), partial(sharding.shardings, mesh, pipeline.sharding)
     )
     if not is_new:  # the data may be others than those that the run was begun with
-        check_cache(config, source, frozen.get(pipeline.family.autoencoder))
+        check_cache(config, source, pipeline, frozen.get(pipeline.family.autoencoder))
     return Run(config, workdir, mesh, pipeline, frozen)
 
 
@@ -105,12 +104,12 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
     if task_of(config).denoises and pipeline.autoencoder.scaling_factor == 0:
         vae = _vae_params(tensors[autoencoder], pipeline)
         mean, std = latent_statistics(config, pipeline, vae, source)
-        tensors[autoencoder] = torch_tensors(standardised(vae, mean, std))
+        tensors[autoencoder] = torch_tensors(pipeline.autoencoder.standardised(vae, mean, std))
         assign(config, f"model.{autoencoder}.scaling_factor", 1.0, explicit=False)
         pipeline = build(config, tokenizers)
         _log.info("%s: latents standardised; mean %s, standard deviation %s", autoencoder, mean.round(3), std.round(3))
     if config.data.cached_latents:
-        check_cache(config, source, _vae_params(tensors[autoencoder], pipeline))
+        check_cache(config, source, pipeline, _vae_params(tensors[autoencoder], pipeline))
     if left_out := left_out_tensors(config):
         _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
     if jax.process_index() == 0:
@@ -150,10 +149,10 @@ def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
     return on_host(flax_tensors(tensors, abstract_params(pipeline.autoencoder), pipeline.family.autoencoder))
 
 
-def check_cache(config: ConfigDict, source: Any, vae_params: PyTree) -> None:
+def check_cache(config: ConfigDict, source: Any, pipeline: Pipeline, vae_params: PyTree) -> None:
     """Raises a UserError where the data are latents that this autoencoder would not make of their pictures."""
     if config.data.cached_latents:
-        source.cache.check(source.label, config.data, encoder_checksum(vae_params))
+        source.cache.check(source.label, config.data, encoder_checksum(pipeline.autoencoder, vae_params))
 
 
 def refuse_to_begin_again(workdir: epath.Path, every_steps: int) -> None:
@@ -297,7 +296,7 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
         UserError: it was not.
     """
     if config.data.cached_latents:
-        return source.cache.statistics(source.label)
+        return source.cache.statistics(source.label, f"model.{pipeline.family.autoencoder}.scaling_factor")
     sampled = config.copy_and_resolve_references()
     sampled.train.global_batch_size, sampled.data.random_flip = 8, False
     batches = open_stream(sampled, pipeline, source).iterator(0)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Array, PyTree
 
 from offsetjax.config import default_config
-from offsetjax.models.autoencoder import Autoencoder, standardised
+from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.unet import UNet
 from tests import tiny, torch_models
 from tests.torch_models import counterpart, gradient_errors, params_of, relative_error
@@ -127,7 +127,7 @@ def test_standardised_latents_have_mean_0_and_deviation_1_and_decode_to_the_same
     encode, decode = jax.jit(vae.encode), jax.jit(vae.decode)
     mean, log_variance = (np.asarray(moment) for moment in encode(params, pixels))
     shift, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
-    new = standardised(params, shift, scale)
+    new = Autoencoder.standardised(params, shift, scale)
     latents, new_log_variance = (np.asarray(moment) for moment in encode(new, pixels))
     np.testing.assert_allclose(latents.mean((0, 2, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(latents.std((0, 2, 3)), 1, atol=1e-4)

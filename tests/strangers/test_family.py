@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from offsetjax.cli import main
 from offsetjax.config.families import FAMILIES
 from offsetjax.config.schema import SECTIONS
+from offsetjax.errors import UserError
 from offsetjax.models.weights import abstract_params
 from offsetjax.models.workdir import load_trained
 from offsetjax.parallel import sharding
@@ -147,7 +148,19 @@ def test_it_is_adapted(base: pathlib.Path, exported: pathlib.Path, capsys: pytes
     assert "--lora_keys=diffusers, or use --format=diffusers" in message and not out.exists()
     assert main([*command, "--lora_keys=diffusers"]) == 0
     names = set(safetensors.numpy.load_file(out))
-    assert "transformer.layers.0.attention.to_q.lora_A.weight" in names and len(names) == 3 * 4 * 2
+    assert "transformer.layers.0.attention.to_q.lora_A.weight" in names and len(names) == 3 * 5 * 2
+
+
+def test_a_lora_with_names_of_kohyas_is_refused(
+    base: pathlib.Path, exported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "kohya.safetensors"
+    halves = {"lora_down.weight": np.zeros((2, 16), np.float32), "lora_up.weight": np.zeros((16, 2), np.float32)}
+    name = "lora_transformer_layers_0_attention_to_q"
+    safetensors.numpy.save_file({f"{name}.{half}": array for half, array in halves.items()}, file)
+    config = _config(base, model__pretrained=str(exported), lora__pretrained=str(file))
+    with pytest.raises(UserError, match=r"lora_transformer_.*kohya's scripts have no names for layers of patches"):
+        train(config, tmp_path / "run")
 
 
 def test_a_layout_that_it_does_not_have_is_refused(

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from offsetjax.data.source import open_source
-from offsetjax.models.autoencoder import standardised
+from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.encode import to_unit_range
 from offsetjax.models.pipeline import build
 from offsetjax.storage.checkpoint import open_checkpoints
@@ -20,7 +20,7 @@ def test_standardising_changes_the_latents_and_not_the_pictures():
     params = jax.jit(vae.init)(jax.random.key(0))
     pixels = jax.random.uniform(jax.random.key(1), (2, 3, 16, 16), minval=-1.0)
     mean, std = np.array([1.0, -2.0, 0.5, 0.0]), np.array([0.1, 3.0, 1.0, 0.5])
-    new = standardised(params, mean, std)
+    new = Autoencoder.standardised(params, mean, std)
     (old_mean, old_log_variance), (new_mean, new_log_variance) = vae.encode(params, pixels), vae.encode(new, pixels)
     column = (slice(None), None, None)
     np.testing.assert_allclose(new_mean, (old_mean - mean[column]) / std[column], atol=1e-4)

@@ -118,7 +118,7 @@ LORA = Section(
             Texts,
             ("to_q", "to_k", "to_v", "to_out.0"),
             at_most_letters(4096, each=1000),
-            "the layers of the denoiser that are adapted, by the ends of diffusers' names",
+            "the layers of the denoiser that are adapted, by the ends of diffusers' names; by default its family's",
             elsewhere={"target_modules": "peft", "layer_filter": "OneTrainer"},
         ),
         Field(
