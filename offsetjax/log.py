@@ -31,6 +31,11 @@ def say(text: str) -> None:
     write(f"offsetjax: {text}\n")
 
 
+def show(*lines: str) -> None:
+    """Prints lines on standard output, which a command was asked for; `has_lost_output` tells whether one was lost."""
+    print(*lines, sep="\n", flush=True)
+
+
 def write(text: str, to: TextIO | None = None) -> None:
     """Writes to standard error, or to another stream; never raises, and waits no longer than a second for a reader."""
     to = to or sys.stderr

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from offsetjax.cli import _explain, main
+from offsetjax.cli import main
+from offsetjax.commands.explain import explain
 from tests.tiny import CAPTIONS, data_path, quick_compilation, trained_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -223,12 +224,12 @@ def test_help_comes_at_once() -> None:
 def test_what_a_disk_or_a_network_refuses_is_one_line(
     capsys: pytest.CaptureFixture[str], error: OSError, status: int, text: str
 ) -> None:
-    assert _explain(error) == status
+    assert explain(error) == status
     assert capsys.readouterr().err == f"offsetjax: error: {text}\n"
 
 
 def test_a_connection_that_a_part_of_the_program_broke_keeps_its_stack_trace(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert _explain(ConnectionResetError(104, "Connection reset by peer")) == 75
+    assert explain(ConnectionResetError(104, "Connection reset by peer")) == 75
     assert "ConnectionResetError: [Errno 104]" in capsys.readouterr().err.splitlines()[0]

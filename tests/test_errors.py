@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offsetjax.cli import _explain
+from offsetjax.commands.explain import explain
 from offsetjax.errors import (
     PreemptedError,
     Status,
@@ -104,7 +104,7 @@ def test_a_fault_of_ours_keeps_its_stack_and_leaves_a_report(
     (tmp_path / "config.json").write_text('{"seed": 7}')
     with pytest.raises(KeyError) as raised:
         {}["a fault"]  # type: ignore[index]
-    assert _explain(raised.value, argparse.Namespace(workdir=str(tmp_path))) == 70
+    assert explain(raised.value, argparse.Namespace(workdir=str(tmp_path))) == 70
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err and '{}["a fault"]' in err
     [report] = tmp_path.glob("fault_*.txt")
@@ -115,7 +115,7 @@ def test_a_fault_of_ours_keeps_its_stack_and_leaves_a_report(
 
 @pytest.mark.parametrize("is_debug", [False, True])
 def test_a_mistake_shows_its_stack_where_that_is_asked_for(capsys: pytest.CaptureFixture[str], is_debug: bool) -> None:
-    assert _explain(UserError("what, where, the remedy"), argparse.Namespace(debug=is_debug)) == 2
+    assert explain(UserError("what, where, the remedy"), argparse.Namespace(debug=is_debug)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "offsetjax: error: what, where, the remedy"
     assert (len(lines) > 1) == is_debug

@@ -63,6 +63,7 @@ PLACES = [_closed_pipe, _closed_terminal, _full_disk, _reader_that_stopped, _not
 PROGRAM = """
 import logging, os, sys, threading, time, warnings
 from offsetjax import cli, log
+from offsetjax.commands import training
 from offsetjax.errors import PreemptedError, UserError
 from offsetjax.parallel import signals
 
@@ -96,9 +97,7 @@ def train(options, rest):
     ready()
     threading.Event().wait()
 
-cli._TOGETHER = (cli._train,)
-cli._RESUMES[train] = "from there"
-cli._train.__code__ = (lambda options, rest: __import__("__main__").train(options, rest)).__code__
+training._train.__code__ = (lambda options, rest: __import__("__main__").train(options, rest)).__code__
 sys.exit(cli.main())
 """
 

@@ -2,6 +2,7 @@
 
 from etils import epath
 
+from offsetjax import log
 from offsetjax.errors import UserError
 from offsetjax.files import size_text
 from offsetjax.storage import checkpoint
@@ -18,7 +19,7 @@ def list_steps(workdir: epath.PathLike) -> None:
     with checkpoint.open_checkpoints(_existing(workdir)) as manager:
         checkpoint.existing_step(manager)
         for step in sorted(manager.all_steps()):
-            print(f"step {step}  {size_text(_size(manager.directory / str(step)))}")
+            log.show(f"step {step}  {size_text(_size(manager.directory / str(step)))}")
 
 
 def verify(workdir: epath.PathLike, step: int | None = None) -> None:
@@ -32,10 +33,10 @@ def verify(workdir: epath.PathLike, step: int | None = None) -> None:
         checkpoint.existing_step(manager, step)
         for each in sorted(manager.all_steps()) if step is None else [step]:
             try:
-                print(f"step {each}  good: {checkpoint.verify(manager, each)} arrays", flush=True)
+                log.show(f"step {each}  good: {checkpoint.verify(manager, each)} arrays")
             except UnreadableError as error:
                 unreadable += 1
-                print(f"step {each}  {error}", flush=True)
+                log.show(f"step {each}  {error}")
     if unreadable:
         raise UserError(
             f"checkpoint: {unreadable} steps of {workdir} cannot be read; a resume takes the newest that can"
@@ -68,7 +69,7 @@ def prune(workdir: epath.PathLike, keep: int) -> None:
             for step in steps[:-keep]:
                 lock.check()
                 manager.delete(step)
-                print(f"step {step}  deleted")
+                log.show(f"step {step}  deleted")
 
 
 def _existing(workdir: epath.PathLike) -> epath.PathLike:

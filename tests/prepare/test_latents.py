@@ -17,7 +17,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from offsetjax.cli import _explain, main
+from offsetjax.cli import main
+from offsetjax.commands.explain import explain
 from offsetjax.data.brightness import data_brightness
 from offsetjax.data.cache import Shard
 from offsetjax.data.source import Source, open_source
@@ -259,7 +260,7 @@ def test_a_disk_that_does_not_show_what_others_wrote_is_no_mistake_of_the_users(
     monkeypatch.setattr(Shard, "write", lambda *_: None)  # by another process, of which nothing is seen
     with pytest.raises(OSError, match="process 0 does not see all") as caught:
         encode_data(tiny_config(data_path(base)), tmp_path / "cache", shard_size=6)
-    assert _explain(caught.value) == 75
+    assert explain(caught.value) == 75
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.undo()
     encode_data(tiny_config(data_path(base)), tmp_path / "cache", shard_size=6)

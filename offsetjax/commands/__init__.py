@@ -1,0 +1,1 @@
+"""The sub-commands of `offsetjax`: the arguments of each, beside what it calls."""
