@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from tests import tiny
+from tests.compilation import QUICK_COMPILATION
 
 
 def call(function: Callable[..., Any], *arguments: Any, num_devices: int = 1, seconds: float = 300) -> Any:
@@ -50,7 +50,7 @@ def call_together(calls: Sequence[tuple[Any, ...]], num_devices: int, seconds: f
 def _serve(connection: Any, num_devices: int, place: Any, function: Callable[..., Any], *arguments: Any) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
-    for name, value in tiny.QUICK_COMPILATION.items():
+    for name, value in QUICK_COMPILATION.items():
         jax.config.update(name, value)
     try:
         if place:

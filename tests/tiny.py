@@ -1,32 +1,21 @@
 """The smallest model and data set that train: seconds on two CPU cores, for whatever test needs a real run."""
 
-import contextlib
 import functools
 import json
-import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax.config import default_config
 from offsetjax.data.build import build
 from offsetjax.train import train
+from tests.compilation import quick_compilation as quick_compilation
 
 CAPTIONS = ("a black square", "a white square", "a red boat", "a green hill")
 RESOLUTION = 16
-
-# Compiling takes nearly all the time of a tiny training: do it with little care, and once for the same program.
-QUICK_COMPILATION = {
-    "jax_disable_most_optimizations": True,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
 
 
 def tiny_config(data_path: pathlib.Path | str = "", **changes: Any) -> ConfigDict:
@@ -89,26 +78,6 @@ def build_data(folder: pathlib.Path, count: int = 16, seed: int = 0) -> pathlib.
     (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     build(pictures, folder / "data")
     return folder / "data"
-
-
-@contextlib.contextmanager
-def quick_compilation(base: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Compiles quickly inside, with a cache in `base`; gives the environment in which another process does the same.
-
-    JAX_COMPILATION_CACHE_DIR names another place for the cache, which then lasts from one run of the tests to the next.
-    """
-    cache_dir = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(base / "compiled")
-    options = {**QUICK_COMPILATION, "jax_compilation_cache_dir": cache_dir}
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # whether there is one is decided at the first compilation
-    try:
-        yield {name.upper(): str(value) for name, value in options.items()}
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def run_config(data_path: pathlib.Path | str, **changes: Any) -> ConfigDict:

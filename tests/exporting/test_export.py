@@ -61,11 +61,7 @@ def workdir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("export")
     config = request.param(folder / "model", tiny.build_data(folder))
     config.train.steps = config.checkpoint.every_steps = 3
-    jax.config.update("jax_disable_most_optimizations", True)  # three steps: compiling them takes longest
-    try:
-        train(config, folder / "workdir")
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    train(config, folder / "workdir")
     return folder / "workdir"
 
 

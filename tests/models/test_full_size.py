@@ -3,6 +3,7 @@
 import gc
 import resource
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 from offsetjax.config import default_config, presets
 from offsetjax.models.unet import UNet
+from tests.compilation import usual_compilation
 from tests.torch_models import counterpart, params_of, relative_error
 
 
@@ -50,6 +52,12 @@ def timed(what: str, function: Any, *arguments: Any) -> Any:
     result = jax.block_until_ready(compiled(*arguments))
     report(what, start)
     return result
+
+
+@pytest.fixture(autouse=True)
+def _compiled_as_usual() -> Iterator[None]:
+    with usual_compilation():
+        yield
 
 
 @pytest.mark.slow

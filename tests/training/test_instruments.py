@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 import shutil
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +19,15 @@ from offsetjax.training.abstract import abstract_pipeline, model_flops
 from offsetjax.training.flops import count_flops
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import StepClock
+from tests.compilation import usual_compilation
 from tests.tiny import data_path, tiny_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_of_its_own() -> Iterator[None]:
+    """Not that of all tests: a training's is looked at."""
+    with usual_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
