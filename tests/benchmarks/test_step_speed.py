@@ -45,13 +45,13 @@ def _seconds(step: Callable[[], object], count: int) -> float:
 
 
 def test_a_step_beside_pytorchs(capsys: pytest.CaptureFixture[str]) -> None:
-    """A narrow denoiser of Stable Diffusion 1.x, float32, batch 4 of 16x16 latents, AdamW: for information."""
+    """A narrow denoiser of Stable Diffusion 1.x, float32, batch 4 of 16x16 latents, AdamW."""
     rounds = call(_beside_pytorch, seconds=3000)
     ours, torchs = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(torch_seconds / seconds for seconds, torch_seconds in rounds)
     with capsys.disabled():
         print(f"\na step: {ours:.3f} s, PyTorch's {torchs:.3f} s; {ratio:.2f} times PyTorch's speed")
-    assert 0.05 < ratio < 20
+    assert ratio > 0.5  # it was 0.82
 
 
 def _beside_pytorch() -> list[list[float]]:

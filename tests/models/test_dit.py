@@ -130,10 +130,7 @@ def test_each_setting_is_trained_from_nothing(settings: dict[str, Any]) -> None:
     names = {"/".join(path) for path in flatten_dict(params)}
     assert any("norm_q" in name for name in names) == bool(settings.get("qk_norm"))
     assert any("gate_proj" in name for name in names) == bool(settings.get("is_gated"))
-    plain = DiT(SMALL, jnp.float32).init(jax.random.key(0))
-    count, plain_count = (sum(leaf.size for leaf in jax.tree.leaves(each)) for each in (params, plain))
     assert network.is_plain == (not settings)
-    assert count == plain_count or settings
 
 
 def test_parameters_are_drawn_as_the_paper_says() -> None:

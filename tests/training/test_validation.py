@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.data.brightness import data_brightness
+from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts
@@ -30,7 +30,7 @@ from offsetjax.training.evaluators import open_evaluators
 from offsetjax.training.setup import Run, open_stream
 from offsetjax.training.step import TrainState
 from offsetjax.training.validation import check_apart, make_losses, validate
-from tests.tiny import data_path, quick_compilation, run_config, tiny_config, trained_workdir
+from tests.tiny import RESOLUTION, data_path, quick_compilation, run_config, tiny_config, trained_workdir
 
 TIMESTEPS = (100, 999)
 
@@ -169,7 +169,8 @@ def test_a_run_logs_its_validation_and_its_probe(base: pathlib.Path, tmp_path: p
     assert len(drawn) == 6
     assert probed[1]["brightness_mean"] == pytest.approx(np.mean(drawn), abs=1e-5)
     assert probed[1]["brightness_std"] == pytest.approx(np.std(drawn), abs=1e-5)
-    assert 0 <= probed[1]["brightness_wasserstein"] <= 1
+    data = data_brightness(open_source(data_path(base), "train[:50%]"), RESOLUTION)
+    assert probed[1]["brightness_wasserstein"] == pytest.approx(compare(drawn, data)["wasserstein"], abs=1e-5)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
 
 
