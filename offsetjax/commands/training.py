@@ -55,7 +55,7 @@ def add_calibrate(command: AddCommand) -> None:
     """Adds `calibrate`."""
     sub = command("calibrate", _calibrate, "measure the data's latents, and recommend a noise for them")
     sub.add_argument("--config", required=True, help="the config file of the training to be")
-    sub.add_argument("--out", required=True, help="FILE.json, for noise.calibration; FILE.png is put beside it")
+    sub.add_argument("--out", required=True, help="FILE.json, for noise.calibration; its figures are put beside it")
     sub.add_argument(
         "--target_snr",
         type=float,

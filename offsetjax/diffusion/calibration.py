@@ -124,10 +124,10 @@ def noise_spectrum(calibration: Calibration, process: Process, target: float) ->
     half = 0.5 / max(calibration.height, calibration.width)
     places = np.insert(calibration.frequency, 1, half)
     powers = np.maximum(1.0, terminal_snr(process) * calibration.power / target)
-    return tuple(_interpolation(places, np.insert(each, 1, each[1])) for each in powers)
+    return tuple(interpolation(places, np.insert(each, 1, each[1])) for each in powers)
 
 
-def _interpolation(places: Float[np.ndarray, " k"], values: Float[np.ndarray, " k"]) -> str:
+def interpolation(places: Float[np.ndarray, " k"], values: Float[np.ndarray, " k"]) -> str:
     """A formula in `f`, without the places inside of a level stretch, of which the powers under the floor make one."""
     is_level = np.diff(values) == 0
     kept = np.concatenate([[True], ~(is_level[:-1] & is_level[1:]), [True]])
@@ -251,9 +251,16 @@ def _check_needed(
         )
 
 
-def write_calibration(path: epath.PathLike, calibration: Calibration) -> None:
-    """Writes the file, with the strengths that follow from it for whoever reads it."""
-    strengths = offset_strengths(calibration, make_process(calibration.schedule), calibration.target_terminal_snr)
+def write_calibration(
+    path: epath.PathLike, calibration: Calibration, strengths: Float[np.ndarray, " c"] | None = None
+) -> None:
+    """Writes the file.
+
+    Args:
+        strengths: that are recommended, for whoever reads the file; None: those that follow from its target.
+    """
+    if strengths is None:
+        strengths = offset_strengths(calibration, make_process(calibration.schedule), calibration.target_terminal_snr)
     recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
     content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
     text = json.dumps(content, indent=1, allow_nan=False, default=np.ndarray.tolist)

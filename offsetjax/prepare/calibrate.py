@@ -1,4 +1,4 @@
-"""`offsetjax calibrate`: measures how much of the data is legible at each frequency, and recommends a noise.
+"""`offsetjax calibrate`: measures the data at each frequency, says what becomes of it, and recommends a noise.
 
 Each picture is encoded once, without its flip, to the mean of its posterior; the mean and the variance over pictures of
 each mode of the latents are gathered over all devices. `calibration.py` says what follows from them.
@@ -31,9 +31,9 @@ from offsetjax.diffusion.calibration import (
     terminal_snr,
     write_calibration,
 )
+from offsetjax.diffusion.density import make_density
 from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
 from offsetjax.diffusion.process import Process, make_process, mode_snr
-from offsetjax.diffusion.spectrum import frequencies
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, write_whole
 from offsetjax.models.encode import to_unit_range
@@ -43,7 +43,9 @@ from offsetjax.parallel import sharding
 from offsetjax.plots import png
 from offsetjax.prepare.latents import open_vae
 from offsetjax.prepare.mode_snr import mode_snr_figure
+from offsetjax.prepare.reach import Drawn, octaves, reach_advice, reach_figure, reach_table
 from offsetjax.progress import tracked
+from offsetjax.sampling.reach import drawing
 from offsetjax.training.objective import Batch
 from offsetjax.training.setup import open_stream
 
@@ -93,13 +95,26 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         process = make_process(config.schedule, downscale)
         noise = configured_noise(config, calibration, downscale)
         strengths, _ = recommended_strengths(config, calibration, process, downscale)
-        for line in table(calibration, modes.variance, noise, strengths, process):
+        has_terminal_snr = terminal_snr(process) > 0
+        if has_terminal_snr:
+            for line in table(calibration, modes.variance, noise, strengths, process):
+                _log.info("%s", line)
+        drawn = Drawn(process, make_density(config), drawing(pipeline, config))
+        advice = reach_advice(drawn, calibration)
+        if has_terminal_snr:  # by which the strength goes, of the channel that needs the most
+            advice = dataclasses.replace(advice, offset=float(f"{strengths.max():.3g}"))
+        for line in reach_table(drawn, calibration, modes.variance, noise, advice):
             _log.info("%s", line)
-        write_calibration(out, calibration)
-        picture = out.parent / f"{out.stem}.png"
-        recommended = _with_strength(config, strengths.max(), process, downscale)
-        write_whole(picture, png(mode_snr_figure(calibration, noise, recommended, process)))
-        _log.info("%s: give it as noise.calibration; the figure is %s", out, picture)
+        write_calibration(out, calibration, strengths if has_terminal_snr else np.full(1, advice.offset or 0.0))
+        recommended = _with_strength(config, advice.offset or 0.0, process, downscale)
+        pictures = {
+            f"{out.stem}.png": reach_figure(drawn, calibration, noise, recommended),
+            f"{out.stem}_snr.png": mode_snr_figure(calibration, noise, recommended, process),
+        }
+        for name, picture in pictures.items():
+            write_whole(out.parent / name, png(picture))
+        use = "give it as noise.calibration; " if has_terminal_snr else ""
+        _log.info("%s: %sthe figures are %s", out, use, " and ".join(str(out.parent / name) for name in pictures))
     return calibration
 
 
@@ -217,13 +232,3 @@ def table(
     octave_rows = zip(names, power.mean(0), noise_power.mean(0), ratios.mean(0), ratios.max(0), strict=True)
     for name, data, noised, mean, worst in octave_rows:
         yield f"{name:>16}{data:12.3g}{noised:12.3g}{mean:20.3g}{worst:15.3g}"
-
-
-def octaves(height: int, width: int) -> tuple[Int[np.ndarray, "h w2"], list[str]]:
-    """The octave of wavelengths of each mode, from 32 latent pixels down, and the names of those that the grid has."""
-    names = ["whole picture", "32 and more", *(f"{2 * side} - {side}" for side in (16, 8, 4, 2)), "under 2"]
-    edges = [0.0, *(1 / side for side in (32, 16, 8, 4, 2))]
-    # A hair less, so that a wavelength of 32 latent pixels is where it belongs whatever the rounding.
-    octave = np.digitize(np.hypot(*frequencies(height, width)) * (1 - 1e-9), edges, right=True)
-    found, bands = np.unique(octave, return_inverse=True)
-    return bands.reshape(octave.shape), [names[each] for each in found]

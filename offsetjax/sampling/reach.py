@@ -42,17 +42,23 @@ def brightness_reach(pipeline: Pipeline, config: ConfigDict, noise: Noise | None
     Args:
         noise: of training, in the place of the config's.
     """
-    measured, sample = deviations(config), config.sample
+    measured = deviations(config)
     side = config.data.resolution // pipeline.autoencoder.downscale
     return reach(
         make_process(config.schedule, pipeline.autoencoder.downscale),
         noise or training_noise(pipeline, config),
         make_density(config),
-        Drawing(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config)),
+        drawing(pipeline, config),
         DEFAULT_DEVIATION if measured is None else measured,
         side,
         side,
     )
+
+
+def drawing(pipeline: Pipeline, config: ConfigDict) -> Drawing:
+    """How a config's pictures are drawn."""
+    sample = config.sample
+    return Drawing(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config))
 
 
 def about_data(config: ConfigDict) -> str:

@@ -44,7 +44,7 @@ from tests.tiny import build_data, quick_compilation, tiny_config
 COUNT = 21  # no multiple of a batch of 8
 SCHEDULE = make_process(default_config().schedule)
 TERMINAL_SNR = 0.0046817  # of Stable Diffusion's schedule: √ᾱ_T = 0.0682646
-TARGET = 2e-4  # below the leak of all four channels of a tiny autoencoder
+TARGET = 2e-4  # below the terminal SNR of all four channels of a tiny autoencoder
 
 
 def _calibration(size: int = 16, target: float = 0.1, **changes: Any) -> Calibration:
@@ -339,7 +339,7 @@ def test_the_command_measures_each_picture_once(measured: pathlib.Path, modes: n
     np.testing.assert_allclose(found.frequency[1], (1 + np.sqrt(2)) / 2 / 8)
     with Image.open(measured.with_suffix(".png")) as image:
         assert image.width > 800
-    assert sorted(path.name for path in measured.parent.iterdir()) == ["tiny.json", "tiny.png"]
+    assert sorted(path.name for path in measured.parent.iterdir()) == ["tiny.json", "tiny.png", "tiny_snr.png"]
 
 
 def test_one_device_measures_what_eight_do(data: pathlib.Path, measured: pathlib.Path) -> None:
@@ -383,7 +383,12 @@ def test_the_table_says_what_snrs_and_what_mends_it(
         (
             {"schedule__zero_terminal_snr": True, "schedule__prediction_type": "v_prediction"},
             TARGET,
-            r"recommended: noise\.offset_strength = 0;",
+            r"recommended: plain noise is good enough: 4 steps return",
+        ),
+        (
+            {"schedule__process": "flow", "sample__sampler": "euler", "sample__num_steps": 50},
+            TARGET,
+            r"recommended: plain noise is good enough: 50 steps return 9\d%",
         ),
         (
             {"model__vae__scaling_factor": 0.0, "noise__adaptive_scale": 0.2, "noise__calibration": "c.json"},

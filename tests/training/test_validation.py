@@ -84,7 +84,7 @@ def test_a_plain_training_has_one_curve(plain: dict[str, float]) -> None:
         {"loss__min_snr_gamma": 1.0, "loss__min_timestep": 900},
     ],
 )
-def test_no_offset_leaks_into_the_plain_curve(
+def test_no_offset_gets_into_the_plain_curve(
     base: pathlib.Path, plain: dict[str, float], noise: dict[str, Any]
 ) -> None:
     seen = _validate(base, **{"noise__offset_strength": 0.0, **noise})
