@@ -123,7 +123,9 @@ def _least_powers(process: Process, density: Density, drawing: Drawing, bands: B
     enough = np.where(most >= ENOUGH, ENOUGH, 0.99 * most)
     # What is legible at every timestep is decided at none: there the start alone counts.
     is_enough = (shares >= enough) & ((trained >= SEEN) | (equal >= 1.0))
-    return np.where(is_enough.any(0), _POWERS[is_enough.argmax(0)], np.nan)
+    found = np.where(is_enough.any(0), _POWERS[is_enough.argmax(0)], np.nan)
+    # What is weaker than plain noise is decided at the clean end, where no noise helps.
+    return np.where(bands.power.max(0) > 1.0, found, 1.0)
 
 
 def _least_shift(process: Process, drawing: Drawing, bands: Bands) -> float | None:

@@ -31,7 +31,9 @@ def mode_snr_figure(calibration: Calibration, noise: Noise, recommended: Noise, 
     if recommended.strengths.any():
         kind = "" if recommended.kind == "offset" else f"{recommended.kind}, "
         noises[f"recommended: {kind}offset strength {recommended.strengths.max():.3g}"] = recommended
-    steps = np.unique(np.linspace(0, process.num_train_timesteps - 1, 201).round().astype(int))
+    steps = np.unique(
+        np.linspace(1, process.num_train_timesteps - 1, 201).round().astype(int)
+    )  # 0 may be no noise at all
     canvas = Figure(figsize=(1.2 + 3.2 * len(noises), 4.2), layout="constrained")
     panels = canvas.subplots(1, len(noises), sharey=True, squeeze=False)[0]
     for axes, (name, each) in zip(panels, noises.items(), strict=True):

@@ -81,10 +81,11 @@ def _recommendation(
     steps, bands = drawn.drawing.num_steps, radial(calibration)
     plain = drawn.reach(PLAIN, bands)
     if advice.offset == 0.0 and advice.spectrum is None:
-        yield (
-            f"recommended: plain noise is good enough: {steps} steps return {plain.returned[0]:.0%} of the spread of "
-            "brightness"
-        )
+        share = f"{steps} steps return {plain.returned[0]:.0%} of the spread of brightness"
+        if plain.returned[0] >= ENOUGH - 0.01:
+            yield f"recommended: plain noise is good enough: {share}"
+        else:
+            yield f"recommended: plain noise and more sample.num_steps: {share}, and lose the rest near the picture"
         return
     if advice.offset:
         with_offset = drawn.reach(Noise("offset", np.array([advice.offset])), bands)

@@ -383,7 +383,7 @@ def test_the_table_says_what_snrs_and_what_mends_it(
         (
             {"schedule__zero_terminal_snr": True, "schedule__prediction_type": "v_prediction"},
             TARGET,
-            r"recommended: plain noise is good enough: 4 steps return",
+            r"recommended: plain noise and more sample\.num_steps: 2 steps return 2\d% of the spread",
         ),
         (
             {"schedule__process": "flow", "sample__sampler": "euler", "sample__num_steps": 50},
