@@ -23,7 +23,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from offsetjax.diffusion.density import Density, shifted
-from offsetjax.diffusion.process import Grid
+from offsetjax.diffusion.mapped_flow import MappedFlow
+from offsetjax.diffusion.mapped_flow import rules as mapped_rules
+from offsetjax.diffusion.process import Grid, Process
+from offsetjax.diffusion.variance_preserving import VariancePreserving
 
 ShiftRule = Literal["fixed", "resolution", "tokens"]
 
@@ -52,14 +55,18 @@ class Flow:
     last_timestep = 1.0
 
     @classmethod
-    def make(cls, schedule: Mapping[str, Any], downscale: int) -> "Flow":
-        """The process of `config.schedule`."""
-        return cls(
+    def make(cls, schedule: Mapping[str, Any], downscale: int) -> Process:
+        """The process of `config.schedule`: mapped, where the network keeps to its own terms."""
+        flow = cls(
             schedule["num_train_timesteps"],
             schedule["shift"],
             schedule["shift_rule"],
             (schedule["shift_resolution"] / downscale) ** 2,
         )
+        if schedule.get("conversion", "plain") == "plain":  # what was stored by an earlier version does not say
+            return flow
+        network = VariancePreserving.make(schedule, downscale)
+        return MappedFlow(flow, network, schedule["prediction_type"] == "v_prediction")
 
     def shift_at(self, pixels: int) -> float:
         match self.shift_rule:
@@ -111,6 +118,9 @@ class Flow:
 
     def error_gain(self, timestep: Float[Array, ""]) -> Float[Array, ""]:
         return 1.0 / timestep**2
+
+    def weight(self, timestep: Float[Array, ""]) -> float:
+        return 1.0
 
     def grid(self, sampler: str, num_steps: int, spacing: str, shift: float) -> Grid:
         """One shift of a straight line from 1 to 0; of DPM-Solver++ and UniPC, from where PyTorch's begin."""
@@ -171,8 +181,11 @@ class Flow:
 
     @staticmethod
     def rules(values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
+        is_mapped = values["schedule.conversion"] == "mapped"
+        if is_mapped:
+            yield from mapped_rules(values)
         yield (
-            values["schedule.zero_terminal_snr"],
+            values["schedule.zero_terminal_snr"] and not is_mapped,
             "schedule.zero_terminal_snr cannot apply to schedule.process = 'flow', whose terminal SNR is 0; leave it "
             "out",
         )

@@ -24,19 +24,20 @@ from offsetjax.diffusion.process import Process, Timestep
 def min_snr_weight(
     process: Process, timestep: Timestep, gamma: float, noise_variance: float | Float[Array, ""] = 1.0
 ) -> Float[Array, ""]:
-    """The weight of one example's loss; `gamma` 0 turns weighting off (1 everywhere), 5 is the paper's value.
+    """The weight of one example's loss; `gamma` 0 leaves the process's own, 5 is the paper's value.
 
     Args:
         noise_variance: `s²`, at this timestep.
     """
     if gamma == 0:
-        return jnp.ones(())
+        return jnp.ones(()) * process.weight(timestep)
     return jnp.minimum(process.snr(timestep) / noise_variance, gamma) / process.error_gain(timestep)
 
 
 def flow_weight(process: Process, timestep: Timestep, weighting: str) -> Float[Array, ""]:
     """The weight of one example's loss by `loss.weighting`: "none" (1 everywhere), "sigma_sqrt" or "cosmap"."""
-    _, sigma = process.scales(timestep)
+    alpha, sigma = process.scales(timestep)
+    sigma = sigma / (alpha + sigma)  # t, on whichever scale
     match weighting:
         case "sigma_sqrt":
             return 1.0 / jnp.maximum(sigma, 1e-3) ** 2  # the least σ that those scripts know

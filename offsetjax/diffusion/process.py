@@ -116,6 +116,11 @@ class Process(Protocol):
     def error_gain(self, timestep: Timestep) -> Float[Array, ""]:
         """The squared error of the prediction that a squared error of 1 of x0 makes, at a given `x_t`."""
 
+    def weight(self, timestep: Timestep) -> Any:
+        """What a squared error of the prediction counts, where nothing else weighs it: 1 but for one that stands for
+        another.
+        """
+
     def grid(self, sampler: str, num_steps: int, spacing: str, shift: float) -> Grid:
         """The timesteps of a sampler of `sampler.NAMES`, as PyTorch diffusers' counterpart chooses them.
 

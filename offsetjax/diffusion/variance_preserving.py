@@ -30,6 +30,7 @@ _OF_FLOWS = {
     "schedule.shift": 1.0,
     "schedule.shift_rule": "fixed",
     "schedule.shift_resolution": 0,
+    "schedule.conversion": "plain",
     "sample.shift": 0.0,
     "loss.weighting": "none",
 }
@@ -135,6 +136,9 @@ class VariancePreserving:
     def error_gain(self, timestep: Int[Array, ""]) -> Float[Array, ""]:
         """`SNR_t` for ε, `SNR_t + 1` for v."""
         return self.snr(timestep) + (self.prediction_type == "v_prediction")
+
+    def weight(self, timestep: Int[Array, ""]) -> float:
+        return 1.0
 
     def grid(self, sampler: str, num_steps: int, spacing: str, shift: float = 1.0) -> Grid:
         timesteps = timestep_grid(self.num_train_timesteps, num_steps, spacing, sampler)

@@ -71,9 +71,17 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
             said, usual = recognised(stored), default("schedule.process")
             if said is None or said["process"] == usual:
                 _require(family, part, stored, str(pretrained.path))
-                if config.schedule.process != usual:
+                if config.schedule.process != usual and config.schedule.conversion == "mapped":
+                    stored = {key: value for key, value in (said or stored).items() if key != "process"}
+                    said = None
+                elif config.schedule.process != usual:
                     _log.info("%s is trained as %s: it becomes a %s", pretrained.path, usual, config.schedule.process)
                     continue
+            elif config.schedule.conversion == "mapped":
+                raise UserError(
+                    f"config: schedule.conversion = 'mapped' cannot apply to {pretrained.path}, which is a flow "
+                    "already; leave it out"
+                )
             stored = said or stored
         else:
             _require(family, part, stored, str(pretrained.path))

@@ -65,7 +65,8 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
             told = jnp.full(len(places), process.network_timestep(timestep))
             prediction = pipeline.denoise(params, noisy, told, conditions)
             wanted = jax.vmap(lambda x, n, r: process.target(x, n, r, timestep))(latents, drawn, rate)
-            return (jax.vmap(mean_squared_error)(prediction, wanted) * (places < count)).sum()
+            errors = jax.vmap(mean_squared_error)(prediction, wanted) * process.weight(timestep)
+            return (errors * (places < count)).sum()
 
         timesteps = jnp.asarray(config.validation.timesteps, jnp.int32)
         return {name: jax.lax.map(lambda t, noise=noise: at(noise, t), timesteps) for name, noise in noises.items()}

@@ -172,6 +172,13 @@ SCHEDULE = Section(
         Field(
             "shift_resolution", int, 0, count(0), "the size that shift is for, by shift_rule = 'resolution'", "pixels"
         ),
+        Field(
+            "conversion",
+            str,
+            "plain",
+            one_of("plain", "mapped"),
+            "how a model of ε or v is trained as a flow: it becomes one, or keeps to its own timesteps and predictions",
+        ),
         Field("num_train_timesteps", int, 1000, count(2, 1_000_000), "timesteps from data to noise"),
         Field("beta_start", float, 0.00085, between(0, 1), "variance of the noise that the first timestep adds"),
         Field("beta_end", float, 0.012, between(0, 1), "variance of the noise that the last timestep adds"),
