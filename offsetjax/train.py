@@ -19,7 +19,7 @@ from orbax.checkpoint import CheckpointManager
 from offsetjax.config import Origin
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_data
-from offsetjax.data.stream import Stream
+from offsetjax.data.stream import Stream, check_replaced
 from offsetjax.errors import Status
 from offsetjax.files import written_to
 from offsetjax.models.pipeline import for_training
@@ -139,7 +139,7 @@ def _loop(
             last = step_metrics
             watchdog.progressed()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
-                metrics.scalars(*_fetch(*unwritten, clock))
+                _write(metrics, stream, *unwritten, clock)
                 unwritten = None
             if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
                 unwritten = (step, step_metrics)
@@ -149,7 +149,7 @@ def _loop(
             is_preempted, is_due = preemption.reached(), saver.is_due(step)
             if is_preempted or is_due or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
-                    metrics.scalars(*_fetch(*unwritten, clock))
+                    _write(metrics, stream, *unwritten, clock)
                     unwritten = None
                 saver.save(step, state, {"fingerprint": stream.fingerprint()})  # where the data are is the step
                 watchdog.progressed()
@@ -159,6 +159,8 @@ def _loop(
         saver.finish()
         if skipped := int(state.skipped):
             _log.warning("%d steps changed nothing: their loss or gradient was not finite", skipped)
+        if replaced := int(state.replaced):
+            _log.warning("%d times a record that cannot be read was left out; see data.max_bad_fraction", replaced)
         if cut := int(state.truncated):
             _log.warning("%d captions were longer than the text encoders read, and cut; see encode.long_captions", cut)
     finally:
@@ -167,9 +169,10 @@ def _loop(
         instruments.close()
 
 
-def _fetch(step: int, values: Any, clock: StepClock) -> tuple[int, dict[str, float]]:
+def _write(metrics: Metrics, stream: Stream, step: int, values: Any, clock: StepClock) -> None:
     values = {name: value.item() for name, value in jax.device_get(values).items()}
-    return step, {**values, **clock.lap(step)}
+    metrics.scalars(step, {**values, **clock.lap(step)})
+    check_replaced(stream, int(values["records_replaced"]), step * stream.global_batch_size)
 
 
 def _evaluate(

@@ -6,9 +6,10 @@ whole state of the data is one integer, the number of the next batch, and a run 
 processes or workers and still see the same global batches.
 """
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,9 +19,12 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from offsetjax.data.source import Record, Source, describe, seen
-from offsetjax.errors import UserError
+from offsetjax.data.source import Source, describe, seen
+from offsetjax.errors import StorageError, TransientError, UserError
 from offsetjax.parallel.signals import end_with_parent
+
+_log = logging.getLogger("offsetjax")
+_MOST_TRIES = 64  # records in a row that cannot be read: then it is not the records
 
 # How each field of a fingerprint is called in a config, for the remedy.
 _CONFIG_NAMES = {
@@ -48,6 +52,7 @@ class Stream:
     long_captions: Literal["truncate", "refuse"] = "truncate"
     num_workers: int = 0
     rows: tuple[int, ...] = ()  # of each global batch, those of this process
+    max_bad_fraction: float = 0.0
 
     def iterator(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
         """The batches of this process from number `start_batch` on; close it when done.
@@ -56,14 +61,18 @@ class Stream:
             the fields of the source's records (`offsetjax.data.source.Record.view`): `pixels` uint8
             `[b, resolution, resolution, 3]`, or of latents `moments` float16 `[b, 2, c, h, w]`, and `time_ids` float32
             `[b, 6]`; `input_ids` by text encoder, int32 `[b, n]`; `is_truncated` bool `[b]`, whose captions were cut;
-            `index` int64 `[b]`, the number of each example in the source. b is the number of this process's rows.
+            `is_replaced` bool `[b]`, which stand in the place of a record that cannot be read; `index` int64 `[b]`, the
+            number of each example in the source. b is the number of this process's rows.
 
         Raises:
-            UserError: a record that cannot be decoded, or a caption that is refused for its length.
+            UserError: a record that cannot be decoded, where none may be left out, or 64 of them in a row; or a
+                caption that is refused for its length.
         """
         iterator = iter(_batches(self, start_batch))
         try:
             yield from iterator
+        except (UserError, TransientError, StorageError) as error:  # of one line, to which Grain adds its own
+            raise type(error)(str(error).partition("\n")[0]) from error
         finally:
             iterator.close()
 
@@ -89,6 +98,7 @@ def make_stream(
     long_captions: Literal["truncate", "refuse"] = "truncate",
     num_workers: int = 0,
     rows: Sequence[int] | None = None,
+    max_bad_fraction: float = 0.0,
 ) -> Stream:
     """The stream of a source.
 
@@ -99,9 +109,40 @@ def make_stream(
         long_captions: what becomes of a caption with more tokens than the text encoders read.
         num_workers: processes that read and decode; 0: threads of this one.
         rows: of each global batch, those that this process reads, in order; None: all.
+        max_bad_fraction: of the records that may be left out, for `check_replaced`; 0: the first ends the stream.
     """
-    rows = tuple(range(global_batch_size) if rows is None else rows)
-    return Stream(source, seed, global_batch_size, resolution, random_flip, tokenize, long_captions, num_workers, rows)
+    return Stream(
+        source=source,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        resolution=resolution,
+        random_flip=random_flip,
+        tokenize=tokenize,
+        long_captions=long_captions,
+        num_workers=num_workers,
+        rows=tuple(range(global_batch_size) if rows is None else rows),
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def check_replaced(stream: Stream, replaced: int, num_seen: int) -> None:
+    """Compares the examples that stood in for records that cannot be read with what is allowed.
+
+    The counts are those of the whole run, so that every process and every resumption judges alike. Before the end of
+    the first epoch all of its records count as seen, or a bad one in the first batch would be a large part.
+
+    Args:
+        replaced, num_seen: examples, since step 0.
+
+    Raises:
+        UserError: there were more than `max_bad_fraction` of them.
+    """
+    if replaced > stream.max_bad_fraction * max(num_seen, len(stream.source)):
+        raise UserError(
+            f"data: {replaced} records of {stream.source.label} could not be read in {num_seen} examples, more than "
+            f"data.max_bad_fraction = {stream.max_bad_fraction:g} allows; the log names them: build the data set again "
+            "with `offsetjax data build`, or raise data.max_bad_fraction"
+        )
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -137,12 +178,33 @@ class _Rows(grain.MapDataset):
         return self._parent[batch * self._global_batch_size + self._rows[place]]
 
 
+class _Order(grain.MapDataset):
+    """Of each place in the order, its record's number and those that follow it, looked up as they are read."""
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        return _Following(self._parent, index)
+
+
+@dataclass(frozen=True)
+class _Following:
+    order: grain.MapDataset
+    place: int
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.order[place] for place in range(self.place, self.place + _MOST_TRIES))
+
+
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     block = len(stream.rows)
     indices = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
-    records = indices.map(partial(_read, stream.source))
-    show = partial(_shown, stream.source, stream.resolution)
-    examples = records.random_map(partial(_flipped, show)) if stream.random_flip else records.map(partial(show, False))
+    show = partial(_shown, stream.source, stream.resolution, stream.max_bad_fraction > 0)
+    order = _Order(indices)
+    examples = order.random_map(partial(_flipped, show)) if stream.random_flip else order.map(partial(show, False))
     examples = _Rows(examples, stream)
     if stream.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
@@ -154,27 +216,40 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, block))
         batches = examples[start_batch * block :].to_iter_dataset(options).batch(block)
     # The tokenizer stays out of the workers, which would import all of its and the models' libraries with it.
-    tokenized = batches.map(partial(_tokenized, stream))
+    tokenized = batches.map(partial(_tokenized, stream, set()))
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
 
 
-def _read(source: Source, index: int) -> tuple[int, Record]:
+def _shown(
+    source: Source, resolution: int, may_be_bad: bool, is_mirrored: bool, following: Iterable[int]
+) -> dict[str, Any]:
+    """The first example of an order that can be read, and why those before it cannot."""
     end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
-    return index, source[index]
-
-
-def _shown(source: Source, resolution: int, is_mirrored: bool, numbered: tuple[int, Record]) -> dict[str, Any]:
-    index, record = numbered
-    return {**seen(source, index, record, resolution, is_mirrored), "caption": record.caption, "index": np.int64(index)}
+    problems: list[str] = []
+    for index in following:
+        try:
+            record = source[index]
+            fields = seen(source, index, record, resolution, is_mirrored)
+        except UserError as error:
+            if not may_be_bad:
+                raise
+            problems.append(str(error))
+        else:
+            return {**fields, "caption": record.caption, "problems": "\n".join(problems), "index": np.int64(index)}
+    raise UserError(f"{problems[0]} (and so are the {_MOST_TRIES - 1} that follow it)")
 
 
 def _flipped(
-    show: Callable[[bool, tuple[int, Record]], dict[str, Any]], numbered: tuple[int, Record], rng: np.random.Generator
+    show: Callable[[bool, Iterable[int]], dict[str, Any]], following: Iterable[int], rng: np.random.Generator
 ) -> dict[str, Any]:
-    return show(bool(rng.random() < 0.5), numbered)
+    return show(bool(rng.random() < 0.5), following)
 
 
-def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, Any]:
+def _tokenized(stream: Stream, told: set[str], batch: dict[str, Any]) -> dict[str, Any]:
+    is_replaced = np.array([bool(problems) for problems in batch["problems"]])
+    for problem in {line for problems in batch["problems"] for line in str(problems).split("\n") if line} - told:
+        told.add(problem)
+        _log.warning("%s; another takes its place", problem)
     tokens = [stream.tokenize(str(caption)) for caption in batch["caption"]]
     rows = [ids for ids, *_ in tokens]
     input_ids = {part: np.stack([np.asarray(ids[part], np.int32) for ids in rows]) for part in rows[0]}
@@ -186,8 +261,8 @@ def _tokenized(stream: Stream, batch: dict[str, Any]) -> dict[str, Any]:
             f"data: the caption of {which} has {tokens[first][1]} tokens, but the text encoders "
             f"read {tokens[first][2]}; shorten it, or set encode.long_captions='truncate'"
         )
-    own = {name: _own(field) for name, field in batch.items() if name != "caption"}
-    return {**own, "input_ids": input_ids, "is_truncated": is_truncated}
+    own = {name: _own(field) for name, field in batch.items() if name not in ("caption", "problems")}
+    return {**own, "input_ids": input_ids, "is_truncated": is_truncated, "is_replaced": is_replaced}
 
 
 def _own(array: np.ndarray) -> np.ndarray:

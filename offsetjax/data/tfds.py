@@ -13,8 +13,9 @@ from offsetjax.data.cache import DESCRIPTION, read_cache
 from offsetjax.data.record import Picture
 from offsetjax.data.shards import REPEATS_FILE
 from offsetjax.data.source import Source
-from offsetjax.errors import UserError, one_line
+from offsetjax.errors import StorageError, TransientError, UserError, one_line
 from offsetjax.json_text import parse_json, parse_object
+from offsetjax.storage.retry import retried
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Rows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return self.records[int(index)]
+            return retried(lambda: self.records[int(index)], f"data: record {index} of {self.label}")
+        except (TransientError, StorageError):
+            raise
         except Exception as error:  # the reader's own errors, of several libraries, for bytes that have changed
             raise UserError(
                 f"data: record {index} of {self.label} cannot be read: {one_line(error)}; "

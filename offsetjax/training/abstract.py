@@ -57,6 +57,7 @@ def abstract_batch(config: ConfigDict, pipeline: Pipeline) -> Mapping[str, Any]:
         },
         "time_ids": jax.ShapeDtypeStruct((count, 6), jnp.float32),
         "is_truncated": jax.ShapeDtypeStruct((count,), jnp.bool_),
+        "is_replaced": jax.ShapeDtypeStruct((count,), jnp.bool_),
     }
 
 

@@ -283,6 +283,7 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
         long_captions=config.encode.long_captions,
         num_workers=config.data.num_workers,
         rows=sharding.rows_of_process(batch, global_batch_size) if batch else None,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
 
 

@@ -29,6 +29,7 @@ class TrainState:
     ema_params: PyTree  # None without an average
     skipped: Int[Array, ""]  # steps whose gradient was not finite
     truncated: Int[Array, ""]  # captions that were cut to the text encoders' length
+    replaced: Int[Array, ""]  # records that could not be read, and so left out
 
 
 def init_state(params: PyTree, config: ConfigDict) -> TrainState:
@@ -40,6 +41,7 @@ def init_state(params: PyTree, config: ConfigDict) -> TrainState:
         ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
         skipped=jnp.zeros((), jnp.int32),
         truncated=jnp.zeros((), jnp.uint32),
+        replaced=jnp.zeros((), jnp.uint32),
     )
 
 
@@ -79,11 +81,13 @@ def make_train_step(gradient: Gradient, config: ConfigDict) -> TrainStep:
 
         skipped = state.skipped + (~is_finite).astype(jnp.int32)
         truncated = state.truncated + batch["is_truncated"].sum(dtype=jnp.uint32)
+        replaced = state.replaced + batch["is_replaced"].sum(dtype=jnp.uint32)
         applied = rate(state.step - state.skipped)  # a skipped step does not count in the schedule
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": applied, "skipped": skipped}
+        metrics["records_replaced"] = replaced
         if task_of(config).denoises:
             metrics["captions_truncated"] = truncated
-        return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated), metrics
+        return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated, replaced), metrics
 
     return train_step
 

@@ -1,10 +1,13 @@
 """The batches are a function of the seed and of their number alone, and every example is seen once an epoch."""
 
 import contextlib
+import dataclasses
+import errno
 import io
 import json
 import multiprocessing
 import pathlib
+import re
 import shutil
 import threading
 import time
@@ -18,9 +21,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from offsetjax.data.record import Picture
 from offsetjax.data.source import Source, open_source
-from offsetjax.data.stream import check_fingerprint, make_stream
-from offsetjax.errors import UserError
+from offsetjax.data.stream import check_fingerprint, check_replaced, make_stream
+from offsetjax.errors import TransientError, UserError
+from offsetjax.storage import retry
 from tests.data.grey import grey_pictures
 
 COUNT, SIDE = 23, 16
@@ -66,6 +71,7 @@ def test_a_batch_holds_the_pictures_and_captions_of_its_indices(source: Source) 
             "input_ids": {"long": ((8, 3), "int32"), "short": ((8, 2), "int32")},
             "time_ids": ((8, 6), "float32"),
             "is_truncated": ((8,), "bool"),
+            "is_replaced": ((8,), "bool"),
             "index": ((8,), "int64"),
         }
         np.testing.assert_array_equal(batch["input_ids"]["long"], [[7, index, 9] for index in batch["index"]])
@@ -200,6 +206,144 @@ def test_a_damaged_file_is_named(copied: pathlib.Path) -> None:
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"record \d+ of .*set.* cannot be read"):
         take(open_source(copied), 4)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+def encoded(array: np.ndarray, kind: str, mode: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+# Some can be shown, such as CMYK and 16 bits, and are; the others are left out.
+ODD = {
+    "corrupt": bytes(99) + encoded(NOISE, "PNG")[99:],
+    "truncated": encoded(NOISE, "PNG")[:300],
+    "empty": b"",
+    "text": b"<html>not found</html>",
+    "32 bits": encoded(np.ones((4, 4), np.float32), "TIFF"),
+    "CMYK": encoded(NOISE, "JPEG", "CMYK"),
+    "16 bits": encoded(NOISE[..., 0].astype(np.uint16) * 257, "PNG"),
+}
+BAD = ("corrupt", "truncated", "empty", "text", "32 bits")
+
+
+def bad_records(source: Source) -> list[int]:
+    """Their numbers; TFDS writes records in an order of its own."""
+    files = {ODD[name] for name in BAD}
+    return [index for index in range(len(source)) if source[index].image in files]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def bad_set(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """100 pictures, written around our builder, which would have left out the five that cannot be shown."""
+    good = [encoded(np.full((SIDE, SIDE, 3), each, np.uint8), "PNG") for each in range(100)]
+    pictures = good[: -len(ODD)] + list(ODD.values())
+    features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+    folder = tmp_path_factory.mktemp("bad") / "set"
+    write_split(folder, features, [{"image": data, "caption": str(each % 20)} for each, data in enumerate(pictures)])
+    return folder
+
+
+def test_the_next_good_record_of_the_order_takes_a_bad_ones_place(
+    bad_set: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(bad_set)
+    bad = bad_records(source)
+    assert len(bad) == len(BAD)
+    order = np.concatenate([each["index"] for each in take(Readable(len(source)), 27)])  # where all can be read
+    batches = take(source, 25, max_bad_fraction=0.05)
+    expected = [next(int(other) for other in order[place:] if other not in bad) for place in range(200)]
+    found = np.concatenate([each["index"] for each in batches])
+    np.testing.assert_array_equal(found, expected)
+    replaced = np.concatenate([each["is_replaced"] for each in batches])
+    np.testing.assert_array_equal(replaced, np.isin(order[:200], bad))
+    assert replaced.sum() == 2 * len(BAD), "two epochs"
+    lines = [record.getMessage() for record in caplog.records if "is no picture" in record.getMessage()]
+    assert sorted(int(re.findall(r"record (\d+) ", line)[0]) for line in lines) == bad, "once each"
+    assert all(line.endswith("; another takes its place") for line in lines)
+
+
+def test_what_is_left_out_is_the_same_after_a_resume_and_on_every_host(bad_set: pathlib.Path) -> None:
+    source = open_source(bad_set)
+    whole = take(source, 10, max_bad_fraction=0.05)
+    assert_same(take(source, 6, start=4, max_bad_fraction=0.05), whole[4:])
+    assert_same(take(source, 2, max_bad_fraction=0.05, num_workers=1), whole[:2])
+    for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        mine = take(source, 10, max_bad_fraction=0.05, rows=rows)
+        assert_same(mine, [jax.tree.map(lambda field, rows=rows: field[rows], each) for each in whole])
+
+
+def test_a_limit_of_bad_records(bad_set: pathlib.Path) -> None:
+    source = open_source(bad_set)
+    with pytest.raises(
+        UserError, match=r"record \d+ .*is no picture.*; build the data set again with `offsetjax data build`$"
+    ):
+        take(source, 13)
+    stream = make_stream(
+        source,
+        seed=3,
+        global_batch_size=8,
+        resolution=SIDE,
+        random_flip=False,
+        tokenize=tokenize,
+        max_bad_fraction=0.05,
+    )
+    for replaced, seen in ((5, 8), (5, 100), (10, 200), (0, 0)):
+        check_replaced(stream, replaced, seen)
+    for replaced, seen in ((6, 8), (6, 100), (11, 200)):
+        with pytest.raises(UserError, match=rf"{replaced} records of .* in {seen} examples, more than data.max_bad_fr"):
+            check_replaced(stream, replaced, seen)
+
+
+def test_a_data_set_of_nothing_good_ends_in_a_line(tmp_path: pathlib.Path) -> None:
+    features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+    write_split(tmp_path / "set", features, [{"image": b"", "caption": "1"}] * 3)
+    with pytest.raises(
+        UserError, match=r"record \d .* of .*: the file is empty.*\(and so are the 63 that follow it\)$"
+    ):
+        take(open_source(tmp_path / "set"), 1, max_bad_fraction=1.0)
+
+
+def test_a_read_that_may_pass_is_tried_again_and_no_bad_record(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "WAITS", (0.0, 0.0))
+    rows, tries = source.rows, []  # type: ignore[attr-defined]
+
+    class Unsteady:
+        def __getitem__(self, index: int) -> Any:
+            tries.append(index)
+            if len(tries) % 3:
+                raise OSError(errno.EIO, "Input/output error")
+            return rows.records[index]
+
+    unsteady = dataclasses.replace(rows, records=Unsteady())
+    assert unsteady[4]["caption"] == rows[4]["caption"] and len(tries) == 3
+    monkeypatch.setattr(retry, "WAITS", ())
+    with pytest.raises(TransientError, match=r"record 4 of .*tried 1 times"):
+        unsteady[4]
+
+
+class Readable:
+    """As many records as a data set has, of which all can be read."""
+
+    label = "readable"
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Picture:
+        return Picture(NOISE, "0")
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def shares_records(self, other: Source) -> bool:
+        return False
 
 
 class Foreign(tfds.core.GeneratorBasedBuilder):

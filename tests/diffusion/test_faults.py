@@ -14,7 +14,7 @@ import pytest
 from offsetjax.config import validate
 from offsetjax.data.record import Picture
 from offsetjax.data.source import Source
-from offsetjax.data.stream import Stream, _flipped, _read, _shown, make_stream
+from offsetjax.data.stream import Stream, _flipped, _Order, _shown, make_stream
 from offsetjax.diffusion.loss import min_snr_weight
 from offsetjax.diffusion.variance_preserving import variance_preserving
 from offsetjax.errors import UserError
@@ -160,8 +160,8 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
 
     # The stream's threads are too slow for so many; its flips are read in their order, as a short stretch shows.
     indices = grain.MapDataset.source(range(1000)).seed(0).shuffle().repeat(None)
-    show = partial(_shown, Pictures(), 8)
-    flipped = indices.map(partial(_read, Pictures())).random_map(partial(_flipped, show))
+    show = partial(_shown, Pictures(), 8, False)
+    flipped = _Order(indices).random_map(partial(_flipped, show))
     flips = np.array([flipped[place]["pixels"][0, 0, 0] == 0 for place in range(EXAMPLES)])
     with contextlib.closing(stream(256).iterator()) as batches:
         for number in range(2):

@@ -56,6 +56,7 @@ class Program:
                 "input_ids": {"text_encoder": rng.integers(0, 9, (BATCH, length), dtype=np.int32)},
                 "time_ids": np.zeros((BATCH, 6), np.float32),
                 "is_truncated": np.zeros(BATCH, bool),
+                "is_replaced": np.zeros(BATCH, bool),
             },
             BATCH,
         )

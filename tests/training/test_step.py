@@ -94,6 +94,7 @@ def _batch(number: int = 0, count: int = 32) -> dict[str, np.ndarray]:
         "input_ids": {"text_encoder": rng.integers(1, 9, (count, 2), dtype=np.int32)},
         "time_ids": np.zeros((count, 6), np.float32),
         "is_truncated": np.zeros(count, bool),
+        "is_replaced": np.zeros(count, bool),
     }
 
 
@@ -249,6 +250,15 @@ def test_captions_that_were_cut_are_counted_from_the_first_step_on() -> None:
         batch = _batch() | {"is_truncated": np.arange(32) < 3}
         state, metrics = train_step(state, None, batch)
         assert int(state.truncated) == int(metrics["captions_truncated"]) == total
+
+
+def test_records_that_were_left_out_are_counted_from_the_first_step_on() -> None:
+    config = _config()
+    train_step = jax.jit(make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1), config), config))
+    state = init_state({"w": jnp.ones(1)}, config)
+    for total in (2, 4):
+        state, metrics = train_step(state, None, _batch() | {"is_replaced": np.arange(32) < 2})
+        assert int(state.replaced) == int(metrics["records_replaced"]) == total
 
 
 def test_the_metrics_are_those_of_the_step() -> None:

@@ -52,6 +52,14 @@ DATA = Section(
             elsewhere={"max_data_loader_n_workers": "kohya", "dataloader_num_workers": "diffusers"},
             change=Change.FREELY,
         ),
+        Field(
+            "max_bad_fraction",
+            float,
+            0.01,
+            FRACTION,
+            "the fraction of records that may be left out in training, where they cannot be read; above it, it ends",
+            change=Change.RESUME,
+        ),
     ),
 )
 
