@@ -5,8 +5,12 @@ transparency over white, 16 bits scaled down (white is 65535), CMYK and palettes
 so raises `UnreadableImage`.
 """
 
+import contextlib
+import ctypes
 import functools
 import io
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -16,6 +20,7 @@ from offsetjax.errors import one_line
 
 # Pictures beyond 8192 x 8192 are refused by their header: 20 kB of PNG can decode to hundreds of megabytes.
 MAX_PIXELS = 2**26
+BYTES_A_PIXEL = 32  # held at most while one is decoded: with transparency there are several copies of four bytes
 
 # Only these decoders see a file: Pillow's others are rarely used, and one of them starts a PostScript interpreter.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -36,13 +41,54 @@ class UnreadableImage(Exception):  # noqa: N818 - the house names errors by what
     """The bytes are no picture that we can show; the text is the reason, in a few words."""
 
 
+class Room:
+    """How many pixels all threads of a process may decode at once: as many as the largest picture that is taken.
+
+    A thread waits until its picture goes in beside those of others. So memory is bounded by `BYTES_A_PIXEL` times
+    `MAX_PIXELS`, 2.1 GB, whatever the number of threads and the sizes of a stranger's pictures.
+    """
+
+    def __init__(self, most: int = MAX_PIXELS):
+        self._most, self._used, self._changed = most, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Inside, that many pixels are in."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + pixels <= self._most)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= pixels
+                self._changed.notify_all()
+
+
+_ROOM = Room()
+_LARGE_PIXELS = 2**22
+
+
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels of an encoded picture, as a viewer shows them.
 
     Raises:
         UnreadableImage: empty, truncated, corrupt, too large, or of a format or kind that is not supported.
     """
-    return _pixels(*_load(data))
+    with _loaded(data) as (image, orientation):
+        return _pixels(image, orientation)
+
+
+def square(data: bytes, resolution: int) -> tuple[UInt8[np.ndarray, "r r 3"], int, int]:
+    """What `resize_and_crop` makes of an encoded picture, and the whole one's height and width.
+
+    Raises:
+        UnreadableImage: as for `decode`.
+    """
+    with _loaded(data) as (image, orientation):
+        whole = _pixels(image, orientation)
+        height, width, _ = whole.shape
+        return resize_and_crop(whole, resolution), height, width
 
 
 def clean(data: bytes) -> tuple[bytes, int, int]:
@@ -57,16 +103,16 @@ def clean(data: bytes) -> tuple[bytes, int, int]:
         UnreadableImage: as for `decode`.
     """
     data = without_texts(data)
-    image, orientation = _load(data)
-    pixels = _pixels(image, orientation)
-    height, width, _ = pixels.shape
-    is_plain = image.mode in ("RGB", "L") and "transparency" not in image.info and orientation == 1
-    is_plain = is_plain and _to_srgb(image) is None
-    if is_plain and image.format in _KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
-        return data, height, width
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue(), height, width
+    with _loaded(data) as (image, orientation):
+        pixels = _pixels(image, orientation)
+        height, width, _ = pixels.shape
+        is_plain = image.mode in ("RGB", "L") and "transparency" not in image.info and orientation == 1
+        is_plain = is_plain and _to_srgb(image) is None
+        if is_plain and image.format in _KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
+            return data, height, width
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue(), height, width
 
 
 def crop_box(height: int, width: int) -> tuple[float, float, float, float]:
@@ -102,8 +148,32 @@ def time_ids(height: int, width: int, resolution: int) -> Float[np.ndarray, "6"]
     return np.array([height, width, top * scale, left * scale, resolution, resolution], np.float32)
 
 
-def _load(data: bytes) -> tuple[Image.Image, int]:
-    """The decoded image in the file's own mode, and its EXIF orientation, 1 to 8."""
+@contextlib.contextmanager
+def _loaded(data: bytes) -> Iterator[tuple[Image.Image, int]]:
+    """The decoded image in the file's own mode, and its EXIF orientation, 1 to 8; inside, it has its room."""
+    image = _open(data)
+    with _ROOM.of(image.width * image.height):
+        if image.width * image.height > _LARGE_PIXELS:
+            _give_back()
+        try:
+            image.load()
+        except Exception as error:  # a decoder of untrusted bytes may raise anything
+            raise UnreadableImage(f"corrupt or truncated: {one_line(error)}") from error
+        try:
+            orientation = image.getexif().get(0x0112, 1)
+        except Exception:  # broken metadata do not make the picture unreadable
+            orientation = 1
+        yield image, orientation if orientation in _TRANSPOSITIONS else 1
+
+
+def _give_back() -> None:
+    """Gives the system back what threads have freed: glibc keeps it for each, hundreds of MB after large pictures."""
+    with contextlib.suppress(OSError, AttributeError):  # another system's library, which has no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image, of which only the header is read."""
     if not data:
         raise UnreadableImage("the file is empty")
     try:
@@ -116,15 +186,7 @@ def _load(data: bytes) -> tuple[Image.Image, int]:
         raise UnreadableImage(f"corrupt: {one_line(error)}") from error
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
-    try:
-        image.load()
-    except Exception as error:  # as above
-        raise UnreadableImage(f"corrupt or truncated: {one_line(error)}") from error
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # broken metadata do not make the picture unreadable
-        orientation = 1
-    return image, orientation if orientation in _TRANSPOSITIONS else 1
+    return image
 
 
 def _pixels(image: Image.Image, orientation: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -210,8 +272,12 @@ _PNG, _LONG_TEXT = b"\x89PNG\r\n\x1a\n", 2**16
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    grey = np.asarray(image).astype(np.uint32)
-    shown = ((grey + 128) // 257).astype(np.uint8)
+    grey = np.asarray(image)
+    scaled = grey.astype(np.uint32)
+    scaled += 128
+    scaled //= 257
+    shown = scaled.astype(np.uint8)
+    del scaled
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         shown[grey == transparent] = 255

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float16, Float32, UInt8
 
-from offsetjax.data.images import decode, resize_and_crop, time_ids
+from offsetjax.data.images import decode, resize_and_crop, square, time_ids
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Picture:
         Raises:
             UnreadableImage: it cannot be decoded.
         """
-        whole = self.pixels()
-        height, width, _ = whole.shape
-        pixels = resize_and_crop(whole, resolution)
+        if isinstance(self.image, bytes):
+            pixels, height, width = square(self.image, resolution)
+        else:
+            height, width, _ = self.image.shape
+            pixels = resize_and_crop(self.image, resolution)
         # `time_ids` stay: a central crop is as far from the left of the mirrored picture as it was from its own.
         seen = pixels[:, ::-1] if is_mirrored else pixels
         return {"pixels": seen, "time_ids": time_ids(height, width, resolution)}

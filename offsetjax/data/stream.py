@@ -7,6 +7,7 @@ processes or workers and still see the same global batches.
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -128,8 +129,8 @@ def make_stream(
 def check_replaced(stream: Stream, replaced: int, num_seen: int) -> None:
     """Compares the examples that stood in for records that cannot be read with what is allowed.
 
-    The counts are those of the whole run, so that every process and every resumption judges alike. Before the end of
-    the first epoch all of its records count as seen, or a bad one in the first batch would be a large part.
+    The counts are those of the whole run, so that every process and every resumption judges alike. All records of an
+    epoch that has begun count as seen, or a bad one in the first batch would be a large part.
 
     Args:
         replaced, num_seen: examples, since step 0.
@@ -137,7 +138,8 @@ def check_replaced(stream: Stream, replaced: int, num_seen: int) -> None:
     Raises:
         UserError: there were more than `max_bad_fraction` of them.
     """
-    if replaced > stream.max_bad_fraction * max(num_seen, len(stream.source)):
+    epochs = max(1, math.ceil(num_seen / len(stream.source)))
+    if replaced > stream.max_bad_fraction * epochs * len(stream.source):
         raise UserError(
             f"data: {replaced} records of {stream.source.label} could not be read in {num_seen} examples, more than "
             f"data.max_bad_fraction = {stream.max_bad_fraction:g} allows; the log names them: build the data set again "

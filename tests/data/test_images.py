@@ -7,14 +7,19 @@ import pathlib
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from offsetjax.data.images import MAX_PIXELS, UnreadableImage, clean, decode, resize_and_crop, time_ids
+from offsetjax.data import images
+from offsetjax.data.images import MAX_PIXELS, Room, UnreadableImage, clean, decode, resize_and_crop, time_ids
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -275,3 +280,66 @@ def test_long_texts_of_a_png_are_left_out() -> None:
     stored, height, width = clean(file.getvalue())
     assert len(stored) < 200 and (height, width) == (4, 4)
     assert (decode(file.getvalue()) == (200, 100, 50)).all() and (decode(stored) == (200, 100, 50)).all()
+
+
+def test_threads_decode_no_more_pixels_at_once_than_one_large_picture_has() -> None:
+    room, most, lock = Room(1000), [0, 0], threading.Lock()
+
+    def use(pixels: int) -> None:
+        with room.of(pixels):
+            with lock:
+                most[0] += pixels
+                most[1] = max(most[1], most[0])
+            time.sleep(0.002)
+            with lock:
+                most[0] -= pixels
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(use, [1000, 1, 400, 300, 300, 5000, 999, 2] * 8))
+    assert most[0] == 0 and most[1] <= 5000, "one that is larger than the room has it for itself"
+    with ThreadPoolExecutor(16) as pool:
+        most[1] = 0
+        list(pool.map(use, [400, 300, 300, 250, 1000] * 8))
+    assert most[1] <= 1000
+
+
+def test_every_way_to_decode_takes_its_room_and_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    class Noted(Room):
+        @contextlib.contextmanager
+        def of(self, pixels: int) -> Iterator[None]:
+            with super().of(pixels):
+                taken.append(pixels)
+                yield
+
+    room = Noted()
+    monkeypatch.setattr(images, "_ROOM", room)
+    data = encode(Image.fromarray(noise(20, 30)))
+    for use in (images.decode, images.clean, lambda data: images.square(data, 8)):
+        use(data)
+        with pytest.raises(UnreadableImage):
+            use(data[:200])
+    assert taken == [600] * 6 and room._used == 0
+
+
+MEASURE = """
+import io, resource
+from concurrent.futures import ThreadPoolExecutor
+from PIL import Image
+from offsetjax.data import images
+
+images._ROOM = images.Room(2500 * 2500)
+buffer = io.BytesIO()
+Image.new("RGBA", (2500, 2500)).save(buffer, "PNG")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with ThreadPoolExecutor(6) as pool:
+    list(pool.map(lambda _: images.square(buffer.getvalue(), 64)[1], range(6)))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 2500**2 / images.BYTES_A_PIXEL)
+"""
+
+
+def test_the_memory_of_all_threads_is_bounded() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, env=environment)
+    assert float(done.stdout) < 1.25, "six threads without a bound took 5 times as much"

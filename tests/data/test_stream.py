@@ -291,7 +291,7 @@ def test_a_limit_of_bad_records(bad_set: pathlib.Path) -> None:
         tokenize=tokenize,
         max_bad_fraction=0.05,
     )
-    for replaced, seen in ((5, 8), (5, 100), (10, 200), (0, 0)):
+    for replaced, seen in ((5, 8), (5, 100), (10, 101), (10, 200), (0, 0)):
         check_replaced(stream, replaced, seen)
     for replaced, seen in ((6, 8), (6, 100), (11, 200)):
         with pytest.raises(UserError, match=rf"{replaced} records of .* in {seen} examples, more than data.max_bad_fr"):
