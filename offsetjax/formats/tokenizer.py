@@ -99,7 +99,9 @@ def _of_tokenizer_json(folder: epath.Path) -> Vocabulary:
         raise ValueError(f"{name} cannot be read: it has no model")
     kind, suffix = model.get("type", "BPE"), model.get("end_of_word_suffix")
     if kind != "BPE" or suffix != END_OF_WORD:
-        raise ValueError(f"{name} is of another kind ({kind}, ends of words {suffix!r}) than CLIP's tokenizer")
+        raise ValueError(
+            f"{name} is of another kind ({_shown(kind)}, ends of words {_shown(suffix)}) than CLIP's tokenizer"
+        )
     if not isinstance(model.get("merges"), list):
         raise ValueError(f"{name} cannot be read: its model has no merges")
     pairs = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -123,23 +125,23 @@ def _checked(folder: epath.Path, ids: dict[str, int], pairs: list, added: dict[s
     merges = []
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) and half for half in pair):
-            raise ValueError(f"{name} is not whole: {pair!r} is no pair of tokens")
+            raise ValueError(f"{name} is not whole: {_shown(pair)} is no pair of tokens")
         merges.append((pair[0], pair[1]))
     marks, max_length = _settings(folder)
     added = {**added, **_added(folder)}
     known = ids | added
     unknown = next((token for pair in merges for token in (*pair, "".join(pair)) if token not in ids), None)
     if unknown is not None:
-        raise ValueError(f"{name} is not whole: its vocabulary lacks {unknown!r}, which its merges have")
+        raise ValueError(f"{name} is not whole: its vocabulary lacks {_shown(unknown)}, which its merges have")
     made = {left + right for left, right in merges} | added.keys() | set(marks.values())
     unmade = next((token for token in ids if token not in made and len(token.removesuffix(END_OF_WORD)) != 1), None)
     if unmade is not None:
-        raise ValueError(f"{name} is not whole: no merge makes {unmade!r}")
+        raise ValueError(f"{name} is not whole: no merge makes {_shown(unmade)}")
     if not any(token.endswith(END_OF_WORD) for token in ids):
         raise ValueError(f"{name} is of another kind than CLIP's tokenizer: no token ends a word ({END_OF_WORD})")
     for mark, token in marks.items():
         if token not in known:
-            raise ValueError(f"{name} is not whole: its vocabulary lacks {token!r}, its {mark}")
+            raise ValueError(f"{name} is not whole: its vocabulary lacks {_shown(token)}, its {mark}")
     if len(set(known.values())) < len(known):
         raise ValueError(f"{name} cannot be read: two tokens have the same id")
     return Vocabulary(ids, tuple(merges), max_length, added=added, **marks)
@@ -159,11 +161,11 @@ def _settings(folder: epath.Path) -> tuple[dict[str, str], int]:
         found = next((source[mark] for source in sources if source.get(mark) is not None), default)
         token = found.get("content") if isinstance(found, dict) else found
         if not isinstance(token, str) or not token:
-            raise ValueError(f"tokenizer_config.json cannot be read: its {mark} is {found!r}")
+            raise ValueError(f"tokenizer_config.json cannot be read: its {mark} is {_shown(found)}")
         marks[mark] = token
     length = config.get("model_max_length", UNLIMITED)
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2 or length > 2 * UNLIMITED:
-        raise ValueError(f"tokenizer_config.json has model_max_length = {length!r}, no length")
+        raise ValueError(f"tokenizer_config.json has model_max_length = {_shown(length)}, no length")
     return marks, int(length)
 
 
@@ -188,8 +190,12 @@ def _ids(content: Any, name: str) -> dict[str, int]:
     for token, number in content.items():
         is_text = isinstance(token, str) and not any("\ud800" <= character <= "\udfff" for character in token)
         if not is_text or type(number) is not int or not 0 <= number < 2**31:
-            raise ValueError(f"{name} cannot be read: {token!r} has the id {number!r}")
+            raise ValueError(f"{name} cannot be read: {_shown(token)} has the id {_shown(number)}")
     return content
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _json(folder: epath.Path, name: str, default: Any = None) -> dict[str, Any]:

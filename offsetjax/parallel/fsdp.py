@@ -131,17 +131,16 @@ def on_mesh(gradient: Gradient, mesh: Mesh, rules: Sequence[Rule], dtypes: Mappi
         rules: by which the parameters are split, those of their networks.
         dtypes: the type that each part of the parameters computes in.
     """
-    batch_axes = sharding.BATCH[0]
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def mean(gradient: Any) -> Array:
+    def mean(value: Any) -> Array:
         # A share's is summed over `fsdp` already.
-        is_shard = isinstance(gradient, Shard)
-        total: Any = jax.lax.psum(gradient.value if is_shard else gradient, "data" if is_shard else batch_axes)
-        return total / (mesh.shape["data"] * mesh.shape["fsdp"])
+        total = _sum(mesh, value.value, ("data",)) if _is_shard(value) else _sum(mesh, value, sharding.BATCH[0])
+        return total / shares
 
     def of_device(*arguments: Any) -> tuple[Loss, PyTree]:
         loss, gradients = gradient(*arguments)
-        return jax.lax.pmean(loss, batch_axes), jax.tree.map(mean, gradients, is_leaf=_is_shard)
+        return mean(loss), jax.tree.map(mean, gradients, is_leaf=_is_shard)
 
     return _on_devices(of_device, mesh, rules, dtypes, lambda param_specs: (P(), param_specs))
 
@@ -155,8 +154,13 @@ def sums_on_mesh(
         function, rules, dtypes: as those of `on_mesh`; what follows the batch is the same on all devices.
     """
     return _on_devices(
-        lambda *arguments: jax.lax.psum(function(*arguments), sharding.BATCH[0]), mesh, rules, dtypes, lambda _: P()
+        lambda *arguments: _sum(mesh, function(*arguments), sharding.BATCH[0]), mesh, rules, dtypes, lambda _: P()
     )
+
+
+def _sum(mesh: Mesh, tree: PyTree, axes: tuple[str, ...]) -> Any:
+    """The sum over axes of the mesh; where these are of one device, there may be no such axes to sum over."""
+    return jax.lax.psum(tree, axes) if any(mesh.shape[axis] > 1 for axis in axes) else tree
 
 
 def _on_devices(
@@ -179,6 +183,10 @@ def _on_devices(
         def on_device(params: PyTree, frozen: PyTree, *others: Any) -> Any:
             return function(boxed(params, param_specs), boxed(frozen, frozen_specs), *others)
 
+        if mesh.shape["data"] * mesh.shape["fsdp"] == 1 and "tensor" not in manual:
+            # `tensor` alone is the compiler's; inside of a shard_map of axes of one device it fails over their sums.
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # by which attention and sequences split
+                return function(params, frozen, batch, *others)
         manual_specs = [jax.tree.map(lambda spec: _only(spec, manual), specs) for specs in (param_specs, frozen_specs)]
         return jax.shard_map(
             on_device,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from offsetjax.plan.hlo import Computation, Instruction, Module, Shape, bits, first_group
+from offsetjax.plan.hlo import Computation, Instruction, Module, Shape, bits, first_group, parse
 from offsetjax.plan.traffic import hbm_bytes
 from offsetjax.training.flops import Shapes, window_products
 
@@ -60,6 +60,22 @@ class Collective(NamedTuple):
     num_bytes: int
     group: tuple[int, ...]
     is_dcn: bool
+
+
+def read_program(text: str, kernels: Kernels | None = None) -> tuple[list[Work], list[Collective]]:
+    """What a compiled program's text says that it computes and exchanges.
+
+    Args:
+        kernels: as for `works`.
+
+    Raises:
+        ValueError: the text is not whole, or is not as this compiler's.
+    """
+    try:
+        module = parse(text)
+        return list(works(module, kernels)), list(collectives(module))
+    except (LookupError, TypeError, RecursionError, ArithmeticError) as error:
+        raise ValueError(f"the text of the HLO module is of another form ({type(error).__name__}: {error})") from error
 
 
 def executed(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
@@ -116,7 +132,9 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 def _behind(computation: Computation, name: str) -> Instruction:
     """The instruction whose value this is, behind copies."""
     each = computation.by_name[name]
-    while each.opcode in ("copy", "bitcast", "convert") and each.operands:
+    for _ in computation.instructions:  # a broken text could go in a circle
+        if each.opcode not in ("copy", "bitcast", "convert") or not each.operands:
+            break
         each = computation.by_name[each.operands[0]]
     return each
 

@@ -15,10 +15,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from offsetjax.errors import UserError
 from offsetjax.parallel.chips import Chip, chip_of
-from offsetjax.plan import hlo
 from offsetjax.plan.compile import Compiled, Request
-from offsetjax.plan.costs import Collective, Work, collectives, works
+from offsetjax.plan.costs import Collective, Work, read_program
 
 ASSUMPTIONS = (
     "the fastest step hides all traffic between chips behind computing, the slowest none of it",
@@ -46,8 +46,13 @@ def estimate(request: Request, compiled: Compiled) -> Plan:
     """The plan of one topology, ready for JSON."""
     facts, chip = compiled.facts, chip_of(compiled.facts["device_kind"])
     kernels = {(name, tuple(map(tuple, shapes))): flops for name, shapes, flops in facts["kernels"]}
-    module = hlo.parse(compiled.hlo) if compiled.hlo else None
-    work, exchanged = (list(works(module, kernels)), list(collectives(module))) if module else ([], [])
+    try:
+        work, exchanged = read_program(compiled.hlo, kernels) if compiled.hlo else ([], [])
+    except ValueError as error:
+        cache = request.cache_dir
+        raise UserError(
+            f"plan: the compiled program cannot be read ({error}); remove {cache}, and plan again"
+        ) from error
     seconds = _seconds(work, exchanged, facts, request, chip) if work else Seconds(*(None,) * 6)
     devices = facts["num_devices"]
     chips = devices // (chip.devices_per_chip if chip else 1)

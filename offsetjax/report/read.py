@@ -200,7 +200,9 @@ def _read_samples(path: epath.Path) -> Samples:
             raise ValueError("no records")
         if not all(math.isfinite(record.brightness) and 0 <= record.brightness <= 1 for record in samples.records):
             raise ValueError("a brightness that is not between 0 and 1")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if samples.step < 0 or samples.num_steps < 1 or not math.isfinite(samples.guidance_scale):
+            raise ValueError("a step, a number of steps or a guidance that cannot be")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"report: {path} is not a record of samples ({reason}); delete it or draw it again") from error
     return samples

@@ -33,6 +33,7 @@ def run(bad_set: pathlib.Path, workdir: pathlib.Path, max_bad_fraction: float) -
     return [[line[name] for name in ("step", "loss", "grad_norm", "records_replaced")] for line in lines]
 
 
+@pytest.mark.chaos
 def test_a_run_leaves_bad_records_out_and_counts_them_alike_after_a_resume(
     bad_set: pathlib.Path,
     tmp_path: pathlib.Path,
