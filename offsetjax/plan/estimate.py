@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 from offsetjax.parallel.chips import Chip, chip_of
 from offsetjax.plan.compile import Compiled, Request
 from offsetjax.plan.costs import Collective, Work, read_program
