@@ -49,9 +49,8 @@ def estimate(request: Request, compiled: Compiled) -> Plan:
     try:
         work, exchanged = read_program(compiled.hlo, kernels) if compiled.hlo else ([], [])
     except ValueError as error:
-        cache = request.cache_dir
         raise UserError(
-            f"plan: the compiled program cannot be read ({error}); remove {cache}, and plan again"
+            f"plan: the compiled program cannot be read ({one_line(error)}); take the libtpu of launch/constraints.txt"
         ) from error
     seconds = _seconds(work, exchanged, facts, request, chip) if work else Seconds(*(None,) * 6)
     devices = facts["num_devices"]
