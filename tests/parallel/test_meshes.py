@@ -25,6 +25,7 @@ from offsetjax.training.step import TrainState, init_state, make_gradient, make_
 from tests.tiny import quick_compilation
 
 SIZES = [shape for shape in itertools.product(range(1, 9), repeat=3) if np.prod(shape) <= 8]
+RULES = sharding.split_layers("to_q", "to_out_0")
 BATCH, WIDTH, HIDDEN = 840, 16, 24  # 840: a multiple of 1 to 8
 
 
@@ -78,9 +79,14 @@ class Trainer:
         config, self.mesh = _config(), sharding.mesh_of(data=data, fsdp=parts, tensor=tensor)
         self.params, frozen, batch = _start()
         like = jax.eval_shape(lambda params: init_state(params, config), self.params)
-        self.shardings = sharding.shardings(self.mesh, like)
-        gradient = fsdp.on_mesh(make_gradient(_objective, config), self.mesh, {"unet": jnp.float32, "vae": jnp.float32})
-        frozen_shardings, self.rows = sharding.shardings(self.mesh, frozen), NamedSharding(self.mesh, sharding.BATCH)
+        self.shardings = sharding.shardings(self.mesh, RULES, like)
+        gradient = fsdp.on_mesh(
+            make_gradient(_objective, config), self.mesh, RULES, {"unet": jnp.float32, "vae": jnp.float32}
+        )
+        frozen_shardings, self.rows = (
+            sharding.shardings(self.mesh, RULES, frozen),
+            NamedSharding(self.mesh, sharding.BATCH),
+        )
         self.frozen, self.batch = jax.device_put(frozen, frozen_shardings), jax.device_put(batch, self.rows)
         self.begin = jax.jit(lambda params: init_state(params, config), out_shardings=self.shardings)
         self.step = jax.jit(
