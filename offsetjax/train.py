@@ -6,6 +6,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,12 +26,14 @@ from offsetjax.files import written_to
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import fsdp, processes, sharding
 from offsetjax.parallel.fallback import warn_of_cpu
+from offsetjax.parallel.finite import all_finite
 from offsetjax.parallel.preemption import Preemption
 from offsetjax.parallel.watchdog import Watchdog
 from offsetjax.storage import checkpoint
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.storage.saving import Saver
 from offsetjax.training.evaluators import Evaluator, open_evaluators
+from offsetjax.training.guard import Guard
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
 from offsetjax.training.objective import Objective, make_objective
@@ -92,8 +95,9 @@ def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
 def place(objective: Objective, dtypes: Mapping[str, Any], run: Run, state_shardings: PyTree) -> TrainStep:
     """The train step of an objective on the run's mesh: the state is donated, batches are split over all devices."""
     gradient = fsdp.on_mesh(make_gradient(objective, run.config), run.mesh, run.pipeline.sharding, dtypes)
+    is_finite = partial(all_finite, mesh=run.mesh, rules=run.pipeline.sharding)
     return jax.jit(
-        make_train_step(gradient, run.config),
+        make_train_step(gradient, run.config, is_finite, saves_memory=run.mesh.devices.flat[0].platform != "cpu"),
         in_shardings=(
             state_shardings,
             sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen),
@@ -121,6 +125,7 @@ def _loop(
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
     instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1)
     metrics = open_metrics(train.writers, run.workdir, start, train.steps)
+    guard = Guard(stream, int(state.skipped), train.max_skipped_in_a_row, train.max_spike)
     unwritten: tuple[int, Any] | None = None
     last: Any = None
     try:
@@ -135,7 +140,8 @@ def _loop(
             with jax.transfer_guard("disallow"):
                 state, step_metrics = train_step(state, frozen, batch)
             instruments.after(step, state)
-            jax.block_until_ready(last)  # one step ahead of the devices, no more: a stall shows, and to stop is quick
+            if last:  # one step ahead of the devices, no more: a stall shows, and to stop is quick
+                guard.look(step - 1, last)
             last = step_metrics
             watchdog.progressed()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
@@ -147,18 +153,23 @@ def _loop(
             if due := [evaluator for evaluator in evaluators if evaluator.is_due(step, train.steps)]:
                 _evaluate(due, state, step, metrics, clock, watchdog)
             is_preempted, is_due = preemption.reached(), saver.is_due(step)
-            if is_preempted or is_due or step == train.steps:
+            if step == train.steps:
+                guard.look(step, last)
+            if is_preempted or is_due or guard.is_over or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     _write(metrics, stream, *unwritten, clock)
                     unwritten = None
                 saver.save(step, state, {"fingerprint": stream.fingerprint()})  # where the data are is the step
                 watchdog.progressed()
+            if guard.is_over:
+                saver.finish()
+                raise guard.mistake(step)
             if is_preempted and step < train.steps:
                 saver.finish()
                 raise preemption.stopped(f"after step {step}")
         saver.finish()
         if skipped := int(state.skipped):
-            _log.warning("%d steps changed nothing: their loss or gradient was not finite", skipped)
+            _log.warning("%d steps changed nothing; see the warnings at each", skipped)
         if replaced := int(state.replaced):
             _log.warning("%d times a record that cannot be read was left out; see data.max_bad_fraction", replaced)
         if cut := int(state.truncated):

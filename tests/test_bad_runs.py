@@ -234,6 +234,9 @@ def test_weights_that_are_no_numbers_end_the_export(
     assert line.endswith(
         "unet: conv_in.weight has values that are not finite in float32; give other --params or an earlier --step"
     )
+    sampled = ("sample", f"--workdir={run}", f"--out={tmp_path}/pictures", "--params=raw", "--prompt=a boat")
+    line = refused(capsys, *sampled)
+    assert "step 8: unet/conv_in/kernel of the raw weights has values that are not finite; give other --params" in line
     assert contents(tmp_path) == before
     assert main([*arguments, "--step=6"]) == 0
 

@@ -88,9 +88,10 @@ def count(least: int, most: int = _INT32_MAX) -> Range:
     return Range(lambda value: least <= value <= most, words)
 
 
-def at_least(bound: float) -> Range:
+def at_least(bound: float, at_most: float = _FLOAT32_MAX) -> Range:
     """A number of `bound` and more that float32 can hold."""
-    return Range(lambda value: bound <= value <= _FLOAT32_MAX, f"at least {bound}, and finite in float32")
+    words = "finite in float32" if at_most == _FLOAT32_MAX else f"at most {at_most}"
+    return Range(lambda value: bound <= value <= at_most, f"at least {bound}, and {words}")
 
 
 def above(bound: float, at_most: float = _FLOAT32_MAX) -> Range:
@@ -160,6 +161,9 @@ FINITE = Range(lambda value: abs(value) <= _FLOAT32_MAX, "a number that is finit
 FINITE_NUMBERS = Range(
     lambda values: all(abs(value) <= _FLOAT32_MAX for value in values), "numbers, each finite in float32"
 )
+# float32 rounds what is nearer to 1 to 1: an average that never moves, and 0 / 0 in Adam.
+DECAY = Range(lambda value: 0 <= value <= 1 - 2**-24, "at least 0 and below 1, in float32 too")
+FACTOR = Range(lambda value: value == 0 or 1 < value <= _FLOAT32_MAX, "0, or above 1 and finite in float32")
 FRACTION = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
 DISTINCT_TIMESTEPS = Range(
     lambda values: all(value >= 0 for value in values) and len(set(values)) == len(values), "timesteps, each once"

@@ -77,6 +77,14 @@ class Stream:
         finally:
             iterator.close()
 
+    def examples_of(self, number: int) -> list[int]:
+        """The examples of a whole global batch, by their numbers in the source, in their order; none is read.
+
+        One that cannot be read is replaced in training, see `data.max_bad_fraction`, and is listed here all the same.
+        """
+        order, first = _order(self), number * self.global_batch_size
+        return [order[first + row] for row in range(self.global_batch_size)]
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides on the batches, for `check_fingerprint`; JSON holds it unchanged."""
         return {
@@ -201,11 +209,15 @@ class _Following:
         return (self.order[place] for place in range(self.place, self.place + _MOST_TRIES))
 
 
+def _order(stream: Stream) -> grain.MapDataset:
+    """The numbers of the examples, one epoch after the other, for ever."""
+    return grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
+
+
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     block = len(stream.rows)
-    indices = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
     show = partial(_shown, stream.source, stream.resolution, stream.max_bad_fraction > 0)
-    order = _Order(indices)
+    order = _Order(_order(stream))
     examples = order.random_map(partial(_flipped, show)) if stream.random_flip else order.map(partial(show, False))
     examples = _Rows(examples, stream)
     if stream.num_workers:

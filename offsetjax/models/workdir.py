@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -24,6 +25,7 @@ from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_par
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import frozen_tensors, load_frozen, read_tokenizers
 from offsetjax.parallel import sharding
+from offsetjax.parallel.finite import all_finite
 from offsetjax.storage import checkpoint, digests
 from offsetjax.storage.retry import retried
 
@@ -97,7 +99,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
         which: "ema" or "raw"; None is the config's `sample.params`, or raw where no average was kept.
 
     Raises:
-        UserError: no work directory, no such step, or an average that was not kept.
+        UserError: no work directory, no such step, an average that was not kept, or weights that are not finite.
     """
     config, pipeline, which = _open(workdir, which)
     mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
@@ -106,8 +108,19 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)
         params = checkpoint.restore_part(manager, _FIELD[which], checkpoint.abstract(like, place(like)), step)
+    if not jax.jit(partial(all_finite, mesh=mesh, rules=pipeline.sharding))(params):
+        raise UserError(
+            f"workdir: {workdir}, step {step}: {_not_finite(params)} of the {which} weights has values that are not "
+            "finite; give other --params or an earlier --step"
+        )
     frozen = load_frozen(epath.Path(workdir) / "frozen", pipeline, frozen_parts(config), place)
     return Trained(config, pipeline, params, frozen, step, which, mesh)
+
+
+def _not_finite(params: PyTree) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [path for path, leaf in leaves if not jnp.isfinite(leaf).all()]
+    return jax.tree_util.keystr(paths[0], simple=True, separator="/")
 
 
 def open_stored(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Stored:

@@ -137,7 +137,9 @@ def _health(run: Numbers) -> Iterator[str]:
     elif run["steps_configured"] and run["steps"] < run["steps_configured"]:
         yield f"{run['name']}: {run['steps']} of {run['steps_configured']} steps are done; its figures are not final."
     if run["steps_skipped"]:
-        yield f"{run['name']}: {run['steps_skipped']} steps were skipped, their loss or gradient not being finite."
+        yield f"{run['name']}: {run['steps_skipped']} steps changed nothing, not being finite or being spikes."
+    for name, found in run["not_finite"].items():
+        yield f"{run['name']}: {name} was not finite {found['count']} times, first at step {found['first_step']}."
     settings = {
         tuple(each[key] for key in ("params", "start_noise", "guidance_scale", "num_steps")) for each in run["samples"]
     }

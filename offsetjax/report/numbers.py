@@ -39,6 +39,7 @@ def _summarise_run(run: Run) -> Numbers:
         "first_loss": _finite(run.metrics[0].get("loss")) if run.metrics else None,
         "last_loss": _last_loss(run),
         "steps_skipped": int(last.get("skipped", 0)),
+        "not_finite": _not_finite(run),
         "before": sampled[0] if sampled else None,
         "after": sampled[-1] if sampled else None,
         "samples": sampled,
@@ -123,6 +124,16 @@ def config_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _not_finite(run: Run) -> dict[str, Numbers]:
+    """The losses and norms that were logged as not finite: how often, and the first step at which."""
+    found: dict[str, Numbers] = {}
+    for line in [*run.metrics, *run.evaluations]:
+        for name in (name for name, value in line.items() if not math.isfinite(value)):
+            each = found.setdefault(name, {"first_step": int(line["step"]), "count": 0})
+            each["count"] += 1
+    return found
 
 
 def _median(run: Run, name: str) -> float | None:

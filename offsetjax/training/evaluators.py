@@ -6,6 +6,8 @@ compare between steps and between runs.
 
 import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,8 @@ from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, mak
 from offsetjax.training.setup import Run, open_stream
 from offsetjax.training.step import TrainState
 from offsetjax.training.validation import check_apart, make_losses, validate
+
+_log = logging.getLogger("offsetjax")
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ def _validation(run: Run, source: Source) -> Evaluate:
     )
 
     def evaluate(state: TrainState, step: int) -> Evaluation:
-        return Evaluation(validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen, step))
+        found = validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen, step)
+        if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
+            _log.warning("step %d: the validation loss is not finite: %s", step, ", ".join(wrong))
+        return Evaluation(found)
 
     return evaluate

@@ -7,13 +7,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.models.task import task_of
+from offsetjax.parallel.finite import all_finite
 from offsetjax.parallel.fsdp import Gradient
 from offsetjax.training.objective import Batch, Objective, add_position
 from offsetjax.training.optimizer import make_optimizer
+from offsetjax.training.spikes import followed, no_spikes, spike_ratio
 
 Metrics = Mapping[str, Float[Array, ""]]
 TrainStep = Callable[["TrainState", PyTree, Batch], tuple["TrainState", Metrics]]
@@ -27,9 +29,10 @@ class TrainState:
     params: PyTree
     opt_state: PyTree
     ema_params: PyTree  # None without an average
-    skipped: Int[Array, ""]  # steps whose gradient was not finite
+    skipped: Int[Array, ""]  # steps that changed nothing
     truncated: Int[Array, ""]  # captions that were cut to the text encoders' length
     replaced: Int[Array, ""]  # records that could not be read, and so left out
+    spikes: PyTree = None  # None without train.max_spike
 
 
 def init_state(params: PyTree, config: ConfigDict) -> TrainState:
@@ -42,6 +45,7 @@ def init_state(params: PyTree, config: ConfigDict) -> TrainState:
         skipped=jnp.zeros((), jnp.int32),
         truncated=jnp.zeros((), jnp.uint32),
         replaced=jnp.zeros((), jnp.uint32),
+        spikes=no_spikes() if config.train.max_spike else None,
     )
 
 
@@ -57,37 +61,61 @@ def make_gradient(objective: Objective, config: ConfigDict) -> Gradient:
     return gradient
 
 
-def make_train_step(gradient: Gradient, config: ConfigDict) -> TrainStep:
+def make_train_step(
+    gradient: Gradient,
+    config: ConfigDict,
+    is_finite: Callable[[PyTree], Bool[Array, ""]] = all_finite,
+    saves_memory: bool = False,
+) -> TrainStep:
     """The pure step: (state, frozen, batch) → (state, metrics), to be jitted with shardings and a donated state.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite or, by choice, a spike, or that would write what is not finite, changes
+    nothing but the counters.
 
     Args:
         gradient: of a whole batch: `make_gradient`'s, or on several devices `fsdp.on_mesh` of it.
+        is_finite: of what is written; on several devices they must agree.
+        saves_memory: the update is computed to be looked at, and once more to be written. Accelerators' compilers would
+            else hold the state before and after it at once; that for CPUs holds little of it, and compiles faster so.
     """
     optimizer, rate = make_optimizer(config)
+    max_spike = config.train.max_spike
+
+    def update(state: TrainState, gradients: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return params, opt_state, _average(state, params, config.optimizer.ema_decay)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = add_position(batch, config.train.global_batch_size)
         loss, gradients = gradient(state.params, frozen, batch, state.step)
         grad_norm = optax.tree.norm(gradients)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        is_taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        metrics = {"loss": loss, "grad_norm": grad_norm}
+        spikes = state.spikes
+        if max_spike:
+            metrics["spike"] = spike_ratio(spikes, loss, grad_norm)
+            is_taken &= metrics["spike"] <= max_spike
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = (params, opt_state, _average(state, params, config.optimizer.ema_decay))
-        old = (state.params, state.opt_state, state.ema_params)
-        params, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+        params, opt_state, ema_params = update(state, gradients)
+        # What is written. The average is finite where the parameters are, a part of which goes into it at each step.
+        is_taken &= is_finite({"opt_state": opt_state, "params": params if ema_params is None else ema_params})
+        if saves_memory:
+            state, gradients, is_taken = jax.lax.optimization_barrier((state, gradients, is_taken))
+            params, opt_state, ema_params = update(state, gradients)
+        new, old = (params, opt_state, ema_params), (state.params, state.opt_state, state.ema_params)
+        params, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(is_taken, n, o), new, old)
+        if max_spike:
+            spikes = followed(spikes, loss, grad_norm, is_taken)
 
-        skipped = state.skipped + (~is_finite).astype(jnp.int32)
+        skipped = state.skipped + (~is_taken).astype(jnp.int32)
         truncated = state.truncated + batch["is_truncated"].sum(dtype=jnp.uint32)
         replaced = state.replaced + batch["is_replaced"].sum(dtype=jnp.uint32)
         applied = rate(state.step - state.skipped)  # a skipped step does not count in the schedule
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": applied, "skipped": skipped}
-        metrics["records_replaced"] = replaced
+        metrics |= {"learning_rate": applied, "skipped": skipped, "records_replaced": replaced}
         if task_of(config).denoises:
             metrics["captions_truncated"] = truncated
-        return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated, replaced), metrics
+        return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated, replaced, spikes), metrics
 
     return train_step
 

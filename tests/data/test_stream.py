@@ -111,6 +111,15 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order(source: Source) -> N
     assert tuple(range(COUNT)) not in {tuple(epoch) for epoch in epochs}
 
 
+def test_the_examples_of_a_batch_are_known_without_reading_it(source: Source) -> None:
+    stream = make_stream(
+        source, seed=3, global_batch_size=8, resolution=SIDE, random_flip=True, tokenize=tokenize, rows=(1, 5)
+    )
+    batches = take(source, 12, seed=3)
+    assert [stream.examples_of(number) for number in range(12)] == [batch["index"].tolist() for batch in batches]
+    assert len(stream.examples_of(10**9)) == 8
+
+
 def test_half_of_the_pictures_are_flipped_anew_each_epoch(source: Source) -> None:
     flipped: dict[int, list[bool]] = {index: [] for index in range(COUNT)}
     for batch in take(source, 5 * COUNT):  # forty epochs

@@ -3,14 +3,15 @@
 from offsetjax.config.field import Change, Field, Integers, Section, Texts
 from offsetjax.config.ranges import (
     ANY,
+    DECAY,
     DEVICES,
+    FACTOR,
     STEPS_TO_TRACE,
     EachRegistered,
     Registered,
     above,
     at_least,
     count,
-    from_up_to,
     one_of,
 )
 from offsetjax.config.registries import OPTIMIZERS, TASKS, WRITERS
@@ -79,6 +80,22 @@ TRAIN = Section(
         ),
         Field("profile_steps", Integers, (), STEPS_TO_TRACE, "what is traced for xprof", "steps", change=Change.FREELY),
         Field(
+            "max_skipped_in_a_row",
+            int,
+            10,
+            count(0),
+            "steps that would write what is not finite change nothing; after so many in a row the run ends; 0: never",
+            "steps",
+            change=Change.FREELY,
+        ),
+        Field(
+            "max_spike",
+            float,
+            0.0,
+            FACTOR,
+            "nor does a step whose loss or gradient is more than so many times its running mean, such as 10; 0: off",
+        ),
+        Field(
             "stall_seconds",
             int,
             1800,
@@ -94,12 +111,19 @@ OPTIMIZER = Section(
     "How gradients become updates, the learning rate over the steps, and the average of the weights.",
     (
         Field("name", str, "adamw", Registered(OPTIMIZERS), "which", elsewhere={"optimizer_type": "kohya"}),
-        Field("learning_rate", float, 1e-5, above(0), "the highest, after the warm-up", elsewhere={"unet_lr": "kohya"}),
+        Field(
+            "learning_rate",
+            float,
+            1e-5,
+            above(0, at_most=1000),
+            "the highest, after the warm-up",
+            elsewhere={"unet_lr": "kohya"},
+        ),
         Field(
             "text_encoder_learning_rate",
             float,
             0.0,
-            at_least(0),
+            at_least(0, at_most=1000),
             "theirs, where train.text_encoders trains them; 0: the same as optimizer.learning_rate",
             elsewhere={"text_encoder_lr": "kohya"},
         ),
@@ -119,10 +143,8 @@ OPTIMIZER = Section(
             "how the learning rate falls to 0 at train.steps, or does not",
             elsewhere={"lr_scheduler": "kohya, diffusers", "learning_rate_scheduler": "OneTrainer"},
         ),
-        Field(
-            "b1", float, 0.9, from_up_to(0, 1), "decay of the gradient's average", elsewhere={"adam_beta1": "diffusers"}
-        ),
-        Field("b2", float, 0.999, from_up_to(0, 1), "decay of its square's", elsewhere={"adam_beta2": "diffusers"}),
+        Field("b1", float, 0.9, DECAY, "decay of the gradient's average", elsewhere={"adam_beta1": "diffusers"}),
+        Field("b2", float, 0.999, DECAY, "decay of its square's", elsewhere={"adam_beta2": "diffusers"}),
         Field(
             "eps", float, 1e-8, above(1e-30, at_most=1), "added to the root", elsewhere={"adam_epsilon": "diffusers"}
         ),
@@ -130,7 +152,7 @@ OPTIMIZER = Section(
             "weight_decay",
             float,
             0.01,
-            at_least(0),
+            at_least(0, at_most=1000),
             "times the learning rate, is the part of the weights that each step takes away",
             elsewhere={"adam_weight_decay": "diffusers"},
         ),
@@ -146,7 +168,7 @@ OPTIMIZER = Section(
             "ema_decay",
             float,
             0.9999,
-            from_up_to(0, 1),
+            DECAY,
             "of the average of the weights over the steps; 0: no average is kept",
             elsewhere={"use_ema": "diffusers, SimpleTuner"},
         ),
