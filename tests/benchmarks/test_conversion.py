@@ -16,7 +16,7 @@ from offsetjax.exporting.export import export
 from offsetjax.train import train
 from tests.tiny import build_data, quick_compilation, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 BASE_STEPS, STEPS, EVERY = 1200, 240, 40
 

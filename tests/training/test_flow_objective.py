@@ -9,7 +9,7 @@ import pytest
 
 from offsetjax.config import validate
 from offsetjax.diffusion.noise import make_noise
-from offsetjax.diffusion.process import make_process
+from offsetjax.diffusion.process import add_noise, make_process
 from tests.training.test_objective import LATENT, MANY, _config, _look
 
 
@@ -114,3 +114,56 @@ def test_the_start_of_sampling_is_the_noise_at_t_1() -> None:
     config = flow(noise__kind="adjusted", noise__offset_strength=0.5, sample__sampler="euler")
     noise, key = make_noise(config.noise, make_process(config.schedule), 8), jax.random.key(0)
     np.testing.assert_array_equal(noise.start(key, LATENT), noise.draw(key, jnp.zeros(LATENT), jnp.float32(1.0)))
+
+
+def test_each_channel_has_its_own_strength_and_min_snr_knows_them() -> None:
+    strengths = (0.2, 0.4, 0.8, 1.6)
+    changes: dict[str, Any] = {"noise__channel_strengths": strengths}
+    plain, seen = _look(flow(), 4096), _look(flow(**changes), 4096)
+    shift = np.asarray(seen.target - plain.target)
+    assert np.abs(shift - shift[..., :1, :1]).max() < 1e-5
+    np.testing.assert_allclose(shift[..., 0, 0].std(0), strengths, rtol=0.05)
+    np.testing.assert_allclose(seen.noisy - plain.noisy, t_of(plain) * shift, atol=1e-5)
+    weighted = _look(flow(**changes, loss__min_snr_gamma=5.0), 4096)
+    t, variance = t_of(seen).ravel(), 1 + np.mean(np.square(strengths))  # of a pixel, over the channels
+    expected = np.minimum(((1 - t) / t) ** 2 / variance, 5.0) * t**2
+    np.testing.assert_allclose(weighted.losses / seen.losses, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_an_adaptive_strength_goes_by_each_latents_own_mean() -> None:
+    """`max(c + a |mean x0|, 0)`, a channel; the noise is `x_t + (1-t) v` and the latent `x_t - t v`."""
+    known: dict[str, Any] = {"noise__data_mean": (0.0,) * 4, "noise__data_mean_std": (0.25,) * 4}
+    adaptive = {"noise__offset_strength": 0.3, "noise__adaptive_scale": -2.0, **known}
+    plain, whole, seen = (
+        _look(flow(**changes), log_variance=0.0) for changes in ({}, {"noise__offset_strength": 1.0}, adaptive)
+    )
+    t = t_of(plain)
+
+    def noise(seen: Any) -> np.ndarray:
+        return np.asarray(seen.noisy) + (1 - t) * np.asarray(seen.target)
+
+    latent = np.asarray(plain.noisy) - t * np.asarray(plain.target)
+    xi = (noise(whole) - noise(plain)).mean((2, 3))
+    strength = (noise(seen) - noise(plain)).mean((2, 3)) / xi
+    expected = np.maximum(0.3 - 2.0 * np.abs(latent.mean((2, 3))), 0.0)
+    certain = np.abs(xi) > 0.1
+    np.testing.assert_allclose(strength[certain], expected[certain], atol=2e-4)
+    assert (expected == 0).any() and expected.max() > 0.25
+
+
+@pytest.mark.parametrize("timestep", [0.05, 0.4, 0.8, 1.0])
+def test_the_target_is_the_derivative_of_the_path_of_noise_that_changes(timestep: float) -> None:
+    """Against finite differences of x_t itself, for one latent and one key: `dx_t/dt`, with the noise's own change."""
+    config = flow(noise__kind="adjusted", noise__offset_strength=0.7, sample__sampler="euler")
+    process, key = make_process(config.schedule), jax.random.key(3)
+    noise, latent = make_noise(config.noise, process, 8), jax.random.normal(jax.random.key(4), LATENT)
+
+    def at(t: float) -> np.ndarray:
+        return np.asarray(add_noise(process, latent, noise.draw(key, latent, jnp.float32(t)), jnp.float32(t)))
+
+    step = 1e-2  # x_t is of second order in t: central differences of it are exact
+    slope = (at(timestep + step) - at(timestep - step)) / (2 * step)
+    t = jnp.float32(timestep)
+    target = process.target(latent, noise.draw(key, latent, t), noise.rate(key, latent, t), t)
+    np.testing.assert_allclose(target, slope, atol=2e-4)
+    assert np.abs(np.asarray(noise.rate(key, latent, t))).max() > 0.1

@@ -19,11 +19,14 @@ from ml_collections import ConfigDict
 
 from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.source import open_source
+from offsetjax.diffusion.noise import offset_noise
 from offsetjax.errors import UserError
+from offsetjax.models.encode import to_unit_range
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts
 from offsetjax.models.stable_diffusion import SD1
 from offsetjax.models.weights import load_frozen, read_tokenizers
 from offsetjax.parallel.sharding import mesh_of, shardings
+from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture
 from offsetjax.train import train
 from offsetjax.training.evaluators import open_evaluators
@@ -130,6 +133,47 @@ def test_the_losses_are_unweighted_errors_of_the_noise_that_they_name(base: path
     seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, {"unet": None}, frozen)
     assert seen["validation_plain"] == pytest.approx(1.0, abs=0.03)
     assert seen["validation_training"] == pytest.approx(1 + 2.0**2, rel=0.15)  # 1,280 shifts
+
+
+@dataclass(frozen=True)
+class PredictsItsInput:
+    """Times what it is told of t."""
+
+    has_added_conditions: bool = False
+
+    def apply(self, params: Any, noisy: jax.Array, timesteps: jax.Array, **conditions: Any) -> jax.Array:
+        return noisy * timesteps[:, None, None, None] / 1000
+
+
+@pytest.mark.parametrize("other", [{}, {"seed": 7, "train__global_batch_size": 4, "noise__offset_strength": 0.5}])
+def test_a_flows_validation_is_the_error_of_the_velocity_by_hand(base: pathlib.Path, other: dict[str, Any]) -> None:
+    """Fixed t, fixed noise: whatever the run's seed, batch and own noise, `plain` is the same."""
+    count, strength = 5, other.get("noise__offset_strength", 0.25)
+    config = tiny_config(
+        data_path(base),
+        **{"schedule__process": "flow", "noise__offset_strength": strength, "data__random_flip": False, **other},
+        validation__num_examples=count,
+        validation__timesteps=TIMESTEPS,
+    )
+    mesh = mesh_of(data=1, fsdp=1)
+    pipeline, frozen = _parts(base, tiny_config(), mesh)
+    pipeline = dataclasses.replace(pipeline, parts={**pipeline.parts, "unet": PredictsItsInput()})
+    config.seed = 0  # as evaluators do
+    stream = open_stream(config, pipeline, open_source(config.data.path))
+    seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, {"unet": None}, frozen)
+    batches, pixels = stream.iterator(), []
+    while sum(map(len, pixels)) < count:
+        pixels.append(next(batches)["pixels"])
+    latents = pipeline.autoencoder.encode(frozen["vae"], to_unit_range(np.concatenate(pixels)[:count]))[0]
+    latents = np.asarray(latents * pipeline.autoencoder.scaling_factor, np.float64)
+    for number in TIMESTEPS:
+        t = number / 1000
+        keys = [jax.random.fold_in(stream_key(0, "validation", number), place) for place in range(count)]
+        for name, offset in (("plain", 0.0), ("training", strength)):
+            noise = np.stack([offset_noise(key, jnp.zeros(latents.shape[1:]), offset) for key in keys])
+            noisy = (1 - t) * latents + t * noise
+            error = np.square(t * noisy - (noise - latents)).mean()
+            assert seen[f"validation_{name}_t{number}"] == pytest.approx(error, rel=1e-4)
 
 
 @pytest.mark.parametrize(
