@@ -1,14 +1,16 @@
 """A training's record in its work directory: a line of JSON for each logged step, and the pictures in `samples/`.
 
-A value that is not finite is the text "NaN", "Infinity" or "-Infinity", as protobuf's JSON has it. On a disk the record
-is `metrics.jsonl`, to which lines are appended. Object stores cannot append: there it is in parts, `metrics.jsonl`,
-`metrics.00001.jsonl` and so on, of which the last is written anew.
+Each line ends with its CRC-32. A value that is not finite is the text "NaN", "Infinity" or "-Infinity", as protobuf's
+JSON has it. On a disk the record is `metrics.jsonl`, to which lines are appended. Object stores cannot append: there it
+is in parts, `metrics.jsonl`, `metrics.00001.jsonl` and so on, of which the last is written anew.
 """
 
 import json
 import logging
 import math
+import re
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +50,7 @@ class JsonLines:
         """A line; its `time_seconds` is the training's wall-clock, resumptions included."""
         elapsed = round(self._seconds_before + time.monotonic() - self._began, 3)
         line = {"step": step, **{name: _to_json(value) for name, value in values.items()}, "time_seconds": elapsed}
-        self._record.append((json.dumps(line, allow_nan=False) + "\n").encode())
+        self._record.append(_signed(json.dumps(line, allow_nan=False).encode()))
 
     def images(self, step: int, name: str, pictures: Sequence[Picture], about: Mapping[str, Any]) -> None:
         del step
@@ -93,9 +95,22 @@ def read_log(workdir: epath.PathLike) -> Log:
     return Log(lines, unreadable, torn)
 
 
+def _signed(line: bytes) -> bytes:
+    """The line with the CRC-32 of the rest as its last field, `crc`: a bit that flips in a digit is another loss."""
+    return line[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(line)
+
+
+_SIGNATURE = re.compile(rb', "crc": "([0-9a-f]{8})"\}\n$')
+
+
 def _parse(content: bytes) -> Line:
     """Raises a ValueError where it is no line of a record."""
     values = parse_object(content, takes_nan=True)  # older versions wrote NaN as Python does
+    if "crc" in values:  # nor had they this
+        signature = _SIGNATURE.search(content)
+        if not signature or int(signature[1], 16) != zlib.crc32(content[: signature.start()] + b"}"):
+            raise ValueError("not as it was written")
+        del values["crc"]
     step = values.pop("step", None)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError("no step")

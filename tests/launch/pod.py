@@ -95,7 +95,7 @@ def steps_of(workdir: Path) -> dict[int, tuple[str, str]]:
 def watched(workdir: Path) -> list[dict[str, Any]]:
     """What its watches saw."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{**line, "time_seconds": 0} for line in lines if "loss" not in line]
+    return [{**line, "time_seconds": 0, "crc": ""} for line in lines if "loss" not in line]
 
 
 def committed(workdir: Path) -> list[int]:

@@ -268,3 +268,18 @@ def test_the_clock_counts_waiting_and_leaves_pauses_out(monkeypatch: pytest.Monk
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_no_flipped_bit_of_a_record_is_silent(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, 0, (1,))
+    file = tmp_path / "metrics.jsonl"
+    good, before = file.read_bytes(), read_log(tmp_path).lines
+    for bit in range(8 * len(good)):
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        log = read_log(tmp_path)
+        assert log.unreadable or log.torn or log.lines == before, bytes(flipped)
+    older = good[: good.index(b', "crc"')] + b"}\n"  # as versions before wrote it
+    file.write_bytes(older)
+    assert [line.values for line in read_log(tmp_path).lines] == [line.values for line in before]
