@@ -77,9 +77,13 @@ def newest_step(workdir: epath.PathLike) -> int:
 
 def newest_saved(workdir: epath.PathLike) -> int:
     """The newest step that was ever saved, as the run has noted; 0 where it has not."""
+    file = epath.Path(workdir) / _SAVED
+    if not file.exists():
+        return 0
     try:
-        return int(parse_object((epath.Path(workdir) / _SAVED).read_bytes())["step"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return int(digests.check_json(parse_object(file.read_bytes()), str(file))["step"])
+    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+        _log.warning("%s cannot be read (%s): which step was saved last is not known", file, one_line(error))
         return 0
 
 
@@ -91,7 +95,7 @@ def note_saved(manager: ocp.CheckpointManager) -> None:
         names = [path.name for path in manager.directory.iterdir()] if manager.directory.exists() else []
         whole = [int(name) for name in names if name.isdecimal() and _is_whole(manager.directory / name)]
         if (step := max(whole, default=0)) > newest_saved(workdir):
-            write_whole(workdir / _SAVED, json.dumps({"step": step}) + "\n")
+            write_whole(workdir / _SAVED, json.dumps(digests.signed({"step": step})) + "\n")
 
 
 def forget_saved(workdir: epath.PathLike) -> None:
