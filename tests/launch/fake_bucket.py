@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -25,6 +26,8 @@ class Bucket:
         self.generations: dict[str, int] = {}
         self.uploads: list[tuple[str, bytearray, dict[str, str]]] = []
         self.lock = threading.RLock()
+        self.fault_fraction, self.calls, self.faults = 0.0, 0, 0
+        self._draw = random.Random(0)
         self.environment = {
             "STORAGE_EMULATOR_HOST": url,  # gcsfs and google-cloud-storage
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # ArrayRecord
@@ -38,6 +41,14 @@ class Bucket:
         with self.lock:
             self.objects[name] = data
             self.generations[name] = self.generations.get(name, 0) + 1
+
+    def fails(self) -> bool:
+        """Whether this call is one of the `fault_fraction` that fail."""
+        with self.lock:
+            self.calls += 1
+            is_fault = self._draw.random() < self.fault_fraction
+            self.faults += is_fault
+            return is_fault
 
     def below(self, prefix: str) -> list[str]:
         """The names that begin so, in order."""
@@ -98,6 +109,15 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.bucket: Bucket = self.server.bucket  # type: ignore[attr-defined]
         super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        if not self.bucket.fails():
+            return True
+        self._body()
+        self._answer(503, b"Service Unavailable")
+        return False
 
     def do_GET(self) -> None:
         url, query = self._url()
