@@ -126,6 +126,11 @@ def test_sets_up_once_and_again_when_the_requirements_change(project: Project, t
     assert project.run("fail", cwd=tmp_path) == (7, f"{tmp_path}|fail", "")
     assert project.run("fail", PYTHON="") == (7, f"{project.root}|fail", "")
 
+    # The command takes the place of the script, so that signals reach it.
+    process = project.start()
+    out, _ = process.communicate(timeout=120)
+    assert int(out.split("|")[0]) == process.pid
+
     # One more extra is installed on top; then fewer are enough.
     status, _, err = project.run(OFFSETJAX_EXTRAS="spare")
     assert (status, "more extras" in err) == (0, True), err
@@ -160,12 +165,6 @@ def test_two_at_once_set_up_once(project: Project) -> None:
     assert [process.returncode for process in both] == [0, 0], ends
     assert [out.strip().rpartition("|")[2] for out, _ in ends] == ["0", "1"]
     assert sum("setting up" in err for _, err in ends) == 1
-
-
-def test_the_command_takes_the_place_of_the_script_so_that_signals_reach_it(project: Project) -> None:
-    process = project.start()
-    out, _ = process.communicate(timeout=120)
-    assert int(out.split("|")[0]) == process.pid
 
 
 def test_says_in_one_line_what_it_cannot_do(project: Project, tmp_path: Path) -> None:
@@ -219,10 +218,13 @@ def main():
 """
 
 
-@pytest.fixture
-def several(project: Project) -> Project:
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """One project for the tests that only start it."""
+    project = Project(tmp_path_factory.mktemp("several") / "a place with spaces")
     (project.root / "offsetjax.py").write_text(SEVERAL)
-    return project
+    yield project
+    shutil.rmtree(project.root)
 
 
 def test_several_processes_know_each_other_and_are_told_apart(several: Project) -> None:
@@ -270,6 +272,7 @@ def test_what_may_pass_is_started_again(several: Project) -> None:
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out.count("process 0 of")) == (status, len(statuses)), err
         assert err.count("starting again in 0 s") == len(statuses) - 1
+    (several.root / "again").unlink()
 
 
 @pytest.mark.parametrize("flag", ["--processes=0", "--processes=many", "--processes="])

@@ -82,7 +82,7 @@ def momentum(settings: ConfigDict, num_steps: int, decays: Mask) -> Optimizer:
     return Optimizer(optax.sgd(rate, momentum=settings.b1), rate)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     SOURCES.register("noise", open_noise)
     WRITERS.register("service", Service)
@@ -102,10 +102,18 @@ def _losses(workdir: pathlib.Path) -> list[tuple[int, str, float]]:
     return [(line.step, float(line.values["loss"]).hex(), line.values["learning_rate"]) for line in lines]
 
 
-def test_a_training_with_all_three_resumes_with_the_losses_of_one_that_never_stopped(tmp_path: pathlib.Path) -> None:
-    config = _config(sample__every_steps=4, sample__prompts=("noise",))
-    train(config, tmp_path / "whole")
-    config.sample.every_steps = 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A training that never stopped, with pictures at its end."""
+    workdir = tmp_path_factory.mktemp("strangers") / "whole"
+    train(_config(sample__every_steps=4, sample__prompts=("noise",)), workdir)
+    return workdir
+
+
+def test_a_training_with_all_three_resumes_with_the_losses_of_one_that_never_stopped(
+    whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = _config(sample__prompts=("noise",))
 
     class StopError(Exception):
         pass
@@ -122,20 +130,19 @@ def test_a_training_with_all_three_resumes_with_the_losses_of_one_that_never_sto
     WRITERS.register("service", Service)
     assert [step for step, _, _ in _losses(tmp_path / "parts")] == [1, 2, 3]
     train(config, tmp_path / "parts")
-    losses = _losses(tmp_path / "whole")
+    losses = _losses(whole)
     assert losses == _losses(tmp_path / "parts") and len({loss for _, loss, _ in losses}) == 4
     assert [rate for _, _, rate in losses] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    sent = (tmp_path / "whole" / "service.txt").read_text().splitlines()
+    sent = (whole / "service.txt").read_text().splitlines()
     assert sent[0] == "0 begun" and sent[-1] == "closed" and "4 step_4: 1 by ddim" in sent
     assert "2 begun" in (tmp_path / "parts" / "service.txt").read_text().splitlines()
 
 
-def test_other_pictures_of_the_source_are_refused_on_resume(tmp_path: pathlib.Path) -> None:
-    train(_config(train__steps=2), tmp_path / "run")
+def test_other_pictures_of_the_source_are_refused_on_resume(whole: pathlib.Path) -> None:
     with pytest.raises(UserError, match="data: count is 11, but the checkpoint was written with 12"):
-        train(_config(data__path="11"), tmp_path / "run")
+        train(_config(data__path="11"), whole)
     with pytest.raises(UserError, match=r"validation\.split = 12 pictures of noise \(train\) has pictures of"):
-        train(_config(validation__every_steps=1, validation__split="train"), tmp_path / "run")
+        train(_config(train__steps=6, validation__every_steps=1, validation__split="train"), whole)
 
 
 @pytest.mark.parametrize(
