@@ -19,7 +19,7 @@ Spectrum = Float[np.ndarray, "h w2"]
 
 
 def colour(
-    white: Float[Array, "c h w"], root_spectrum: Float[Array, "c h w2"] | Float[Array, "h w2"]
+    white: Float[Array, "c h w"], root_spectrum: Float[Array, "#c h w2"] | Float[Array, "h w2"]
 ) -> Float[Array, "c h w"]:
     """`√Σ ε`: white noise with each mode multiplied by `√S`."""
     return jnp.fft.irfft2(jnp.fft.rfft2(white) * root_spectrum, s=white.shape[1:]).astype(white.dtype)

@@ -113,7 +113,7 @@ class VariancePreserving:
     def timestep_at(self, number: Any) -> Any:
         return number
 
-    def network_timestep(self, timestep: Int[Array, ""]) -> Int[Array, ""]:
+    def network_timestep(self, timestep: Int[Array, "*b"]) -> Int[Array, "*b"]:
         return timestep
 
     def target(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
@@ -15,7 +16,7 @@ from offsetjax.storage import checksums
 _FEW_PIXELS, _MANY_PIXELS = 2**18, 2**21  # one picture of 512 px, eight of them
 
 
-def to_unit_range(pixels: UInt8[Array, "b h w 3"]) -> Float[Array, "b 3 h w"]:
+def to_unit_range(pixels: UInt8[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b 3 h w"]:
     """Bytes to [-1, 1], channels first."""
     return jnp.transpose(pixels.astype(jnp.float32) / 127.5 - 1.0, (0, 3, 1, 2))
 
@@ -27,15 +28,13 @@ def sample_latent(
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
 
 
-def encode_batch(
-    vae: Any, params: PyTree, batch: Mapping[str, Array], keys: Key[Array, " b"]
-) -> Float[Array, "b c h w"]:
+def encode_batch(vae: Any, params: PyTree, batch: Mapping[str, Any], keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
     """Scaled latents, drawn from the posterior with one key an example; the arguments are those of `batch_moments`."""
     return jax.vmap(sample_latent)(keys, *batch_moments(vae, params, batch)) * vae.scaling_factor
 
 
 def batch_moments(
-    vae: Any, params: PyTree, batch: Mapping[str, Array]
+    vae: Any, params: PyTree, batch: Mapping[str, Any]
 ) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
     """The posterior's mean and log-variance, not scaled: the cached ones of a batch, or of its pictures.
 
@@ -50,7 +49,7 @@ def batch_moments(
 
 
 def encode_moments(
-    vae: Any, params: PyTree, pixels: UInt8[Array, "b h w 3"]
+    vae: Any, params: PyTree, pixels: UInt8[Array, "b H W 3"]
 ) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
     """The posterior's mean and log-variance, not scaled; a few pictures are encoded at a time."""
     params = meta.unbox(params)  # once, not for each few

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from diffusers import FlaxUNet2DConditionModel
 from diffusers.models.attention_flax import (
     FlaxAttention,
@@ -37,7 +38,7 @@ from diffusers.models.unets.unet_2d_blocks_flax import (
     FlaxUNetMidBlock2DCrossAttn,
     FlaxUpBlock2D,
 )
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, Num, PyTree
 
 from offsetjax.errors import UserError
 from offsetjax.models.attention import attend
@@ -106,10 +107,10 @@ class UNet:
     def apply(
         self,
         params: PyTree,
-        latents: Float[Array, "b c h w"],
-        timesteps: Int[Array, " b"],
-        encoder_hidden_states: Float[Array, "b n d"],
-        added_conditions: Mapping[str, Float[Array, "b _"]] | None = None,
+        latents: Float[Array | np.ndarray, "b c h w"],
+        timesteps: Num[Array | np.ndarray, " b"],
+        encoder_hidden_states: Float[Array | np.ndarray, "b n d"],
+        added_conditions: Mapping[str, Float[Array | np.ndarray, "b _"]] | None = None,
     ) -> Float[Array, "b c h w"]:
         """The prediction (ε or v), computed in `dtype` and returned in float32.
 

@@ -72,7 +72,7 @@ def _gather_forward(share: Array, axis: int, dtype: Any, rings: Rings) -> tuple[
     return _gather(share, axis, dtype, rings), jnp.zeros((), share.dtype)
 
 
-def _gather_backward(axis: int, dtype: Any, rings: Rings, like: Array, gradient: Array) -> tuple[Array]:
+def _gather_backward(axis: int, dtype: Any, rings: Rings, like: Any, gradient: Array) -> tuple[Array]:
     # The devices' gradients are of the compute type; their sum is not rounded to it.
     total = gradient.astype(jnp.float32)
     for ring in rings:  # the compiler has no reduce-scatter over several axes of a torus: it would reduce the whole

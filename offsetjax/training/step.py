@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 from ml_collections import ConfigDict
 
 from offsetjax.models.task import task_of
@@ -30,7 +30,7 @@ class TrainState:
     opt_state: PyTree
     ema_params: PyTree  # None without an average
     skipped: Int[Array, ""]  # steps that changed nothing
-    truncated: Int[Array, ""]  # captions that were cut to the text encoders' length
+    truncated: UInt32[Array, ""]  # captions that were cut to the text encoders' length
     replaced: Int[Array, ""]  # records that could not be read, and so left out
     spikes: PyTree = None  # None without train.max_spike
 
