@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from offsetjax.errors import one_line
 from offsetjax.json_text import parse_object
 
 MAX_BYTES = 100_000_000  # as in the safetensors library
@@ -65,13 +66,13 @@ def parse_header(text: bytes) -> tuple[list[Entry], dict[str, str]]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds more than strings")
         entries = [_entry(name, **values) for name, values in header.items()]
-    except (TypeError, AttributeError) as error:  # JSON of another structure
-        raise ValueError(str(error)) from error
+    except (ValueError, TypeError, AttributeError) as error:  # also JSON of another structure
+        raise ValueError(one_line(error)) from error  # names may be of any length
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     end = 0
     for entry in entries:
         if entry.begin != end:
-            raise ValueError(f"{entry.name} begins at byte {entry.begin}, not {end}")
+            raise ValueError(f"{entry.name[:80]!r} begins at byte {entry.begin}, not {end}")
         end = entry.end
     return entries, metadata
 

@@ -4,6 +4,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,12 @@ from tests import tiny
 NOT_READ = ("starts.jsonl", "events.out.tfevents", "lock")
 
 
-def _steps(workdir: Path) -> Any:
-    """All arrays of all steps, each compared with its checksum, and the data positions."""
-    found = {}
+def _step(workdir: Path, step: int) -> Any:
+    """All arrays of a step, each compared with its checksum, and the data position."""
     with checkpoint.open_checkpoints(workdir) as manager:
-        for step in sorted(manager.all_steps()):
-            arrays = checkpoint._Arrays(manager, step)
-            found[step] = {name: arrays.read(name.split("/")) for name in arrays.checksums}
-            found[f"{step} data"] = checkpoint.read_data(manager, step)
-    return found
+        arrays = checkpoint._Arrays(manager, checkpoint.existing_step(manager, step))
+        found = {name: arrays.read(name.split("/")) for name in arrays.checksums}
+        return found | {"data position": checkpoint.read_data(manager, step)}
 
 
 def _frozen(workdir: Path) -> Any:
@@ -45,7 +43,7 @@ def _frozen(workdir: Path) -> Any:
     return {
         part: {name: tensor() for name, tensor in frozen_tensors(folder, part, pipeline.parts[part]).items()}
         for part in frozen_parts(config)
-    } | {file.name: file.read_bytes() for file in folder.rglob("*") if file.suffix not in (".safetensors",)}
+    } | {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.suffix != ".safetensors"}
 
 
 def _metrics(workdir: Path) -> Any:
@@ -62,12 +60,12 @@ def _samples(workdir: Path) -> Any:
 
 # How what lies where is read again.
 READERS: dict[str, Callable[[Path], Any]] = {
-    "checkpoints": _steps,
     "frozen": _frozen,
     "config.json": lambda workdir: to_json(read_config(workdir)),
     "metrics.jsonl": _metrics,
     "samples": _samples,
     "saved.json": checkpoint.newest_saved,
+    **{f"checkpoints/{step}": partial(_step, step=step) for step in (2, 4, 6)},
 }
 
 
@@ -95,7 +93,7 @@ def _flip(workdir: Path, count: int, seed: int) -> Counter[str]:
     files = _files(workdir)
     for _ in range(count):
         file = rng.choice(files)
-        name = file.relative_to(workdir).parts[0]
+        name = "/".join(file.relative_to(workdir).parts[: 2 if "checkpoints" in file.parts else 1])
         data = file.read_bytes()
         bit = rng.randrange(8 * len(data))
         flipped = bytearray(data)

@@ -38,17 +38,21 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Pod:
     return pod_of(tmp_path_factory)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_kills_at_ten_random_moments_lose_nothing(pod: Pod, tmp_path: Path) -> None:
-    draw = random.Random(int(os.environ.get("OFFSETJAX_TEST_SEED", "0")))
+def random_moments(draw: random.Random) -> list[Moment]:
+    """Ten: two after the start, two while it compiles, three after steps, and each save."""
     moments = [Moment(draw.randrange(2), started, draw.uniform(0, 8)) for _ in range(2)]
     # What the run compiles first is in no cache yet.
     moments += [Moment(draw.randrange(2), said("sha256"), draw.uniform(0, 15)) for _ in range(2)]
     steps = [(step, at_step(step)) for step in draw.sample(range(1, STEPS - 2), 3)]
     saves = [(step, saving(step)) for step in range(SAVED_EVERY, STEPS, SAVED_EVERY)]
     in_order = sorted(steps + saves, key=lambda pair: pair[0])
-    moments += [Moment(draw.randrange(2), after, draw.uniform(0, 0.2)) for _, after in in_order]
+    return moments + [Moment(draw.randrange(2), after, draw.uniform(0, 0.2)) for _, after in in_order]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_kills_at_ten_random_moments_lose_nothing(pod: Pod, tmp_path: Path) -> None:
+    moments = random_moments(random.Random(int(os.environ.get("OFFSETJAX_TEST_SEED", "0"))))
     # With what the work directory itself keeps of what was compiled.
     assert_kills_lose_nothing(moments, pod, tmp_path / "run", JAX_COMPILATION_CACHE_DIR="")
 
