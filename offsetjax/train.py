@@ -123,7 +123,7 @@ def _loop(
     clock = StepClock(start, train.global_batch_size, ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel()))
     host_batches = stream.iterator(start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
-    instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1)
+    instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1, stream.num_sizes)
     metrics = open_metrics(train.writers, run.workdir, start, train.steps)
     guard = Guard(stream, int(state.skipped), train.max_skipped_in_a_row, train.max_spike)
     unwritten: tuple[int, Any] | None = None

@@ -20,7 +20,7 @@ Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
 
 def combinations(values: Values) -> Wrongs:
     """Every rule, for the values of a config by their paths, each of which is in its range."""
-    for rules in (_training, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _task):
+    for rules in (_training, _sizes, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _task):
         yield from rules(values)
 
 
@@ -57,6 +57,25 @@ def _training(values: Values) -> Wrongs:
     beyond = [each for each in values["validation.timesteps"] if each >= steps and values["validation.every_steps"]]
     yield beyond, f"validation.timesteps has {beyond[:1]}, but schedule.num_train_timesteps = {steps}"
     yield values["probe.every_steps"] and not values["probe.prompts"], "probe.prompts is empty"
+
+
+def _sizes(values: Values) -> Wrongs:
+    """Settings of pictures of several sizes that could not apply."""
+    given, count = values["data.buckets"], values["data.bucket_count"]
+    yield given and count, "data.buckets gives the sizes that data.bucket_count would choose; leave one of them out"
+    defaults = dict(flatten(default_config()))
+    for path, needed in (
+        ("data.bucket_step", count),
+        ("data.max_aspect", given or count),
+        ("data.max_enlargement", given or count),
+    ):
+        what = "data.bucket_count" if path == "data.bucket_step" else "data.buckets or data.bucket_count"
+        yield values[path] != defaults[path] and not needed, f"{path} cannot apply without {what}"
+    yield (
+        (given or count) and values["data.cached_latents"],
+        "data.buckets and data.bucket_count cannot apply with data.cached_latents, which are of one size; train from "
+        "the pictures",
+    )
 
 
 def _model(values: Values) -> Wrongs:

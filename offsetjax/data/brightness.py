@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import wasserstein_distance
 
+from offsetjax.data.buckets import square
 from offsetjax.data.images import UnreadableImage
 from offsetjax.data.source import Source, unreadable
 
@@ -24,9 +25,11 @@ def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_
         UserError: a record that cannot be read.
     """
 
+    size = square(resolution)
+
     def measure(index: int) -> float:
         try:
-            return source[index].brightness(resolution)
+            return source[index].brightness(size)
         except UnreadableImage as error:
             raise unreadable(source, index, error) from error
 

@@ -42,6 +42,11 @@ class Size(NamedTuple):
         return f"{self.width}x{self.height}"
 
 
+def square(resolution: int) -> Size:
+    """The size of `resolution` pixels on each side."""
+    return Size(resolution, resolution)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Which pictures are taken.

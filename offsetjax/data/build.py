@@ -6,6 +6,7 @@ last.
 """
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import shutil
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -28,7 +29,7 @@ from PIL import Image
 from offsetjax.data.folder import list_folder
 from offsetjax.data.images import UnreadableImage, clean
 from offsetjax.data.items import Dropped, Items, Listing, shown
-from offsetjax.data.shards import INFO, REPEATS_FILE, shard_paths, write_info, write_shard
+from offsetjax.data.shards import INFO, REPEATS_FILE, SIZES_FILE, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
 from offsetjax.json_text import parse_object
@@ -130,6 +131,7 @@ def build(
     if listing.repeats:
         repeats = {split: _kept_repeats(runs, splits[split]) for split, runs in listing.repeats.items()}
         write_whole(folder / REPEATS_FILE, json.dumps(repeats) + "\n")
+    write_whole(folder / SIZES_FILE, _sizes(splits))
     lengths = {split: [result.kept for result in each] for split, each in splits.items()}
     write_info(folder, _NAME, _VERSION, "Pictures with captions, built by offsetjax.", features(), lengths)
     for task in tasks:
@@ -189,11 +191,16 @@ def _remove(out: epath.Path) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a shard's items: how many are kept, and (name, reason) of the others with their places."""
+    """What became of a shard's items: how many are kept, and (name, reason) of the others with their places.
+
+    Attributes:
+        sizes: width and height of those that are kept, in pixels.
+    """
 
     kept: int
     dropped: tuple[tuple[str, str], ...]
     places: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -216,12 +223,14 @@ class Task:
         """What became of its items, once it is done."""
         stored = parse_object(self.result_path.read_bytes())
         dropped = tuple((str(name), str(reason)) for name, reason in stored["dropped"])
-        return Result(int(stored["kept"]), dropped, tuple(stored["places"]))
+        sizes = tuple((int(width), int(height)) for width, height in stored["sizes"])
+        return Result(int(stored["kept"]), dropped, tuple(stored["places"]), sizes)
 
     def write(self, threads: int) -> int:
         """Writes the shard and what became of its items; how many there were."""
         dropped: list[tuple[str, str]] = []
         places: list[int] = []
+        sizes: list[tuple[int, int]] = []
 
         def kept() -> Iterator[dict[str, Any]]:
             # Grain's threads clean the next pictures while one is written, and keep their order.
@@ -232,12 +241,14 @@ class Task:
                     dropped.append((self.items.name(place), str(record)))
                     places.append(place)
                 else:
+                    sizes.append((record["width"], record["height"]))
                     yield record
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `clean` refuses what it warns of
             count = write_shard(self.path, features(), kept(), _OPTIONS)
-        write_whole(self.result_path, json.dumps(asdict(Result(count, tuple(dropped), tuple(places)))) + "\n")
+        result = Result(count, tuple(dropped), tuple(places), tuple(sizes))
+        write_whole(self.result_path, json.dumps(asdict(result)) + "\n")
         return len(self.items)
 
     def _read(self, place: int) -> dict[str, Any] | Dropped:
@@ -310,6 +321,15 @@ def _kept_repeats(runs: Sequence[tuple[int, int]], results: Sequence[Result]) ->
         is_kept[[first + place for place in result.places]] = False
         first += result.kept + len(result.places)
     return [(len(list(same)), int(each)) for each, same in groupby(times[is_kept].tolist())]
+
+
+def _sizes(splits: Mapping[str, Sequence[Result]]) -> bytes:
+    """The content of `sizes.npz`."""
+    buffer = io.BytesIO()
+    sizes = {split: [size for result in each for size in result.sizes] for split, each in splits.items()}
+    arrays: dict[str, Any] = {split: np.array(each, np.int32).reshape(-1, 2) for split, each in sizes.items()}
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def reasons(dropped: Sequence[tuple[str, str]]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageCms
 
+from offsetjax.data.buckets import Size
 from offsetjax.errors import one_line
 
 # Pictures beyond 8192 x 8192 are refused by their header: 20 kB of PNG can decode to hundreds of megabytes.
@@ -79,7 +80,7 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         return _pixels(image, orientation)
 
 
-def square(data: bytes, resolution: int) -> tuple[UInt8[np.ndarray, "r r 3"], int, int]:
+def cropped(data: bytes, size: Size) -> tuple[UInt8[np.ndarray, "size.height size.width 3"], int, int]:
     """What `resize_and_crop` makes of an encoded picture, and the whole one's height and width.
 
     Raises:
@@ -88,7 +89,7 @@ def square(data: bytes, resolution: int) -> tuple[UInt8[np.ndarray, "r r 3"], in
     with _loaded(data) as (image, orientation):
         whole = _pixels(image, orientation)
         height, width, _ = whole.shape
-        return resize_and_crop(whole, resolution), height, width
+        return resize_and_crop(whole, size), height, width
 
 
 def clean(data: bytes) -> tuple[bytes, int, int]:
@@ -115,37 +116,57 @@ def clean(data: bytes) -> tuple[bytes, int, int]:
         return buffer.getvalue(), height, width
 
 
-def crop_box(height: int, width: int) -> tuple[float, float, float, float]:
-    """The centre square of a picture, in its pixels: left, top, right, bottom; it may begin between two pixels."""
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def crop_box(height: int, width: int, size: Size) -> tuple[float, float, float, float]:
+    """The central part of a picture that has the shape of `size`, as large as it can be.
+
+    Returns:
+        Left, top, right and bottom in the picture's pixels; it may begin between two of them.
+    """
+    if width * size.height > height * size.width:  # wider than the size
+        wide, high = height * size.width / size.height, float(height)
+    else:
+        wide, high = float(width), width * size.height / size.width
+    left, top = (width - wide) / 2, (height - high) / 2
+    return left, top, left + wide, top + high
 
 
-def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    """The centre square of an image, its side scaled to `resolution`: LANCZOS when it shrinks, else bicubic."""
+def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "size.height size.width 3"]:
+    """The central part of an image that has the shape of `size`, scaled to it: LANCZOS to shrink, else bicubic."""
     height, width, _ = image.shape
-    if height == width == resolution:
+    if (width, height) == size:
         return image
-    square = Image.fromarray(image).resize(
-        (resolution, resolution),
-        Image.Resampling.LANCZOS if min(height, width) > resolution else Image.Resampling.BICUBIC,
-        box=crop_box(height, width),
+    left, top, right, bottom = crop_box(height, width, size)
+    shrinks = right - left > size.width
+    resized = Image.fromarray(image).resize(
+        size,
+        Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC,
+        box=(left, top, right, bottom),
         reducing_gap=3.0,  # a box filter does most of a large reduction: faster, and hardly to be told apart
     )
-    return np.asarray(square)
+    return np.asarray(resized)
 
 
-def time_ids(height: int, width: int, resolution: int) -> Float[np.ndarray, "6"]:
+def time_ids(height: int, width: int, size: Size) -> Float[np.ndarray, "6"]:
     """What `resize_and_crop` does to a picture, as SDXL's micro-conditioning (arXiv 2307.01952, section 2.2) says it.
 
     Returns:
         The picture's height and width; the crop's top and left in pixels of the picture after its resize, as
         diffusers' training script counts them, but not rounded; the height and width that it comes to.
     """
-    left, top, right, _ = crop_box(height, width)
-    scale = resolution / (right - left)
-    return np.array([height, width, top * scale, left * scale, resolution, resolution], np.float32)
+    left, top, right, _ = crop_box(height, width, size)
+    scale = size.width / (right - left)
+    return np.array([height, width, top * scale, left * scale, size.height, size.width], np.float32)
+
+
+def picture_size(data: bytes) -> Size:
+    """The size of an encoded picture as a viewer shows it, from its header alone.
+
+    Raises:
+        UnreadableImage: as for `decode`, as far as the header tells.
+    """
+    image = _open(data)
+    is_turned = _orientation(image) in (5, 6, 7, 8)
+    return Size(image.height, image.width) if is_turned else Size(image.width, image.height)
 
 
 @contextlib.contextmanager
@@ -159,11 +180,7 @@ def _loaded(data: bytes) -> Iterator[tuple[Image.Image, int]]:
             image.load()
         except Exception as error:  # a decoder of untrusted bytes may raise anything
             raise UnreadableImage(f"corrupt or truncated: {one_line(error)}") from error
-        try:
-            orientation = image.getexif().get(0x0112, 1)
-        except Exception:  # broken metadata do not make the picture unreadable
-            orientation = 1
-        yield image, orientation if orientation in _TRANSPOSITIONS else 1
+        yield image, _orientation(image)
 
 
 def _give_back() -> None:
@@ -187,6 +204,14 @@ def _open(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # broken metadata do not make the picture unreadable
+        orientation = 1
+    return orientation if orientation in _TRANSPOSITIONS else 1
 
 
 def _pixels(image: Image.Image, orientation: int) -> UInt8[np.ndarray, "h w 3"]:

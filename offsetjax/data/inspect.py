@@ -10,9 +10,11 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from offsetjax.data.buckets import square
 from offsetjax.data.build import DROPPED_FILE, reasons
 from offsetjax.data.images import UnreadableImage, resize_and_crop
 from offsetjax.data.items import shown
+from offsetjax.data.sizes import cropped_by_count, measured
 from offsetjax.data.source import unreadable
 from offsetjax.data.tfds import TfdsPictures, open_pictures
 from offsetjax.files import check_file
@@ -36,12 +38,12 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
         check_file("data", out)
     source = open_pictures(os.fspath(path), split)
     indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
-    measured = (
+    rows_read = (
         grain.MapDataset.source(indices)
         .map(partial(_measure, source))
         .to_iter_dataset(grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=32))
     )
-    rows = list(measured)
+    rows = list(rows_read)
     sides = np.array([(height, width) for height, width, _, _ in rows])
     brightness = np.array([mean for _, _, mean, _ in rows])
     texts = Counter(caption for _, _, _, caption in rows)
@@ -49,6 +51,12 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     print(f"{source.rows.path}, {split}: {len(source)} pictures{some}")
     low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
     print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
+    counts = (1, 3, 5, 7, 9)
+    lost = cropped_by_count(measured(source), counts, resolution=1024, step=64)
+    by_count = ", ".join(
+        f"{count} of data.bucket_count {loss:.1%}" for count, loss in zip(counts[1:], lost[1:], strict=True)
+    )
+    print(f"cropped, of all pixels: by squares {lost[0]:.1%}; with sizes chosen for the pictures, {by_count}")
     print(
         f"mean brightness (0 black, 1 white): mean {brightness.mean():.3f}, standard deviation {brightness.std():.3f}"
     )
@@ -88,7 +96,7 @@ def _contact_sheet(source: TfdsPictures, columns: int = 6, rows: int = 4, side: 
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for place, index in enumerate(indices):
         x, y = gap + place % columns * (side + gap), gap + place // columns * (side + text_height + gap)
-        sheet.paste(Image.fromarray(resize_and_crop(_pixels(source, index), side)), (x, y))
+        sheet.paste(Image.fromarray(resize_and_crop(_pixels(source, index), square(side))), (x, y))
         text = textwrap.wrap(source[index].caption, width)[:lines]
         draw.multiline_text((x, y + side + 2), "\n".join(text), fill=(255, 255, 255), font=font, spacing=1)
     return sheet

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float16, Float32, UInt8
 
-from offsetjax.data.images import decode, resize_and_crop, square, time_ids
+from offsetjax.data.buckets import Size
+from offsetjax.data.images import cropped, decode, picture_size, resize_and_crop, time_ids
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,38 @@ class Picture:
         """
         return decode(self.image) if isinstance(self.image, bytes) else self.image
 
-    def view(self, resolution: int, is_mirrored: bool) -> dict[str, np.ndarray]:
-        """`pixels` and `time_ids` of the picture's central square.
+    def size(self) -> Size:
+        """The whole picture's, from its header.
+
+        Raises:
+            UnreadableImage: it is no picture.
+        """
+        if isinstance(self.image, bytes):
+            return picture_size(self.image)
+        return Size(self.image.shape[1], self.image.shape[0])
+
+    def view(self, size: Size, is_mirrored: bool) -> dict[str, np.ndarray]:
+        """`pixels` and `time_ids` of the picture's central part, scaled to `size`.
 
         Raises:
             UnreadableImage: it cannot be decoded.
         """
         if isinstance(self.image, bytes):
-            pixels, height, width = square(self.image, resolution)
+            pixels, height, width = cropped(self.image, size)
         else:
             height, width, _ = self.image.shape
-            pixels = resize_and_crop(self.image, resolution)
+            pixels = resize_and_crop(self.image, size)
         # `time_ids` stay: a central crop is as far from the left of the mirrored picture as it was from its own.
         seen = pixels[:, ::-1] if is_mirrored else pixels
-        return {"pixels": seen, "time_ids": time_ids(height, width, resolution)}
+        return {"pixels": seen, "time_ids": time_ids(height, width, size)}
 
-    def brightness(self, resolution: int) -> float:
-        """The mean of the central square's values, 0 black and 1 white.
+    def brightness(self, size: Size) -> float:
+        """The mean of the central part's values, 0 black and 1 white.
 
         Raises:
             UnreadableImage: it cannot be decoded.
         """
-        return float(self.view(resolution, False)["pixels"].mean() / 255.0)
+        return float(self.view(size, False)["pixels"].mean() / 255.0)
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,12 @@ class Latents:
     caption: str
     name: str = ""
 
-    def view(self, resolution: int, is_mirrored: bool) -> dict[str, np.ndarray]:
-        """`moments` of one view, and `time_ids`; the resolution is that of the cache."""
-        del resolution
+    def view(self, size: Size, is_mirrored: bool) -> dict[str, np.ndarray]:
+        """`moments` of one view, and `time_ids`; the size is that of the cache."""
+        del size
         return {"moments": self.views[-1 if is_mirrored else 0], "time_ids": self.time_ids}
 
-    def brightness(self, resolution: int) -> float:
-        """The mean of the cropped picture's values, 0 black and 1 white; the resolution is that of the cache."""
-        del resolution
+    def brightness(self, size: Size) -> float:
+        """The mean of the cropped picture's values, 0 black and 1 white; the size is that of the cache."""
+        del size
         return self.mean_brightness

@@ -20,6 +20,7 @@ from offsetjax.leftovers import temporary_prefix
 
 INFO = "dataset_info.json"
 REPEATS_FILE = "repeats.json"  # of each split, runs of (number of records, how often each is seen in an epoch)
+SIZES_FILE = "sizes.npz"  # of each split, width and height of its pictures, int32 [n, 2]
 _ASKED_AT_ONCE = 32  # files of a bucket, for their sizes
 
 

@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from offsetjax.config.registries import SOURCES
+from offsetjax.data.buckets import Size
 from offsetjax.data.images import UnreadableImage
 from offsetjax.errors import UserError
 
@@ -28,18 +29,18 @@ class Record(Protocol):
     @property
     def name(self) -> str: ...
 
-    def view(self, resolution: int, is_mirrored: bool) -> Mapping[str, np.ndarray]:
-        """The example's fields of a batch, cropped to a square of `resolution`.
+    def view(self, size: Size, is_mirrored: bool) -> Mapping[str, np.ndarray]:
+        """The example's fields of a batch, cropped and scaled to `size`.
 
         Returns:
-            `pixels` uint8 `[resolution, resolution, 3]`, or `moments` float16 `[2, c, h, w]` of its latents; and
+            `pixels` uint8 `[size.height, size.width, 3]`, or `moments` float16 `[2, c, h, w]` of its latents; and
             `time_ids` float32 `[6]`, SDXL's micro-conditioning (see `offsetjax.data.images.time_ids`).
 
         Raises:
             UnreadableImage: it cannot be decoded.
         """
 
-    def brightness(self, resolution: int) -> float:
+    def brightness(self, size: Size) -> float:
         """The mean of the cropped picture's values, 0 black and 1 white.
 
         Raises:
@@ -112,14 +113,14 @@ def describe(source: Source, index: int) -> str:
     return f"record {index} ({source[index].name or 'without a name'}) of {source.label}"
 
 
-def seen(source: Source, index: int, record: Record, resolution: int, is_mirrored: bool = False) -> dict[str, Any]:
+def seen(source: Source, index: int, record: Record, size: Size, is_mirrored: bool = False) -> dict[str, Any]:
     """What training sees of the record of that number: the fields of `Record.view`.
 
     Raises:
         UserError: it cannot be decoded.
     """
     try:
-        return dict(record.view(resolution, is_mirrored))
+        return dict(record.view(size, is_mirrored))
     except UnreadableImage as error:
         raise unreadable(source, index, error) from error
 

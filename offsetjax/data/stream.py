@@ -4,6 +4,8 @@ A batch is a function of the seed and of its number alone. Grain shuffles each e
 flips, all by the position in one infinite sequence, of which a process takes its own rows of each global batch. So the
 whole state of the data is one integer, the number of the next batch, and a run may continue with another number of
 processes or workers and still see the same global batches.
+
+With pictures of several sizes (`sizes.py`) the order is that of a `BatchPlan`: all examples of a batch have one size.
 """
 
 import logging
@@ -20,6 +22,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
+from offsetjax.data.batches import Batch
+from offsetjax.data.buckets import Size, square
+from offsetjax.data.sizes import Buckets
 from offsetjax.data.source import Source, describe, seen
 from offsetjax.errors import StorageError, TransientError, UserError
 from offsetjax.parallel.signals import end_with_parent
@@ -34,8 +39,10 @@ _CONFIG_NAMES = {
     "global_batch_size": "train.global_batch_size",
     "resolution": "data.resolution",
     "random_flip": "data.random_flip",
+    "sizes": "data.buckets",
 }
 
+_Sized = tuple[int, Size]  # an example's number, and the size that it is brought to
 # A caption's ids by text encoder, how many tokens it had before it was cut, and how many are read.
 Tokenize = Callable[[str], tuple[Mapping[str, Int[np.ndarray, " n"]], int, int]]
 
@@ -54,13 +61,19 @@ class Stream:
     num_workers: int = 0
     rows: tuple[int, ...] = ()  # of each global batch, those of this process
     max_bad_fraction: float = 0.0
+    buckets: Buckets | None = None  # None: squares of `resolution`
+
+    @property
+    def num_sizes(self) -> int:
+        """How many sizes its batches have: as many programs are compiled."""
+        return sum(len(group) > 0 for group in self.buckets.plan.groups) if self.buckets else 1
 
     def iterator(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
         """The batches of this process from number `start_batch` on; close it when done.
 
         Yields:
             the fields of the source's records (`offsetjax.data.source.Record.view`): `pixels` uint8
-            `[b, resolution, resolution, 3]`, or of latents `moments` float16 `[b, 2, c, h, w]`, and `time_ids` float32
+            `[b, height, width, 3]`, or of latents `moments` float16 `[b, 2, c, h, w]`, and `time_ids` float32
             `[b, 6]`; `input_ids` by text encoder, int32 `[b, n]`; `is_truncated` bool `[b]`, whose captions were cut;
             `is_replaced` bool `[b]`, which stand in the place of a record that cannot be read; `index` int64 `[b]`, the
             number of each example in the source. b is the number of this process's rows.
@@ -83,7 +96,7 @@ class Stream:
         One that cannot be read is replaced in training, see `data.max_bad_fraction`, and is listed here all the same.
         """
         order, first = _order(self), number * self.global_batch_size
-        return [order[first + row] for row in range(self.global_batch_size)]
+        return [order[first + row][0] for row in range(self.global_batch_size)]
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides on the batches, for `check_fingerprint`; JSON holds it unchanged."""
@@ -93,6 +106,7 @@ class Stream:
             "global_batch_size": self.global_batch_size,
             "resolution": self.resolution,
             "random_flip": self.random_flip,
+            **(self.buckets.fingerprint() if self.buckets else {}),
         }
 
 
@@ -108,6 +122,7 @@ def make_stream(
     num_workers: int = 0,
     rows: Sequence[int] | None = None,
     max_bad_fraction: float = 0.0,
+    buckets: Buckets | None = None,
 ) -> Stream:
     """The stream of a source.
 
@@ -119,6 +134,7 @@ def make_stream(
         num_workers: processes that read and decode; 0: threads of this one.
         rows: of each global batch, those that this process reads, in order; None: all.
         max_bad_fraction: of the records that may be left out, for `check_replaced`; 0: the first ends the stream.
+        buckets: the sizes of the pictures, where there are several; its batches have `global_batch_size` examples.
     """
     return Stream(
         source=source,
@@ -131,6 +147,7 @@ def make_stream(
         num_workers=num_workers,
         rows=tuple(range(global_batch_size) if rows is None else rows),
         max_bad_fraction=max_bad_fraction,
+        buckets=buckets,
     )
 
 
@@ -171,6 +188,27 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
+class _Planned(grain.MapDataset):
+    """The examples of a plan's batches one after the other, each with its size."""
+
+    def __init__(self, buckets: Buckets, global_batch_size: int):
+        super().__init__()
+        self._plan, self._sizes, self._global_batch_size = buckets.plan, buckets.sizes, global_batch_size
+        self._latest: tuple[int, Batch] | None = None  # its other examples are asked for next
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._global_batch_size * self._global_batch_size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        number, place = divmod(index, self._global_batch_size)
+        latest = self._latest
+        if latest is None or latest[0] != number:
+            latest = self._latest = number, self._plan.batch(number)
+        return int(latest[1].examples[place]), self._sizes[latest[1].size]
+
+
 class _Rows(grain.MapDataset):
     """The examples of one process: its i-th, of b a batch, is row r[i % b] of batch i // b."""
 
@@ -189,7 +227,7 @@ class _Rows(grain.MapDataset):
 
 
 class _Order(grain.MapDataset):
-    """Of each place in the order, its record's number and those that follow it, looked up as they are read."""
+    """Of each place in the order, its example and those that follow it, looked up as they are read."""
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -205,18 +243,21 @@ class _Following:
     order: grain.MapDataset
     place: int
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[_Sized]:
         return (self.order[place] for place in range(self.place, self.place + _MOST_TRIES))
 
 
 def _order(stream: Stream) -> grain.MapDataset:
-    """The numbers of the examples, one epoch after the other, for ever."""
-    return grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
+    """The number and the size of each example, for ever."""
+    if stream.buckets:
+        return _Planned(stream.buckets, stream.global_batch_size).seed(stream.seed)
+    numbers = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
+    return numbers.map(partial(_sized, square(stream.resolution)))
 
 
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     block = len(stream.rows)
-    show = partial(_shown, stream.source, stream.resolution, stream.max_bad_fraction > 0)
+    show = partial(_shown, stream.source, stream.max_bad_fraction > 0)
     order = _Order(_order(stream))
     examples = order.random_map(partial(_flipped, show)) if stream.random_flip else order.map(partial(show, False))
     examples = _Rows(examples, stream)
@@ -234,16 +275,20 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
 
 
-def _shown(
-    source: Source, resolution: int, may_be_bad: bool, is_mirrored: bool, following: Iterable[int]
-) -> dict[str, Any]:
-    """The first example of an order that can be read, and why those before it cannot."""
+def _sized(size: Size, index: int) -> _Sized:
+    return index, size
+
+
+def _shown(source: Source, may_be_bad: bool, is_mirrored: bool, following: Iterable[_Sized]) -> dict[str, Any]:
+    """The first example of an order that can be read, and why those before it cannot; its size is that of the first."""
     end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
     problems: list[str] = []
-    for index in following:
+    of_batch: Size | None = None
+    for index, size in following:
+        of_batch = of_batch or size
         try:
             record = source[index]
-            fields = seen(source, index, record, resolution, is_mirrored)
+            fields = seen(source, index, record, of_batch, is_mirrored)
         except UserError as error:
             if not may_be_bad:
                 raise
@@ -254,7 +299,7 @@ def _shown(
 
 
 def _flipped(
-    show: Callable[[bool, Iterable[int]], dict[str, Any]], following: Iterable[int], rng: np.random.Generator
+    show: Callable[[bool, Iterable[_Sized]], dict[str, Any]], following: Iterable[_Sized], rng: np.random.Generator
 ) -> dict[str, Any]:
     return show(bool(rng.random() < 0.5), following)
 

@@ -1,6 +1,8 @@
 """Data sets of TFDS in ArrayRecord, opened for random access with no tensorflow."""
 
+import io
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +10,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from jaxtyping import Int
 
 from offsetjax.data.cache import DESCRIPTION, read_cache
 from offsetjax.data.record import Picture
-from offsetjax.data.shards import REPEATS_FILE
+from offsetjax.data.shards import REPEATS_FILE, SIZES_FILE
+from offsetjax.data.sizes import sizes_of
 from offsetjax.data.source import Source
 from offsetjax.errors import StorageError, TransientError, UserError, one_line
 from offsetjax.json_text import parse_json, parse_object
@@ -85,6 +89,17 @@ class TfdsPictures:
         row = self.rows[self.order[index] if self.order else index]
         return Picture(row["image"], text(row["caption"]), text(row.get("name", b"")))
 
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """Width and height of each picture: as `offsetjax data build` noted them, or from the pictures' headers.
+
+        Raises:
+            UserError: the note is damaged, or a picture cannot be read.
+        """
+        sizes = _noted_sizes(self.rows)
+        if sizes is None:
+            sizes = sizes_of(self)
+        return sizes[list(self.order)] if self.order else sizes
+
     def fingerprint(self) -> dict[str, Any]:
         return {**self.rows.fingerprint(), "num_examples": len(self)}
 
@@ -128,14 +143,39 @@ def _order(folder: epath.Path, rows: Rows) -> tuple[int, ...]:
         raise UserError(f"data: {file} is damaged ({one_line(error)}); build the data set again") from error
 
 
+def _noted_sizes(rows: Rows) -> Int[np.ndarray, "n 2"] | None:
+    """Width and height of each row's picture from `sizes.npz`; None where there is none."""
+    folder = epath.Path(rows.path)
+    file = folder / SIZES_FILE
+    if not file.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(file.read_bytes())) as stored:
+            by_split = {split: stored[split] for split in stored.files}
+        splits = _builder(folder).info.splits
+        parts = [_of_part(each, by_split, splits) for each in rows.ranges]
+        sizes = np.concatenate([part for part in parts if part is not None]).astype(np.int64)
+        if sizes.shape != (len(rows), 2) or sizes.min() < 1:
+            raise ValueError(f"sizes of the shape {sizes.shape} for {len(rows)} pictures")
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"data: {file} is damaged ({one_line(error)}); build the data set again") from error
+    return sizes
+
+
 def _times(part: tuple[str, int, int], times: Mapping[str, Any], splits: Mapping[str, Any]) -> list[int]:
     """How often each of the records from `first` up to `last` of a shard is seen."""
+    found = _of_part(part, times, splits)
+    return [1] * (part[2] - part[1]) if found is None else found.tolist()
+
+
+def _of_part(part: tuple[str, int, int], by_split: Mapping[str, Any], splits: Mapping[str, Any]) -> Any:
+    """Of what is known of each record of a split, that of the records from `first` up to `last` of a shard."""
     path, first, last = part
     match = re.fullmatch(r".*-(.+)\.array_record-(\d+)-of-\d+", epath.Path(path).name)
-    if not match or match[1] not in times:
-        return [1] * (last - first)
+    if not match or match[1] not in by_split:
+        return None
     before = sum(splits[match[1]].shard_lengths[: int(match[2])])
-    return times[match[1]][before + first : before + last].tolist()
+    return by_split[match[1]][before + first : before + last]
 
 
 def open_rows(

@@ -153,11 +153,20 @@ def check_architecture(config: ConfigDict) -> None:
         family.check(config.model)
 
 
+def resolution_unit(config: ConfigDict) -> int:
+    """What the sides of pictures must be a multiple of, in pixels, for the networks of a training."""
+    family = family_of(config)
+    return family.resolution_unit(config.model, _networks(config))
+
+
+def _networks(config: ConfigDict) -> list[str]:
+    family = family_of(config)
+    return [part for part in (family.autoencoder, family.denoiser) if part in network_parts(config)]
+
+
 def check_resolution(config: ConfigDict) -> None:
     """Raises a UserError unless pictures of `data.resolution` can be halved as often as the networks do."""
-    family = family_of(config)
-    networks = [part for part in (family.autoencoder, family.denoiser) if part in network_parts(config)]
-    unit = family.resolution_unit(config.model, networks)
+    unit, networks = resolution_unit(config), _networks(config)
     if config.data.resolution % unit:
         raise UserError(
             f"config: data.resolution = {config.data.resolution} must be a multiple of {unit}, "

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config.checks import validate
 from offsetjax.data import cache as caches
+from offsetjax.data.buckets import square
 from offsetjax.data.cache import Cache, Shard
 from offsetjax.data.source import Source, describe, open_data, seen, split_names
 from offsetjax.errors import UserError
@@ -187,7 +188,7 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 def _picture(source: Source, resolution: int, index: int) -> dict[str, Any]:
     record = source[index]
-    fields = seen(source, index, record, resolution)
+    fields = seen(source, index, record, square(resolution))
     about = {"caption": record.caption, "name": record.name, "index": index}
     return {**fields, **about, "brightness": np.float32(fields["pixels"].mean() / 255)}
 

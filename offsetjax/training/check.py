@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from offsetjax.data.buckets import square
 from offsetjax.data.source import Source, open_data, seen
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
@@ -84,7 +85,7 @@ def _ready(config: ConfigDict, folder: epath.Path, source: Source) -> tuple[Conf
 
 def _check_records(source: Source, resolution: int) -> None:
     for index in np.unique(np.linspace(0, len(source) - 1, _RECORDS, dtype=int)).tolist():
-        seen(source, index, source[index], resolution)
+        seen(source, index, source[index], square(resolution))
 
 
 def _check_held_out(config: ConfigDict, source: Source) -> None:

@@ -45,11 +45,19 @@ def compilation_cache(workdir: epath.PathLike) -> Iterator[None]:
 class Instruments:
     """Watches a training from its first step to its last.
 
-    It logs how long the step takes to compile, and warns where that happens again: a step has one shape. It logs the
-    memory after the first step, and traces `train.profile_steps`.
+    It logs how long the step takes to compile, and warns where that happens more often than there are sizes of
+    pictures. It logs the memory after the first step, and traces `train.profile_steps`.
     """
 
-    def __init__(self, workdir: epath.PathLike, profile_steps: Sequence[int], devices: Sequence[Any], begin: int = 1):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        profile_steps: Sequence[int],
+        devices: Sequence[Any],
+        begin: int = 1,
+        num_sizes: int = 1,
+    ):
+        self._num_sizes = num_sizes
         self._profile, self._devices, self._ran = Profile(workdir, profile_steps, begin), devices, False
         self._compilations, self._hits = 0, 0
         jax.monitoring.register_event_listener(self._on_event)
@@ -83,8 +91,10 @@ class Instruments:
         if details.get("fun_name") != "jit(train_step)":
             return
         self._compilations += 1
-        _log.info("the step was %s in %.1f s", "read from the compilation cache" if hits else "compiled", duration_secs)
-        if self._compilations > 1:
+        how = "read from the compilation cache" if hits else "compiled"
+        of_size = f", for size {self._compilations} of {self._num_sizes}" if self._num_sizes > 1 else ""
+        _log.info("the step was %s in %.1f s%s", how, duration_secs, of_size)
+        if self._compilations > self._num_sizes:
             warnings.warn(
                 f"the step was compiled {self._compilations} times: what it takes has changed its shape or its place",
                 RuntimeWarning,

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
 from offsetjax.config import assign, default_config, flatten, is_explicit, may_change_on_resume, validate
+from offsetjax.data.buckets import Limits
+from offsetjax.data.sizes import Buckets, make_buckets
 from offsetjax.data.source import captions
 from offsetjax.data.stream import Stream, check_fingerprint, make_stream
 from offsetjax.diffusion.calibration import FILLED, fill
@@ -39,7 +41,7 @@ from offsetjax.models.initial import (
     pretrained_tokenizers,
 )
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts
-from offsetjax.models.resolve import check_resolution, resolve
+from offsetjax.models.resolve import check_resolution, resolution_unit, resolve
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
 from offsetjax.models.workdir import read_config, write_config
@@ -273,6 +275,9 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
     """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them."""
     global_batch_size = config.train.global_batch_size
     batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
+    buckets = open_buckets(config, source)
+    for line in buckets.describe() if buckets else ():
+        _log.info("  %s", line)
     return make_stream(
         source,
         seed=config.seed,
@@ -284,6 +289,29 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
         num_workers=config.data.num_workers,
         rows=sharding.rows_of_process(batch, global_batch_size) if batch else None,
         max_bad_fraction=config.data.max_bad_fraction,
+        buckets=buckets,
+    )
+
+
+def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
+    """The sizes of the training's pictures, and the batches of each; None where all are cut to one square.
+
+    Raises:
+        UserError: sizes that do not fit the networks or the pictures.
+    """
+    data = config.data
+    if not (data.buckets or data.bucket_count):
+        return None
+    return make_buckets(
+        source,
+        given=data.buckets,
+        count=data.bucket_count,
+        resolution=data.resolution,
+        step=data.bucket_step,
+        unit=resolution_unit(config),
+        limits=Limits(data.max_aspect, data.max_enlargement or float("inf")),
+        batch_size=config.train.global_batch_size,
+        seed=config.seed,
     )
 
 
@@ -300,6 +328,7 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
         return source.cache.statistics(source.label, f"model.{pipeline.family.autoencoder}.scaling_factor")
     sampled = config.copy_and_resolve_references()
     sampled.train.global_batch_size, sampled.data.random_flip = 8, False
+    sampled.data.buckets, sampled.data.bucket_count = (), 0
     batches = open_stream(sampled, pipeline, source).iterator(0)
     encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(vae_params, to_unit_range(pixels))[0])
     latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])

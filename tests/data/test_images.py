@@ -19,6 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from offsetjax.data import images
+from offsetjax.data.buckets import square
 from offsetjax.data.images import MAX_PIXELS, Room, UnreadableImage, clean, decode, resize_and_crop, time_ids
 
 
@@ -182,12 +183,12 @@ print(peak() - before)
 def test_the_centre_square_is_kept() -> None:
     image = np.zeros((40, 100, 3), np.uint8)
     image[:, 30:70] = 200  # the middle square
-    np.testing.assert_array_equal(resize_and_crop(image, 40), 200)
-    assert np.abs(resize_and_crop(image.transpose(1, 0, 2), 20).astype(int) - 200)[2:-2].max() <= 1
+    np.testing.assert_array_equal(resize_and_crop(image, square(40)), 200)
+    assert np.abs(resize_and_crop(image.transpose(1, 0, 2), square(20)).astype(int) - 200)[2:-2].max() <= 1
     # A picture that is symmetric stays so: the crop is not off by a pixel.
     mirrored = noise(31, 64)
     mirrored = np.concatenate([mirrored, mirrored[:, ::-1]], axis=1)
-    cropped = resize_and_crop(mirrored, 16).astype(int)
+    cropped = resize_and_crop(mirrored, square(16)).astype(int)
     assert np.abs(cropped - cropped[:, ::-1]).max() <= 1
 
 
@@ -203,7 +204,7 @@ def test_the_centre_square_is_kept() -> None:
     ],
 )
 def test_time_ids_are_those_of_diffusers_to_the_pixel(height: int, width: int, expected: tuple[int, int]) -> None:
-    ids = time_ids(height, width, 1024)
+    ids = time_ids(height, width, square(1024))
     assert ids.dtype == np.float32 and ids[[0, 1, 4, 5]].tolist() == [height, width, 1024, 1024]
     is_whole = (max(height, width) * 1024) % min(height, width) == 0
     np.testing.assert_allclose(ids[2:4], expected, atol=0 if is_whole else 0.75)
@@ -215,7 +216,7 @@ def test_resizing_agrees_with_resizing_first_and_cropping_then(resolution: int) 
     image = np.stack([x, y * 2, 255 - x], axis=-1).astype(np.uint8)
     whole = Image.fromarray(image).resize((2 * resolution, resolution), Image.Resampling.LANCZOS)
     expected = np.asarray(whole, np.int16)[:, resolution // 2 : resolution // 2 + resolution]
-    actual = resize_and_crop(image, resolution)
+    actual = resize_and_crop(image, square(resolution))
     assert actual.shape == (resolution, resolution, 3) and actual.dtype == np.uint8
     assert np.abs(actual - expected).max() <= 3
 
@@ -223,13 +224,13 @@ def test_resizing_agrees_with_resizing_first_and_cropping_then(resolution: int) 
 def test_resizing_keeps_the_brightness_and_a_stripe_does_not_alias() -> None:
     stripes = np.zeros((512, 512, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = resize_and_crop(stripes, 64)
+    small = resize_and_crop(stripes, square(64))
     assert abs(small.mean() - 127.5) < 2 and np.ptp(small[8:-8, 8:-8]) < 8, "picking each 8th column gives one colour"
 
 
 def test_a_single_pixel_and_a_sliver_can_be_resized() -> None:
     for shape in ((1, 1, 3), (1, 5000, 3), (5000, 1, 3)):
-        np.testing.assert_array_equal(resize_and_crop(np.full(shape, 90, np.uint8), 8), np.full((8, 8, 3), 90))
+        np.testing.assert_array_equal(resize_and_crop(np.full(shape, 90, np.uint8), square(8)), np.full((8, 8, 3), 90))
 
 
 def display_p3() -> bytes:
@@ -316,7 +317,7 @@ def test_every_way_to_decode_takes_its_room_and_gives_it_back(monkeypatch: pytes
     room = Noted()
     monkeypatch.setattr(images, "_ROOM", room)
     data = encode(Image.fromarray(noise(20, 30)))
-    for use in (images.decode, images.clean, lambda data: images.square(data, 8)):
+    for use in (images.decode, images.clean, lambda data: images.cropped(data, square(8))):
         use(data)
         with pytest.raises(UnreadableImage):
             use(data[:200])
@@ -328,13 +329,14 @@ import io, resource
 from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 from offsetjax.data import images
+from offsetjax.data.buckets import square
 
 images._ROOM = images.Room(2500 * 2500)
 buffer = io.BytesIO()
 Image.new("RGBA", (2500, 2500)).save(buffer, "PNG")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with ThreadPoolExecutor(6) as pool:
-    list(pool.map(lambda _: images.square(buffer.getvalue(), 64)[1], range(6)))
+    list(pool.map(lambda _: images.cropped(buffer.getvalue(), square(64))[1], range(6)))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 2500**2 / images.BYTES_A_PIXEL)
 """
 

@@ -16,6 +16,7 @@ from PIL import Image
 from offsetjax.cli import main
 from offsetjax.config import default_config, flatten
 from offsetjax.config.checks import validate
+from offsetjax.data.buckets import square
 from offsetjax.data.images import resize_and_crop
 from offsetjax.data.source import open_source
 from offsetjax.diffusion.calibration import (
@@ -321,7 +322,7 @@ def modes(data: pathlib.Path) -> np.ndarray:
     """The modes of all latents in the order of the data, computed by themselves: `[n, c, h, w2]`."""
     config, pipeline, params, _ = open_vae(_tiny(data), open_source(data))
     source = open_source(data)
-    pixels = np.stack([resize_and_crop(source[i].pixels(), 16) for i in range(COUNT)])
+    pixels = np.stack([resize_and_crop(source[i].pixels(), square(16)) for i in range(COUNT)])
     latents = pipeline.autoencoder.encode(params, pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)[0]
     return np.fft.rfft2(np.asarray(latents, np.float64) * config.model.vae.scaling_factor, norm="ortho")
 

@@ -1,7 +1,7 @@
 """The pictures and captions, and what becomes of them before the denoiser."""
 
-from offsetjax.config.field import Change, Field, Section
-from offsetjax.config.ranges import ANY, FRACTION, PLACE, Registered, count, one_of
+from offsetjax.config.field import Change, Field, Section, Texts
+from offsetjax.config.ranges import ANY, FRACTION, PLACE, Registered, at_least, between, count, one_of
 from offsetjax.config.registries import SOURCES
 
 DATA = Section(
@@ -26,7 +26,54 @@ DATA = Section(
             change=Change.RESUME,
         ),
         Field("split", str, "train", ANY, "of the data set, such as train[:95%]"),
-        Field("resolution", int, 512, count(8, 65_536), "side of the square that pictures are cut to", "pixels"),
+        Field(
+            "resolution",
+            int,
+            512,
+            count(8, 65_536),
+            "side of the square that pictures are cut to; with several sizes, its area is theirs",
+            "pixels",
+        ),
+        Field(
+            "buckets",
+            Texts,
+            (),
+            ANY,
+            "sizes of pictures, such as 1152x896; each picture goes to the one that crops the least of it",
+            elsewhere={"enable_bucket": "kohya", "aspect_ratio_bucketing": "OneTrainer"},
+        ),
+        Field(
+            "bucket_count",
+            int,
+            0,
+            count(0, 64),
+            "how many sizes are chosen for the data, so that the fewest pixels are cropped; 0: those of "
+            "data.buckets, or one square",
+        ),
+        Field(
+            "bucket_step",
+            int,
+            64,
+            count(8, 512),
+            "what the sides of chosen sizes are a multiple of",
+            "pixels",
+            elsewhere={"bucket_reso_steps": "kohya"},
+        ),
+        Field(
+            "max_aspect",
+            float,
+            3.0,
+            between(1, 64),
+            "the longer side of a picture over the shorter one; longer ones are left out, and counted",
+        ),
+        Field(
+            "max_enlargement",
+            float,
+            0.0,
+            at_least(0.0),
+            "what a picture may be scaled up by; smaller ones go to smaller sizes, or are left out and counted; 0: any",
+            elsewhere={"bucket_no_upscale": "kohya"},
+        ),
         Field(
             "random_flip",
             bool,

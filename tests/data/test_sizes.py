@@ -1,0 +1,174 @@
+"""Pictures of several sizes: which size each has, batches of one size each, and a training from them."""
+
+import contextlib
+import json
+import pathlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from offsetjax.data.buckets import Limits, Size
+from offsetjax.data.build import build
+from offsetjax.data.shards import SIZES_FILE
+from offsetjax.data.sizes import Buckets, cropped_by_count, make_buckets, measured, sizes_of
+from offsetjax.data.source import Source, open_source
+from offsetjax.data.stream import make_stream
+from offsetjax.errors import UserError
+from offsetjax.train import train
+from tests import tiny
+
+SIZES = ((16, 16), (24, 16), (16, 24), (32, 16), (48, 32), (8, 8), (100, 10))  # width, height
+COUNT, BATCH = 35, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A data set whose picture i has the size i % 7, and its number as the red of its left half."""
+    pictures = tmp_path_factory.mktemp("shapes") / "pictures"
+    pictures.mkdir()
+    lines = []
+    for number in range(COUNT):
+        width, height = SIZES[number % len(SIZES)]
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[:, : width // 2] = (7 * number + 1, 0, 0)
+        Image.fromarray(pixels).save(pictures / f"{number:02}.png")
+        lines.append(json.dumps({"file_name": f"{number:02}.png", "text": str(number)}))
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    build(pictures, pictures.parent / "data", shard_size=10)
+    return pictures.parent / "data"
+
+
+@pytest.fixture(scope="module")
+def source(folder: pathlib.Path) -> Source:
+    return open_source(folder)
+
+
+def buckets_of(source: Source, **changes: Any) -> Buckets:
+    options = {"given": (), "count": 3, "resolution": 16, "step": 4, "unit": 2, "limits": Limits(), "seed": 0}
+    return make_buckets(source, **{**options, "batch_size": BATCH, **changes})
+
+
+def take(source: Source, count: int, start: int = 0, **changes: Any) -> list[dict[str, Any]]:
+    options: dict[str, Any] = {"seed": 3, "global_batch_size": BATCH, "resolution": 16, "random_flip": True}
+    options |= {"tokenize": lambda caption: ({"text": np.array([int(caption)])}, 1, 1), "buckets": buckets_of(source)}
+    batches = make_stream(source, **{**options, **changes}).iterator(start)
+    with contextlib.closing(batches):
+        return [next(batches) for _ in range(count)]
+
+
+def test_sizes_are_noted_by_the_build_and_are_those_of_the_headers(folder: pathlib.Path, source: Source) -> None:
+    expected = [SIZES[number % len(SIZES)] for number in range(COUNT)]
+    assert measured(source).tolist() == sizes_of(source).tolist() == [list(size) for size in expected]
+    some = open_source(folder, "train[8:23]")
+    assert measured(some).tolist() == [list(size) for size in expected[8:23]]
+
+
+def test_a_damaged_note_of_sizes_is_named(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copy = tmp_path / "copy"
+    for file in folder.rglob("*"):
+        if file.is_file():
+            (copy / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file.relative_to(folder)).write_bytes(file.read_bytes())
+    note = next(copy.rglob(SIZES_FILE))
+    note.write_bytes(note.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"sizes\.npz is damaged \(.*\); build the data set again"):
+        measured(open_source(copy))
+    note.unlink()
+    assert len(measured(open_source(copy))) == COUNT
+
+
+def test_sizes_are_chosen_for_the_pictures_and_slivers_are_left_out(source: Source) -> None:
+    buckets = buckets_of(source)
+    assert buckets.sizes == (Size(12, 20), Size(16, 16), Size(20, 12))
+    assert int(buckets.assignment.is_extreme.sum()) == 5  # 100x10
+    *each, last = buckets.describe()
+    assert [line.partition(":")[0] for line in each] == [str(size) for size in buckets.sizes]
+    assert last.startswith("30 of 35 pictures, ") and last.endswith("left out: 5 for their shape, 0 for their size")
+    small = buckets_of(source, given=("16x16", "24x16"), limits=Limits(max_enlargement=1.0))
+    assert int(small.assignment.is_small.sum()) == 5  # 8x8
+
+
+def test_more_sizes_crop_less(source: Source) -> None:
+    lost = cropped_by_count(measured(source), (1, 3, 5), resolution=1024, step=64)
+    # By squares: nothing of two sorts, a third of three, a half of one.
+    assert lost[0] == pytest.approx((3 * 1 / 3 + 1 / 2) / 6)
+    assert lost[0] > lost[1] >= lost[2] >= 0 and lost[1] < 0.06
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"given": ("16x16", "24x15")}, r"data\.buckets: 24x15 must be multiples of 2, such as 24x16"),
+        ({"given": ("16x16", "16 by 24")}, r"data\.buckets: '16 by 24' is no size; write width and height, such as"),
+        ({"given": ("16x16", "8x128")}, r"no picture of .* goes to 8x128 of data\.buckets, .*; leave it out"),
+        ({"step": 9}, r"data\.bucket_step = 9 must be a multiple of 2"),
+        ({"step": 32}, r"data\.bucket_step = 32 is too much for pictures of 256 pixels"),
+    ],
+)
+def test_what_cannot_be_is_one_line(changes: dict[str, Any], message: str, source: Source) -> None:
+    with pytest.raises(UserError, match=message):
+        buckets_of(source, **changes)
+
+
+def test_a_batch_has_one_size_and_its_pictures_are_scaled_and_cropped_to_it(source: Source) -> None:
+    given = ("16x16", "24x16", "16x24")
+    seen: Counter[tuple[int, ...]] = Counter()
+    for batch in take(source, 24, buckets=buckets_of(source, given=given), random_flip=False):
+        height, width = batch["pixels"].shape[1:3]
+        seen[width, height] += 1
+        for row, index in enumerate(batch["index"].tolist()):
+            of = Size(*SIZES[index % len(SIZES)])
+            scale = max(width / of.width, height / of.height)
+            top, left = (of.height * scale - height) / 2, (of.width * scale - width) / 2
+            np.testing.assert_allclose(batch["time_ids"][row], [of.height, of.width, top, left, height, width], 1e-6)
+            assert batch["pixels"][row, height // 2, 0, 0] == 7 * index + 1
+            assert batch["input_ids"]["text"][row] == index
+    assert set(seen) == {(16, 16), (24, 16), (16, 24)}
+
+
+def test_each_example_is_seen_once_an_epoch_but_for_those_that_wait(source: Source) -> None:
+    buckets = buckets_of(source)
+    plan, epochs = buckets.plan, 6
+    batches = take(source, plan.batches_before(epochs), buckets=buckets)
+    counts = Counter(np.concatenate([batch["index"] for batch in batches]).tolist())
+    kept = np.flatnonzero(buckets.assignment.bucket >= 0).tolist()
+    assert set(counts) == set(kept)
+    assert sum(epochs - counts[index] for index in kept) == sum(plan.waiting(epochs))
+    assert set(counts.values()) <= {epochs - 1, epochs}
+
+
+def test_batches_are_a_function_of_their_number_whatever_reads_them(source: Source) -> None:
+    expected = take(source, 12)
+    for found in (take(source, 5, 7), take(source, 12, num_workers=2)[7:]):
+        for one, other in zip(found, expected[7:], strict=True):
+            assert one["pixels"].shape == other["pixels"].shape
+            for name in ("pixels", "time_ids", "index"):
+                np.testing.assert_array_equal(one[name], other[name])
+    halves = [take(source, 12, rows=rows) for rows in ((0, 2), (1, 3))]
+    for number, batch in enumerate(expected):
+        for half, rows in zip(halves, ((0, 2), (1, 3)), strict=True):
+            np.testing.assert_array_equal(half[number]["pixels"], batch["pixels"][list(rows)])
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_training_of_several_sizes_resumes_bit_for_bit(
+    folder: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {"data__buckets": ("16x16", "24x16"), "mesh__data": 4, "mesh__fsdp": 2}
+    changes |= {"train__steps": 8, "train__global_batch_size": 8, "checkpoint__every_steps": 4}
+    with tiny.quick_compilation(tmp_path), caplog.at_level("INFO", "offsetjax"):
+        train(tiny.tiny_config(folder, **changes), tmp_path / "whole")
+        assert "24x16: " in caplog.text and "for size 2 of 2" in caplog.text
+        train(tiny.tiny_config(folder, **{**changes, "train__steps": 4}), tmp_path / "parts")
+        train(tiny.tiny_config(folder, **changes), tmp_path / "parts")
+        with pytest.raises(UserError, match=r"data\.buckets = .* was begun with"):
+            train(tiny.tiny_config(folder, **{**changes, "data__buckets": ("16x16",)}), tmp_path / "parts")
+    found = losses(tmp_path / "whole")
+    assert len(found) == 8 and np.isfinite(found).all()
+    assert losses(tmp_path / "parts") == found
