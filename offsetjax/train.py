@@ -33,6 +33,7 @@ from offsetjax.storage import checkpoint
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.storage.saving import Saver
 from offsetjax.training.evaluators import Evaluator, open_evaluators
+from offsetjax.training.goodput import Goodput, in_words
 from offsetjax.training.guard import Guard
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
@@ -56,7 +57,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
         PreemptedError: a signal came; what was trained is saved.
     """
     lock = WorkdirLock(workdir, lost=lambda why: processes.abort(Status.MISTAKE, f"error: {why}"))
-    with Watchdog(config.train.stall_seconds) as watchdog, Preemption() as preemption, lock, written_to(workdir):
+    goodput = Goodput(workdir)
+    with (
+        Watchdog(config.train.stall_seconds) as watchdog,
+        Preemption() as preemption,
+        lock,
+        written_to(workdir),
+        goodput,
+    ):
         source = open_data(config.data)
         warn_of_cpu()
         run = open_run(config, epath.Path(workdir), source, lock)
@@ -78,7 +86,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
                 every_steps=config.checkpoint.every_steps,
                 every_minutes=config.checkpoint.every_minutes,
             )
-            _loop(run, state, jit_train_step(run, state_shardings), stream, saver, evaluators, preemption, watchdog)
+            train_step = jit_train_step(run, state_shardings)
+            _loop(run, state, train_step, stream, saver, evaluators, preemption, watchdog, goodput)
 
 
 def _open_checkpoints(run: Run) -> CheckpointManager:
@@ -117,10 +126,12 @@ def _loop(
     evaluators: Sequence[Evaluator],
     preemption: Preemption,
     watchdog: Watchdog,
+    goodput: Goodput,
 ) -> None:
     train, frozen = run.config.train, run.step_frozen
     start = int(state.step)
-    clock = StepClock(start, train.global_batch_size, ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel()))
+    ideal = ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel())
+    clock = StepClock(start, train.global_batch_size, goodput, ideal)
     host_batches = stream.iterator(start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
     instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1, stream.num_sizes)
@@ -128,6 +139,7 @@ def _loop(
     guard = Guard(stream, int(state.skipped), train.max_skipped_in_a_row, train.max_spike)
     unwritten: tuple[int, Any] | None = None
     last: Any = None
+    goodput.resumed(start)
     try:
         if preemption.reached():
             raise preemption.stopped(f"before step {start + 1}")
@@ -159,7 +171,9 @@ def _loop(
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     _write(metrics, stream, *unwritten, clock)
                     unwritten = None
-                saver.save(step, state, {"fingerprint": stream.fingerprint()})  # where the data are is the step
+                with goodput.spent_on("checkpoint"):
+                    saver.save(step, state, {"fingerprint": stream.fingerprint()})  # where the data are is the step
+                goodput.saved(step)
                 watchdog.progressed()
             if guard.is_over:
                 saver.finish()
@@ -167,7 +181,9 @@ def _loop(
             if is_preempted and step < train.steps:
                 saver.finish()
                 raise preemption.stopped(f"after step {step}")
-        saver.finish()
+        with goodput.spent_on("checkpoint"):
+            saver.finish()
+        _log.info("time: %s", in_words(goodput.totals()))
         if skipped := int(state.skipped):
             _log.warning("%d steps changed nothing; see the warnings at each", skipped)
         if replaced := int(state.replaced):
@@ -178,6 +194,7 @@ def _loop(
         host_batches.close()
         metrics.close()
         instruments.close()
+        goodput.write()
 
 
 def _write(metrics: Metrics, stream: Stream, step: int, values: Any, clock: StepClock) -> None:

@@ -40,6 +40,7 @@ def _summarise_run(run: Run) -> Numbers:
         "last_loss": _last_loss(run),
         "steps_skipped": int(last.get("skipped", 0)),
         "not_finite": _not_finite(run),
+        "seconds": {kind: round(value, 3) for kind, value in run.seconds.items()},
         "before": sampled[0] if sampled else None,
         "after": sampled[-1] if sampled else None,
         "samples": sampled,

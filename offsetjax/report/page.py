@@ -64,6 +64,7 @@ def render(numbers: Numbers, pictures: Pictures, note: str = "") -> str:
         _section(pictures, "probe", "Brightness of a probe", _PROBE_NOTE + band),
         _grids(pools, pictures),
         "<h2>Runs</h2>" + _runs_table(runs),
+        _seconds_table(runs),
         _section(pictures, "losses", "Loss", _LOSS_NOTE + band),
         _section(pictures, "validation", "Validation loss", _VALIDATION_NOTE + band),
         _differences(numbers),
@@ -91,6 +92,10 @@ _SPREAD_NOTE = (
 _PROBE_NOTE = (
     "Fixed prompts and seeds; near black is a brightness below .1, near white one above .9; W1 is the Wasserstein "
     "distance to the distribution of the training pictures."
+)
+_SECONDS_NOTE = (
+    "Every second from the first start on. Data: waiting for it. Idle: between two starts. Lost: after the checkpoint "
+    "from which the next start resumed."
 )
 _VALIDATION_NOTE = (
     "Fixed pictures, timesteps and noise. Solid: plain noise, which compares between runs; dashed: the noise of each "
@@ -179,6 +184,20 @@ def _runs_table(runs: Sequence[Numbers]) -> str:
     ]
     note = "Time: wall-clock, sampling and checkpoints included. Last loss: the mean of the last tenth logged."
     return _table(head, rows) + f"<p class='note'>{note}</p>"
+
+
+def _seconds_table(runs: Sequence[Numbers]) -> str:
+    """A row a run: what share of its wall clock went into what."""
+    runs = [run for run in runs if run["seconds"]]
+    if not runs:
+        return ""
+    kinds = list(runs[0]["seconds"])
+    rows = []
+    for run in runs:
+        total = sum(run["seconds"].values())
+        shares = (f"{run['seconds'][kind] / total:.1%}" if total else _NONE for kind in kinds)
+        rows.append([run["name"], str(timedelta(seconds=round(total))), *shares])
+    return _table(["run", "wall clock", *kinds], rows) + f"<p class='note'>{_SECONDS_NOTE}</p>"
 
 
 def _differences(numbers: Numbers) -> str:

@@ -3,8 +3,8 @@
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
@@ -15,6 +15,7 @@ from offsetjax.data.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError, one_line
 from offsetjax.json_text import parse_object
+from offsetjax.training.goodput import read_goodput
 from offsetjax.training.jsonl import read_log
 
 
@@ -88,6 +89,7 @@ class Run:
     steps: list[Samples]
     others: list[Samples]
     data: Data | str  # or why it could not be measured
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of the wall clock, by what they were spent on
 
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:
@@ -151,6 +153,7 @@ def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, s
         steps=sorted(by_step, key=lambda each: each.step),
         others=[each for each in samples if each not in by_step],
         data=data[where],
+        seconds=read_goodput(workdir),
     )
 
 
@@ -161,9 +164,9 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         config, _ = read_json(path.read_text())
     except (ValueError, AttributeError) as error:
         raise UserError(f"report: {path} is not a JSON config ({error}); restore it from a backup") from error
-    for field in ("noise.offset_strength", "data.path", "data.split"):
-        if field not in config:
-            raise UserError(f"report: {path} lacks {field}; give a work directory that offsetjax train made")
+    for name in ("noise.offset_strength", "data.path", "data.split"):
+        if name not in config:
+            raise UserError(f"report: {path} lacks {name}; give a work directory that offsetjax train made")
     return config
 
 

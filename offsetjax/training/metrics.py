@@ -16,6 +16,7 @@ from etils import epath
 from offsetjax.config.registries import WRITERS
 from offsetjax.errors import one_line
 from offsetjax.sampling.pictures import Picture
+from offsetjax.training.goodput import Goodput
 
 _log = logging.getLogger("offsetjax")
 
@@ -107,22 +108,24 @@ class StepClock:
     of the peak that was reached (MFU, arXiv 2204.02311).
     """
 
-    def __init__(self, start_step: int, global_batch_size: int, ideal_seconds: float | None = None):
-        self._step, self._batch, self._ideal = start_step, global_batch_size, ideal_seconds
+    def __init__(self, start_step: int, global_batch_size: int, goodput: Goodput, ideal_seconds: float | None = None):
+        self._step, self._batch, self._goodput, self._ideal = start_step, global_batch_size, goodput, ideal_seconds
         self._began, self._waited = time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """The time inside is waiting."""
         begin = time.monotonic()
-        yield
+        with self._goodput.spent_on("data"):
+            yield
         self._waited += time.monotonic() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The time inside does not count."""
+        """The time inside does not count: something is evaluated."""
         begin = time.monotonic()
-        yield
+        with self._goodput.spent_on("evaluation"):
+            yield
         self._began += time.monotonic() - begin
 
     def lap(self, step: int) -> dict[str, float]:
@@ -134,5 +137,7 @@ class StepClock:
             "images_per_second": round(self._batch / seconds, 3),
             "step_seconds": round(seconds, 5),
             "data_wait_seconds": round(waited, 5),
+            "goodput": round(self._goodput.share(), 5),
         }
+        self._goodput.write(is_last=False)
         return rates | ({"mfu": round(self._ideal / seconds, 5)} if self._ideal else {})

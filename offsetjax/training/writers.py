@@ -63,7 +63,8 @@ class Terminal:
         first_step, first = self._first
         left = (self._num_steps - step) * (now - first) / max(1, step - first_step)
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
-        return text + f"  {values['images_per_second']:.1f} images/s{mfu}  {format_duration(left)} left"
+        goodput = f"  goodput {values['goodput']:.0%}" if "goodput" in values else ""
+        return text + f"  {values['images_per_second']:.1f} images/s{mfu}{goodput}  {format_duration(left)} left"
 
 
 def _listed(values: Mapping[str, float]) -> str:

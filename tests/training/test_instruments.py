@@ -17,6 +17,7 @@ from offsetjax.train import train
 from offsetjax.training import instruments
 from offsetjax.training.abstract import abstract_pipeline, model_flops
 from offsetjax.training.flops import count_flops
+from offsetjax.training.goodput import Goodput
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import StepClock
 from tests.compilation import usual_compilation
@@ -145,7 +146,7 @@ def test_memory_is_told_where_devices_know_it(tmp_path: pathlib.Path, caplog: py
     assert told == ["memory: at most 5.25 of 16.00 GiB on each of 2 devices of this process"]
 
 
-def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     config = tiny_config()
     pipeline = abstract_pipeline(config)
     flops = model_flops(config, pipeline)
@@ -156,7 +157,7 @@ def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    clock = StepClock(0, 8, ideal_seconds=0.3)
+    clock = StepClock(0, 8, Goodput(tmp_path), ideal_seconds=0.3)
     now[0] = 4.0
     assert clock.lap(2)["mfu"] == pytest.approx(0.15)  # two steps of 2 s
 

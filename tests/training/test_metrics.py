@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from offsetjax.files import write_whole
 from offsetjax.sampling.pictures import Picture
 from offsetjax.training import jsonl
+from offsetjax.training.goodput import Goodput
 from offsetjax.training.jsonl import JsonLines, read_log
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
 from offsetjax.training.writers import format_duration
@@ -249,18 +250,21 @@ def test_pictures_go_to_every_writer(tmp_path: pathlib.Path) -> None:
     assert (step, tag, shown.size) == (5, "step", drawn.size)
 
 
-def test_the_clock_counts_waiting_and_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_counts_waiting_and_leaves_pauses_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = StepClock(start_step=10, global_batch_size=8)
+    clock = StepClock(10, 8, Goodput(tmp_path, clock=lambda: now[0]))
     with clock.waiting_for_data():
         now[0] += 1.0
     now[0] += 3.0
     with clock.paused():
         now[0] += 50.0
-    assert clock.lap(12) == {"images_per_second": 4.0, "step_seconds": 2.0, "data_wait_seconds": 0.5}
+    rates = {"images_per_second": 4.0, "step_seconds": 2.0, "data_wait_seconds": 0.5}
+    assert clock.lap(12) == {**rates, "goodput": 0.0}  # no step was asked for yet
     now[0] += 0.5
-    assert clock.lap(13) == {"images_per_second": 16.0, "step_seconds": 0.5, "data_wait_seconds": 0.0}
+    assert clock.lap(13) == {"images_per_second": 16.0, "step_seconds": 0.5, "data_wait_seconds": 0.0, "goodput": 0.0}
 
 
 @pytest.mark.parametrize(
