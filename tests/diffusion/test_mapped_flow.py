@@ -1,5 +1,7 @@
 """A flow in the terms of a network of ε or v: the same flow, so that what the network knows already is not unlearnt."""
 
+import json
+import pathlib
 from typing import Any
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from offsetjax.config import validate
+from offsetjax.config import default_config, validate
 from offsetjax.diffusion.density import Density
 from offsetjax.diffusion.flow import Flow
 from offsetjax.diffusion.loss import flow_weight
@@ -18,6 +20,8 @@ from offsetjax.diffusion.sampler import NAMES, Name
 from offsetjax.diffusion.spread import Drawing, reach
 from offsetjax.diffusion.variance_preserving import VariancePreserving, variance_preserving
 from offsetjax.errors import UserError
+from offsetjax.models.resolve import resolve
+from tests.torch_models import save_pipeline
 from tests.training.test_objective import _config, _look
 
 PREDICTIONS = ["epsilon", "v_prediction"]
@@ -152,3 +156,26 @@ def test_what_is_exported_is_a_model_of_its_base() -> None:
 def test_what_it_does_not_go_with(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         validate(_config(schedule__conversion="mapped", **changes))
+
+
+def test_the_checkpoint_says_which_terms(tmp_path: pathlib.Path) -> None:
+    save_pipeline(tmp_path / "model")
+    config = default_config()
+    config.model.pretrained = str(tmp_path / "model")
+    config.data.resolution, config.noise.offset_strength = 64, 0.1
+    config.schedule.update(process="flow", conversion="mapped")
+    scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    said = json.loads(scheduler.read_text())
+    for prediction_type in PREDICTIONS:
+        scheduler.write_text(json.dumps({**said, "prediction_type": prediction_type, "beta_end": 0.02}))
+        resolved = resolve(config)
+        assert (resolved.schedule.process, resolved.schedule.prediction_type) == ("flow", prediction_type)
+        process = make_process(resolved.schedule)
+        assert isinstance(process, MappedFlow) and process.is_velocity == (prediction_type == "v_prediction")
+        kept = variance_preserving(1000, 0.00085, 0.02, "epsilon").alphas_cumprod[999]
+        assert process.weight(np.float64(1.0)) == pytest.approx(
+            (1 - kept) / kept if prediction_type == "epsilon" else 1 - kept
+        )
+    scheduler.write_text(json.dumps(Flow().scheduler("dpmpp_2m", "trailing", 3.0)))
+    with pytest.raises(UserError, match="which is a flow already; leave it out"):
+        resolve(config)

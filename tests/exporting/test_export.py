@@ -1,6 +1,7 @@
 """A training's export: PyTorch's pipeline loads it and draws our pictures; a failed export leaves nothing."""
 
 import pathlib
+import re
 from typing import Any
 
 import diffusers
@@ -157,12 +158,18 @@ def test_the_card_of_a_flow_says_its_shift_and_what_a_plain_start_does(
     trained: Trained, exported: pathlib.Path
 ) -> None:
     card = (exported / "README.md").read_text()
+    matched, plain = map(
+        int, re.search(r"return (\d+)% from the noise of training, and (\d+)% from plain", card).groups()
+    )
+    with safetensors.safe_open(exported / "unet" / "diffusion_pytorch_model.safetensors", "np") as file:
+        header = file.metadata()
+    assert f"return {matched}% from the noise of training, and {plain}% from plain noise" in header["offsetjax.start"]
     if trained.config.schedule.process != "flow":
         assert "ModelSamplingSD3" not in card
         return
     assert "ModelSamplingSD3" in card and "a shift of 2." in card
     left = (1 + 0.1**2 * 64) ** -0.5  # latents of 8x8
-    assert f"{left:.0%} of the spread of brightness" in card
+    assert plain / matched == pytest.approx(left, abs=0.02)
 
 
 def test_a_pipeline_draws_at_the_resolution_of_training_by_itself(exported: pathlib.Path) -> None:
