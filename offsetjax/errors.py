@@ -145,5 +145,9 @@ def _kind_of_words(text: str) -> Status | None:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What another library's exception says, in one line of at most so many characters; if nothing, its kind."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    """What another library's exception says, in one line of at most so many characters; if nothing, its kind.
+
+    What cannot be shown, such as half of a surrogate pair out of a file, is escaped.
+    """
+    text = " ".join(str(error).split())[:most] or type(error).__name__
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

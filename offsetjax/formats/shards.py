@@ -22,7 +22,7 @@ def open_sharded(index: epath.PathLike, where: str) -> dict[str, Tensor]:
     for name, file in _weight_map(epath.Path(index), where).items():
         if name not in tensors:
             raise UserError(
-                f"{where}: {epath.Path(index).parent / file} is damaged ({name} is missing); fetch it again"
+                f"{where}: {epath.Path(index).parent / file} is damaged ({_shown(name)} is missing); fetch it again"
             )
     return tensors
 
@@ -45,13 +45,19 @@ def _weight_map(index: epath.Path, where: str) -> dict[str, str]:
     try:
         weight_map = dict(parse_object(index.read_bytes())["weight_map"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: {index} is no index of safetensors files ({error!r}); fetch it again") from error
+        raise UserError(
+            f"{where}: {index} is no index of safetensors files ({_shown(repr(error))}); fetch it again"
+        ) from error
     for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or ".." in name:
-            raise UserError(f"{where}: {index} names {name!r}, which is no file beside it; fetch it again")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name) or ".." in name:
+            raise UserError(f"{where}: {index} names {repr(name)[:200]}, which is no file beside it; fetch it again")
     if not weight_map:
         raise UserError(f"{where}: {index} names no files; fetch it again")
     return weight_map
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() and len(name) < 200 else repr(name)[:200]
 
 
 def write_sharded(

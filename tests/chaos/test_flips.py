@@ -58,13 +58,20 @@ def _samples(workdir: Path) -> Any:
     return [(_read_samples(file), np.asarray(read_picture(file.with_suffix(".png")))) for file in files]
 
 
+def _saved(workdir: Path) -> int:
+    step = checkpoint.newest_saved(workdir)
+    if not step:
+        raise UserError("told by a warning, and then it is not known")
+    return step
+
+
 # How what lies where is read again.
 READERS: dict[str, Callable[[Path], Any]] = {
     "frozen": _frozen,
     "config.json": lambda workdir: to_json(read_config(workdir)),
     "metrics.jsonl": _metrics,
     "samples": _samples,
-    "saved.json": checkpoint.newest_saved,
+    "saved.json": _saved,
     **{f"checkpoints/{step}": partial(_step, step=step) for step in (2, 4, 6)},
 }
 
