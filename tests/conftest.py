@@ -4,7 +4,8 @@ whose warnings are let pass."""
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would fight with XLA's
 # Of the processes that tests start too: libtpu, which plans are tested with, complains aloud of a machine without TPUs.
@@ -13,18 +14,33 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 from beartype import BeartypeConf, beartype
+from beartype.roar import BeartypeDecorHintPep3119Exception
 from jaxtyping import install_import_hook
+from ml_collections import ConfigDict
 
 from tests.compilation import quick_compilation
 
-# OFFSETJAX_CHECK_TYPES=1 checks the types and shapes in these rooms' signatures where a test calls or traces in this
-# process; an int is a float (PEP 484). jaxtyping's hook knows its checker by a name, and goes before their import.
-_CHECKED = ("diffusion", "models.attention", "models.tokenizer")
-if os.environ.get("OFFSETJAX_CHECK_TYPES") == "1":
-    _checker = types.ModuleType("checker")
-    _checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
-    sys.modules["checker"] = _checker
-    install_import_hook([f"offsetjax.{room}" for room in _CHECKED], "checker.check")
+# The types and shapes in these rooms' signatures are checked where a test calls or traces them in this process; with
+# OFFSETJAX_CHECK_TYPES=1 those of more rooms. An int is a float (PEP 484), a ConfigDict is a mapping, and what takes a
+# protocol that cannot be checked is not checked. jaxtyping's hook knows its checker by a name, and goes before imports.
+_CHECKED = ("models.tokenizer", "rng", "training.objective")
+_CHECKED_TOO = ("diffusion", "models", "parallel", "sampling", "training.abstract", "training.validation")
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def _checked(function: Any) -> Any:
+    try:
+        return _check(function)
+    except BeartypeDecorHintPep3119Exception:
+        return function
+
+
+Mapping.register(ConfigDict)
+_checker = types.ModuleType("checker")
+_checker.check = _checked  # type: ignore[attr-defined]
+sys.modules["checker"] = _checker
+_rooms = _CHECKED + (_CHECKED_TOO if os.environ.get("OFFSETJAX_CHECK_TYPES") == "1" else ())
+install_import_hook([f"offsetjax.{room}" for room in _rooms], "checker.check")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

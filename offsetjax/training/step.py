@@ -31,7 +31,7 @@ class TrainState:
     ema_params: PyTree  # None without an average
     skipped: Int[Array, ""]  # steps that changed nothing
     truncated: UInt32[Array, ""]  # captions that were cut to the text encoders' length
-    replaced: Int[Array, ""]  # records that could not be read, and so left out
+    replaced: UInt32[Array, ""]  # records that could not be read, and so left out
     spikes: PyTree = None  # None without train.max_spike
 
 
