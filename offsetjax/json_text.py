@@ -4,7 +4,9 @@ Python's own reader takes numbers of any length, NaN, names that occur twice, an
 itself or in whoever walks through what it gave. Here each of these is a ValueError that says what it is.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 MAX_BYTES = 2**28
@@ -92,3 +94,23 @@ def _number(text: str) -> float:
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text}, which is no JSON")
+
+
+KEY = "digest"  # of a JSON object's own digest
+
+
+def of_json(values: Mapping[str, Any]) -> str:
+    """The digest of a JSON object, whatever the order and the spacing of its text."""
+    text = json.dumps({key: value for key, value in values.items() if key != KEY}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def signed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its digest; values are as JSON gives them back, such as lists in the place of tuples."""
+    values = parse_object(json.dumps(values), takes_nan=True)
+    return {**values, KEY: of_json(values)}
+
+
+def is_damaged(values: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is not the one that was written; one without a digest was written before there were any."""
+    return KEY in values and values[KEY] != of_json(values)

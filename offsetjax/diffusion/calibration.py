@@ -32,7 +32,7 @@ from offsetjax.diffusion.process import Process, make_process, mode_snr
 from offsetjax.diffusion.spectrum import frequencies, multiplicity
 from offsetjax.errors import UserError, one_line
 from offsetjax.files import write_whole
-from offsetjax.json_text import parse_object
+from offsetjax.json_text import is_damaged, parse_object, signed
 
 # The fields of config.noise that a calibration may fill in.
 FILLED = ("noise.channel_strengths", "noise.spectrum", "noise.data_mean", "noise.data_mean_std")
@@ -263,8 +263,8 @@ def write_calibration(
         strengths = offset_strengths(calibration, make_process(calibration.schedule), calibration.target_terminal_snr)
     recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
     content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
-    text = json.dumps(content, indent=1, allow_nan=False, default=np.ndarray.tolist)
-    write_whole(path, f"{text}\n")
+    plain = json.loads(json.dumps(content, allow_nan=False, default=np.ndarray.tolist))
+    write_whole(path, json.dumps(signed(plain), indent=1) + "\n")
 
 
 def read_calibration(path: epath.PathLike) -> Calibration:
@@ -278,7 +278,10 @@ def read_calibration(path: epath.PathLike) -> Calibration:
         content = parse_object(epath.Path(path).read_bytes())
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        return _checked(content)
+        calibration = _checked(content)
+        if is_damaged(content):
+            raise ValueError("it is damaged: its digest is not the one that was written")
+        return calibration
     except OSError as error:
         raise UserError(f"noise.calibration: {path} cannot be read ({error.strerror}); {remedy}") from error
     except (ValueError, TypeError, KeyError) as error:  # half a file, one that was edited, or another's

@@ -14,7 +14,7 @@ from offsetjax.config.load import read_json
 from offsetjax.data.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError, one_line
-from offsetjax.json_text import parse_object
+from offsetjax.json_text import is_damaged, parse_object
 from offsetjax.training.goodput import read_goodput
 from offsetjax.training.jsonl import read_log
 
@@ -189,6 +189,8 @@ def _read_samples(path: epath.Path) -> Samples:
     picture = path.with_suffix(".png")
     try:
         values = parse_object(path.read_bytes())
+        if is_damaged(values):
+            raise ValueError("it is damaged: its digest is not the one that was written")
         samples = Samples(
             name=path.stem,
             step=int(values["step"]),

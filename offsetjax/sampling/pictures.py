@@ -12,6 +12,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from offsetjax.files import write_whole
+from offsetjax.json_text import signed
 
 _LEAST_WIDTH = 160  # of a picture in a comparison, and of a grid, in pixels
 
@@ -43,7 +44,7 @@ def write_samples(directory: epath.PathLike, name: str, pictures: Sequence[Pictu
         {**_record(picture), "box": [left, top, left + picture.image.shape[1], top + picture.image.shape[0]]}
         for picture, (left, top) in zip(pictures, layout.corners, strict=True)
     ]
-    write_whole(directory / f"{name}.json", json.dumps({**about, "records": records}, indent=1) + "\n")
+    write_whole(directory / f"{name}.json", json.dumps(signed({**about, "records": records}), indent=1) + "\n")
 
 
 def _record(picture: Picture) -> dict[str, Any]:

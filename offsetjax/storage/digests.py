@@ -14,28 +14,11 @@ from etils import epath
 
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
-from offsetjax.json_text import parse_object
+from offsetjax.json_text import KEY, is_damaged, parse_object, signed
 from offsetjax.storage.retry import retried
 
 _log = logging.getLogger("offsetjax")
-FILE, KEY = "digests.json", "digest"
-
-
-def of_json(values: Mapping[str, Any]) -> str:
-    """The digest of a JSON object, whatever the order and the spacing of its text."""
-    text = json.dumps({key: value for key, value in values.items() if key != KEY}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def signed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its digest; values are as JSON gives them back, such as lists in the place of tuples."""
-    values = parse_object(json.dumps(values), takes_nan=True)
-    return {**values, KEY: of_json(values)}
-
-
-def is_damaged(values: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is not the one that was written; one without a digest was written before there were any."""
-    return KEY in values and values[KEY] != of_json(values)
+FILE = "digests.json"
 
 
 def check_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:

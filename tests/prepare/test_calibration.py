@@ -261,6 +261,7 @@ def _without(name: str) -> Callable[[dict[str, Any]], Any]:
         lambda content: {**content, "frequency": content["frequency"][::-1]},
         lambda content: {**content, "target_terminal_snr": 0},
         lambda content: {**content, "height": 0},
+        lambda content: {**content, "mean": [value + 0.5 for value in content["mean"]]},  # by its digest alone
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused(file: pathlib.Path, damage: Callable[[dict[str, Any]], Any]) -> None:

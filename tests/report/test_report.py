@@ -354,3 +354,14 @@ def test_a_caller_s_section_is_in_the_numbers_the_sentences_and_the_page(tmp_pat
     assert height > height_without, "the published figure has a row of its own"
     other = _workdir(tmp_path / "other", 0.1, {0: {LOGO: (0.1,)}})
     assert "nobody" not in _run(tmp_path, other, sections=[section])[1], "no prompt has a published figure"
+
+
+def test_a_changed_bit_in_a_record_of_samples_is_found(tmp_path: pathlib.Path) -> None:
+    image = np.full((16, 16, 3), 200, np.uint8)
+    about = {"step": 3, "params": "ema", "start_noise": "plain", "guidance_scale": 7.5, "num_steps": 2}
+    write_samples(tmp_path, "step_3", [Picture("a cat", 0, image)], about)
+    file = tmp_path / "step_3.json"
+    assert read._read_samples(file).step == 3
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"step_3.json is not a record of samples \(it is damaged: its digest"):
+        read._read_samples(file)
