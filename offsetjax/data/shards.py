@@ -5,7 +5,7 @@ Between the first shard and `dataset_info.json` a data set is unfinished, and no
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from offsetjax.files import write_whole
+from offsetjax.errors import Status, kind_of
+from offsetjax.files import storage_error, write_whole
 from offsetjax.leftovers import temporary_prefix
 
 INFO = "dataset_info.json"
@@ -44,12 +45,23 @@ def write_shard(
     serializer, count = ExampleSerializer(features.get_serialized_info()), 0
     with tempfile.TemporaryDirectory(prefix=temporary_prefix("shard")) as local:  # ArrayRecord writes to no bucket
         file = Path(local) / path.name
-        with contextlib.closing(ArrayRecordWriter(str(file), options)) as writer:
+        with _told(file), contextlib.closing(ArrayRecordWriter(str(file), options)) as writer:
             for record in records:
                 writer.write(serializer.serialize_example(features.encode_example(record)))
                 count += 1
         write_whole(path, file.read_bytes())
     return count
+
+
+@contextlib.contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Inside, ArrayRecord's error about a disk, which has no number, is one about storage, with the place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if kind_of(error) != Status.STORAGE:
+            raise
+        raise storage_error(file.parent, error, what="a shard") from error
 
 
 def write_info(
