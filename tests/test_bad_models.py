@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from offsetjax.models.pretrained import check_model
+from offsetjax.models.trained import check_model
 from tests import tiny, torch_models
 from tests.damage import (
     SHARDS,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from offsetjax.cli import main
-from offsetjax.models.workdir import load_trained
+from offsetjax.models.trained import load_trained
 from offsetjax.storage import checkpoint
 from tests import tiny
 from tests.damage import (

@@ -113,8 +113,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
     for name in ("step", "params") if options.model else ("lora", "variant"):
         if getattr(options, name) not in (None, ""):
             raise UserError(f"sample: --{name} cannot apply to --{'model' if options.model else 'workdir'}")
-    from offsetjax.models.pretrained import check_model, load_model
-    from offsetjax.models.workdir import Trained, load_trained
+    from offsetjax.models.trained import Trained, check_model, load_model, load_trained
     from offsetjax.sampling.sample import compare, sample
 
     settings = {

@@ -36,8 +36,8 @@ from offsetjax.leftovers import unfinished_name
 from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
 from offsetjax.models.task import task_of
+from offsetjax.models.trained import Stored, open_stored
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
-from offsetjax.models.workdir import Stored, open_stored
 
 FORMATS = ("diffusers", "single_file", "lora", "comfyui_node")
 _SUFFIXES = {"single_file": ".safetensors", "lora": ".safetensors", "comfyui_node": ".py"}

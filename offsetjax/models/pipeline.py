@@ -116,6 +116,11 @@ def step_parts(config: ConfigDict) -> tuple[str, ...]:
     return tuple(part for part in frozen_parts(config) if part != unused)
 
 
+def is_from_scratch(config: ConfigDict, part: str) -> bool:
+    """Whether a part is drawn at random rather than loaded."""
+    return not config.model.pretrained or part in config.model.from_scratch
+
+
 def build(config: ConfigDict, tokenizers: Mapping[str, Any] | None = None) -> Pipeline:
     """The parts of `config.model`, with `config.lora.rank` those that are trained with adapters.
 

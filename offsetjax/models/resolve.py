@@ -1,11 +1,14 @@
-"""What a checkpoint says of itself, and what a config says of it: the family, the architecture, the schedule."""
+"""What a config leaves to its checkpoint (family, architecture, schedule), and to its LoRA (rank, targets).
+
+The first step of loading a model; `weights.py` is the second, and `trained.py` does both for one that is finished.
+"""
 
 import logging
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from offsetjax.config import assign, flatten, is_explicit
+from offsetjax.config import assign, default_config, flatten, is_explicit
 from offsetjax.config.checks import shown
 from offsetjax.config.field import Field
 from offsetjax.config.schema import default, fields
@@ -13,15 +16,11 @@ from offsetjax.diffusion.process import recognised
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained
 from offsetjax.models.family import FAMILIES, Family, family_of, open_checkpoint
-from offsetjax.models.pipeline import network_parts
+from offsetjax.models.pipeline import is_from_scratch, network_parts
 from offsetjax.models.task import task_of
+from offsetjax.models.weights import read_lora_of
 
 _log = logging.getLogger("offsetjax")
-
-
-def is_from_scratch(config: ConfigDict, part: str) -> bool:
-    """Whether a part is drawn at random rather than loaded."""
-    return not config.model.pretrained or part in config.model.from_scratch
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -172,3 +171,40 @@ def check_resolution(config: ConfigDict) -> None:
             f"config: data.resolution = {config.data.resolution} must be a multiple of {unit}, "
             f"which the blocks of {' and '.join(networks)} halve it by"
         )
+
+
+def adopt_lora(config: ConfigDict) -> None:
+    """Sets rank, alpha and targets of `config.lora` to those of `lora.pretrained`, where there is one.
+
+    Raises:
+        UserError: a setting that contradicts it, or adapters of a part that the config freezes.
+    """
+    if not config.lora.pretrained:
+        return
+    loaded = read_lora_of(config)
+    family = family_of(config)
+    defaults = {**default_config().lora.to_dict(), **default_targets(family)}
+    found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}
+    found |= {"targets": loaded.targets(family.denoiser)} if family.denoiser in loaded.adapters else {}
+    text = [part for part in family.encoders if part in loaded.adapters]
+    if text and not config.train.text_encoders:
+        raise UserError(
+            f"lora.pretrained: {config.lora.pretrained} adapts {text[0]}, which is frozen; set "
+            "train.text_encoders = True; a tiny optimizer.text_encoder_learning_rate keeps it as it is"
+        )
+    if text:
+        found["text_encoder_targets"] = loaded.targets(*text)
+    settings = config.lora.to_dict()
+    settings["alpha"] = settings["alpha"] or float(settings["rank"])  # what 0 says
+    contradicted = {}
+    for key, value in found.items():
+        is_same = settings[key] == value or (isinstance(value, tuple) and set(settings[key]) == set(value))
+        if not is_same and (is_explicit(config, f"lora.{key}") or config.lora[key] != defaults[key]):
+            contradicted[key] = value
+    if contradicted:
+        given = ", ".join(f"lora.{key} = {config.lora[key]!r}" for key in contradicted)
+        flags = [f"--config.lora.{key}={value}" for key, value in contradicted.items()]
+        lines = " ".join(f'"{flag}"' if "(" in flag else flag for flag in flags)
+        raise UserError(f"config: {given}, but {config.lora.pretrained} has others; train with its own: {lines}")
+    for key, value in found.items():
+        assign(config, f"lora.{key}", value, explicit=False)

@@ -1,7 +1,9 @@
-"""Weights: a pretrained model's straight into their shards, and those that a run does not change onto its disk.
+"""Weights: those before the first step, straight into their shards; and those that a run does not change, on its disk.
 
-A run keeps its frozen parts in `frozen/`, in diffusers' form and in the type in which they came, so that nothing
-outside its work directory is needed to resume, sample or export, and what was imported can be exported bit for bit.
+The second step of loading a model, once its config is complete (`resolve.py`). What comes first: a pretrained model's
+tensors, a LoRA's, or random numbers. A run keeps its frozen parts in `frozen/`, in diffusers' form and in the type in
+which they came, so that nothing outside its work directory is needed to resume, sample or export, and what was imported
+can be exported bit for bit.
 """
 
 import functools
@@ -17,16 +19,23 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
 from offsetjax.formats import diffusers as files
-from offsetjax.formats.names import flax_tensors
+from offsetjax.formats.lora import LoadedLora, read_lora
+from offsetjax.formats.names import flax_tensors, torch_tensors
+from offsetjax.formats.pretrained import Pretrained
 from offsetjax.formats.safetensors import NotFiniteError, open_tensors, write_tensors
 from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.json_text import parse_object
-from offsetjax.models.family import Family
-from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.family import Family, family_of, open_checkpoint
+from offsetjax.models.lora import init_adapters
+from offsetjax.models.pipeline import Pipeline, build, is_from_scratch, trained_parts
+from offsetjax.models.task import task_of
+from offsetjax.parallel.sharding import path_name
+from offsetjax.rng import stream_key
 from offsetjax.storage import checksums, digests
 
 CARRIED_FILE = "carried.safetensors"
@@ -62,6 +71,143 @@ def abstract_params(model: Any) -> PyTree:
             f"model: no {model.class_name} can be built of its configuration ({first[:160]}); see the config's model "
             "section, and the config.json of model.pretrained"
         ) from error
+
+
+def part_tensors(pretrained: Pretrained, part: str, model: Any) -> PyTree:
+    """A part's tensors in Flax's layout, checked against the model and not read yet.
+
+    Raises:
+        UserError: missing, extra or misshapen tensors, by name.
+    """
+    where = f"model.pretrained: {pretrained.path}: {part}"
+    return flax_tensors(pretrained.tensors(part), abstract_params(model), where)
+
+
+def initial_params(config: ConfigDict, part: str, model: Any, shardings: PyTree | None = None) -> PyTree:
+    """A part's float32 parameters before training: loaded, or drawn at random from the stream `init/part`.
+
+    Args:
+        shardings: where they lie; None: on the host.
+
+    Raises:
+        UserError: a loaded one has values that are not finite.
+    """
+    if is_from_scratch(config, part):
+        return jax.jit(model.init, out_shardings=shardings)(stream_key(config.seed, f"init/{part}"))
+    tensors = part_tensors(open_checkpoint(config.model.pretrained, config.model.variant), part, model)
+    where = f"model.pretrained: {config.model.pretrained}: {part}"
+    tensors = jax.tree_util.tree_map_with_path(lambda path, tensor: _finite(tensor, where + path_name(path)), tensors)
+    return on_host(tensors) if shardings is None else load(tensors, shardings, np.float32)
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    def check(array: np.ndarray) -> None:
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} has values that are not finite; give another model, or another copy of it")
+
+    return inspected(tensor, check)
+
+
+def initial_tensors(config: ConfigDict, part: str, model: Any) -> dict[str, Tensor]:
+    """A part before training by PyTorch's names: loaded, in the type in which it is stored, or drawn at random."""
+    if is_from_scratch(config, part):
+        return torch_tensors(jax.device_get(initial_params(config, part, model)))
+    return torch_tensors(part_tensors(open_checkpoint(config.model.pretrained, config.model.variant), part, model))
+
+
+def carried_tensors(config: ConfigDict) -> dict[str, Tensor]:
+    """What a single file has beyond the parts, kept so that an export can give it back."""
+    if not config.model.pretrained or not task_of(config).denoises:
+        return {}
+    return open_checkpoint(config.model.pretrained, config.model.variant).carried()
+
+
+def left_out_tensors(config: ConfigDict) -> tuple[str, ...]:
+    """The names of what a single file holds of its own training, which is no part of a model."""
+    if not config.model.pretrained:
+        return ()
+    return tuple(open_checkpoint(config.model.pretrained, config.model.variant).ignored())
+
+
+def pretrained_tokenizers(config: ConfigDict) -> dict[str, Any] | None:
+    """The tokenizers that come with the weights, by text encoder; None where captions have to teach one.
+
+    A single file has none, and gets those that all models of its family have; so does a text encoder that is drawn at
+    random, if it knows as many tokens.
+
+    Raises:
+        UserError: the checkpoint brings none, and its family has none of its own, or they do not fit the encoders.
+    """
+    family, folder = family_of(config), epath.Path(config.model.pretrained)
+    tokenizing, is_learned = family.tokenizing, is_from_scratch(config, "tokenizer")
+    if not is_learned and folder.is_dir():
+        found = {}
+        for part, name in tokenizing.folders.items():
+            tokenizer = tokenizing.load(folder / name)
+            try:
+                found[part] = tokenizing.fit(tokenizer, config.model[part])
+            except ValueError as error:
+                raise UserError(
+                    f"model.pretrained: {folder}: {part} has {error}; give the tokenizer that it was trained with"
+                ) from error
+        return found
+    published = tokenizing.published(config.model)
+    if published is None and not is_learned:
+        raise UserError(
+            f"model.pretrained: {folder} brings no tokenizer, and its text encoders know other tokens than those of "
+            f"{family.title}; give a diffusers directory"
+        )
+    return published
+
+
+def new_tokenizers(config: ConfigDict, captions: Sequence[str]) -> dict[str, Any]:
+    """Tokenizers by text encoder, which have learnt their words from captions."""
+    return family_of(config).tokenizing.new(config.model, captions)
+
+
+def abstract_trained(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]:
+    """The shapes of what a run trains, by part: whole parts, or their adapters."""
+    models = {part: pipeline.parts[part] for part in trained_parts(config)}
+    if not config.lora.rank:
+        return {part: abstract_params(model) for part, model in models.items()}
+    return jax.eval_shape(lambda: {part: _new_adapters(config, part, model) for part, model in models.items()})
+
+
+def initial_trained(config: ConfigDict, pipeline: Pipeline, shardings: dict[str, PyTree]) -> dict[str, PyTree]:
+    """What a run trains before its first step, by part, in float32.
+
+    Raises:
+        UserError: the model or the LoRA to start from cannot be read, or is another architecture's.
+    """
+    models = {part: pipeline.parts[part] for part in trained_parts(config)}
+    if config.lora.rank:
+        new = {part: _new_adapters(config, part, model) for part, model in models.items()}
+        loaded = read_lora_of(config).adapters if config.lora.pretrained else {}
+        return jax.device_put({**new, **loaded}, shardings)
+    return {part: initial_params(config, part, model, shardings[part]) for part, model in models.items()}
+
+
+def check_initial(config: ConfigDict, pipeline: Pipeline) -> None:
+    """Raises the UserErrors of `initial_trained`, from the headers of the files, before anything is written."""
+    abstract_trained(config, pipeline)
+    for part in trained_parts(config):
+        if not config.lora.rank and not is_from_scratch(config, part):
+            initial_tensors(config, part, pipeline.parts[part])
+
+
+def _new_adapters(config: ConfigDict, part: str, model: Any) -> PyTree:
+    key = stream_key(config.seed, f"init/{part}/adapters")
+    field = "targets" if part == family_of(config).denoiser else "text_encoder_targets"
+    return init_adapters(key, abstract_params(model), config.lora[field], config.lora.rank, f"lora.{field}")
+
+
+def read_lora_of(config: ConfigDict) -> LoadedLora:
+    """The adapters of `lora.pretrained`, checked against the model."""
+    plain = config.copy_and_resolve_references()
+    plain.lora.rank = 0
+    bare = build(plain)
+    bases = {part: abstract_params(bare.parts[part]) for part in bare.parts if part != bare.family.autoencoder}
+    return read_lora(config.lora.pretrained, bases, bare.family.name)
 
 
 def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:

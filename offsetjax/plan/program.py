@@ -12,9 +12,8 @@ from offsetjax.config import default_config, flatten
 from offsetjax.diffusion.calibration import fill
 from offsetjax.errors import UserError
 from offsetjax.models.family import family_of, latents_of
-from offsetjax.models.initial import adopt_lora
-from offsetjax.models.pipeline import Pipeline
-from offsetjax.models.resolve import check_resolution, is_from_scratch, resolve
+from offsetjax.models.pipeline import Pipeline, is_from_scratch
+from offsetjax.models.resolve import adopt_lora, check_resolution, resolve
 from offsetjax.parallel import sharding
 from offsetjax.train import jit_train_step
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, abstract_state

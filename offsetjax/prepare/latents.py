@@ -30,10 +30,10 @@ from offsetjax.data.cache import Cache, Shard
 from offsetjax.data.source import Source, describe, open_data, seen, split_names
 from offsetjax.errors import UserError
 from offsetjax.models.encode import encode_moments, encoder_checksum
-from offsetjax.models.initial import initial_params
 from offsetjax.models.pipeline import Pipeline, build
 from offsetjax.models.resolve import check_resolution, resolve
 from offsetjax.models.task import task_of
+from offsetjax.models.weights import initial_params
 from offsetjax.parallel.processes import barrier
 from offsetjax.progress import tracked
 from offsetjax.training.setup import Statistics, check_cache, latent_statistics

@@ -26,7 +26,7 @@ from offsetjax.models.family import Ids
 from offsetjax.models.pipeline import Pipeline, grid_shift, join, training_noise
 from offsetjax.models.resolve import check_resolution
 from offsetjax.models.task import task_of
-from offsetjax.models.workdir import Trained, load_trained
+from offsetjax.models.trained import Trained, load_trained
 from offsetjax.parallel import sharding
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture, write_comparison, write_png, write_samples

@@ -29,22 +29,25 @@ from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.tensors import Tensor
 from offsetjax.models.encode import encoder_checksum, to_unit_range
 from offsetjax.models.family import family_of, latents_of
-from offsetjax.models.initial import (
+from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts
+from offsetjax.models.resolve import adopt_lora, check_resolution, resolution_unit, resolve
+from offsetjax.models.task import task_of
+from offsetjax.models.trained import read_config, write_config
+from offsetjax.models.weights import (
+    abstract_params,
     abstract_trained,
-    adopt_lora,
     carried_tensors,
     check_initial,
     initial_tensors,
     initial_trained,
     left_out_tensors,
+    load_frozen,
     new_tokenizers,
+    on_host,
     pretrained_tokenizers,
+    read_tokenizers,
+    write_frozen,
 )
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts
-from offsetjax.models.resolve import check_resolution, resolution_unit, resolve
-from offsetjax.models.task import task_of
-from offsetjax.models.weights import abstract_params, load_frozen, on_host, read_tokenizers, write_frozen
-from offsetjax.models.workdir import read_config, write_config
 from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
 from offsetjax.storage import checkpoint, digests

@@ -12,10 +12,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import describe
-from offsetjax.models.initial import abstract_trained
 from offsetjax.models.pipeline import Pipeline, frozen_parts, training_noise
 from offsetjax.models.task import task_of
-from offsetjax.models.weights import abstract_params
+from offsetjax.models.weights import abstract_params, abstract_trained
 from offsetjax.training.step import init_state
 
 GIB = 2**30

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from offsetjax.article.pictures import BRIGHTNESS_RANGES, PROMPTS, draw
 from offsetjax.config import flatten, load_config
 from offsetjax.models.encode import to_unit_range
-from offsetjax.models.initial import initial_params
 from offsetjax.models.pipeline import build
 from offsetjax.models.resolve import resolve
 from offsetjax.models.tokenizer import load_tokenizer, tokenize
+from offsetjax.models.weights import initial_params
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "article"
 PRETRAINED = CONFIGS / "pretrained"

@@ -16,8 +16,8 @@ from offsetjax.config import to_json
 from offsetjax.errors import UserError
 from offsetjax.models.family import family_of
 from offsetjax.models.pipeline import build, frozen_parts
+from offsetjax.models.trained import read_config
 from offsetjax.models.weights import frozen_tensors, read_tokenizers
-from offsetjax.models.workdir import read_config
 from offsetjax.report.read import _read_samples, read_picture
 from offsetjax.storage import checkpoint, digests
 from offsetjax.training.jsonl import read_log

@@ -25,9 +25,8 @@ from offsetjax.formats.header import Entry, format_header
 from offsetjax.formats.pretrained import open_pretrained
 from offsetjax.formats.single_file import to_original
 from offsetjax.models.family import family_of
-from offsetjax.models.initial import part_tensors
 from offsetjax.models.resolve import resolve
-from offsetjax.models.weights import on_host
+from offsetjax.models.weights import on_host, part_tensors
 from offsetjax.storage import checkpoint
 from offsetjax.training.setup import Run, first_state, open_run, open_stream
 from offsetjax.training.step import TrainState

@@ -19,7 +19,7 @@ from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
 from offsetjax.formats import diffusers as files
 from offsetjax.models.resolve import resolve
-from offsetjax.models.workdir import Trained, load_trained
+from offsetjax.models.trained import Trained, load_trained
 from offsetjax.sampling.sample import pixel_sampler, start_noise
 from offsetjax.train import train
 from tests import tiny, torch_models

@@ -16,7 +16,7 @@ from etils import epath
 from offsetjax.config import default_config
 from offsetjax.exporting.export import export
 from offsetjax.formats.pretrained import open_pretrained
-from offsetjax.models.initial import abstract_trained, initial_trained
+from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.storage import checkpoint
 from offsetjax.training.setup import open_run

@@ -13,7 +13,7 @@ from offsetjax.config import default_config
 from offsetjax.config.presets import stable_diffusion_1, stable_diffusion_xl
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, build, for_training
-from offsetjax.models.pretrained import load_model
+from offsetjax.models.trained import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 

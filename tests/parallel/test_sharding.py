@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import default_config
 from offsetjax.errors import UserError
-from offsetjax.models.initial import abstract_trained
 from offsetjax.models.pipeline import build
+from offsetjax.models.weights import abstract_trained
 from offsetjax.parallel import sharding
 from offsetjax.training.step import TrainState, init_state
 from tests.plan import topology

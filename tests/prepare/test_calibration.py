@@ -34,7 +34,7 @@ from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.process import make_process, mode_snr
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import UserError
-from offsetjax.models.workdir import read_config
+from offsetjax.models.trained import read_config
 from offsetjax.parallel import sharding
 from offsetjax.prepare.calibrate import calibrate, measure
 from offsetjax.prepare.latents import open_vae

@@ -25,7 +25,7 @@ from offsetjax.data.source import Source, open_source
 from offsetjax.errors import UserError
 from offsetjax.models.encode import encode_batch, to_unit_range
 from offsetjax.models.pipeline import build, step_parts
-from offsetjax.models.workdir import load_trained
+from offsetjax.models.trained import load_trained
 from offsetjax.plan.program import architecture, make_program
 from offsetjax.prepare import latents
 from offsetjax.prepare.calibrate import measure

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from offsetjax.errors import UserError
-from offsetjax.models.workdir import Trained, load_trained
+from offsetjax.models.trained import Trained, load_trained
 from offsetjax.sampling.pictures import Picture, grid
 from offsetjax.sampling.sample import (
     draw_pictures,

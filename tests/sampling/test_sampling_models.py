@@ -23,9 +23,9 @@ from PIL import Image
 from offsetjax.cli import main
 from offsetjax.config import default_config
 from offsetjax.exporting.export import export
-from offsetjax.models.initial import abstract_trained, initial_trained
-from offsetjax.models.pretrained import load_model
 from offsetjax.models.tokenizer import clip_tokenizer, save_tokenizer
+from offsetjax.models.trained import load_model
+from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.sampling.pictures import Picture, side_by_side
 from offsetjax.sampling.sample import make_sampler

@@ -17,8 +17,8 @@ from offsetjax.cli import main
 from offsetjax.config.families import FAMILIES
 from offsetjax.config.schema import SECTIONS
 from offsetjax.errors import UserError
+from offsetjax.models.trained import load_trained
 from offsetjax.models.weights import abstract_params
-from offsetjax.models.workdir import load_trained
 from offsetjax.parallel import sharding
 from offsetjax.train import train
 from tests import tiny

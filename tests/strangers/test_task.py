@@ -10,7 +10,7 @@ import pytest
 from offsetjax.cli import main
 from offsetjax.config.registries import TASKS
 from offsetjax.models.task import Task
-from offsetjax.models.workdir import load_trained
+from offsetjax.models.trained import load_trained
 from offsetjax.train import train
 from offsetjax.training.evaluators import Evaluation, Evaluator
 from offsetjax.training.objective import diffusion_objective

@@ -22,8 +22,8 @@ from offsetjax.config import default_config
 from offsetjax.exporting.export import export
 from offsetjax.formats.pretrained import open_pretrained
 from offsetjax.models.family import family_of
-from offsetjax.models.initial import abstract_trained, initial_trained
-from offsetjax.models.workdir import load_trained
+from offsetjax.models.trained import load_trained
+from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.sampling.sample import pixel_sampler, start_noise
 from offsetjax.storage import checkpoint

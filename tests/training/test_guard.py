@@ -12,7 +12,7 @@ import pytest
 
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
-from offsetjax.models.workdir import load_trained
+from offsetjax.models.trained import load_trained
 from offsetjax.parallel import sharding
 from offsetjax.parallel.finite import all_finite
 from offsetjax.report.conclusions import conclusions

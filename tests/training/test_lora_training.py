@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 from offsetjax.config import default_config
 from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
-from offsetjax.models.pretrained import load_model
-from offsetjax.models.workdir import Trained, load_trained
+from offsetjax.models.trained import Trained, load_model, load_trained
 from offsetjax.sampling.sample import pixel_sampler, start_noise
 from offsetjax.train import train
 from tests import families, tiny

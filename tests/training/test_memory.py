@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.exporting.export import export
 from offsetjax.formats.names import from_torch, torch_name
-from offsetjax.models.workdir import open_stored
+from offsetjax.models.trained import open_stored
 from tests.large_models import MB, begin, family_config, import_model, run_config, wide_config, write_model
 from tests.processes import call, call_together, memory, most_growth
 

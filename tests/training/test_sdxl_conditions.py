@@ -13,8 +13,8 @@ from offsetjax.cli import main
 from offsetjax.config import default_config
 from offsetjax.data.source import open_source
 from offsetjax.models.encode import encode_captions
-from offsetjax.models.initial import abstract_trained, initial_trained
 from offsetjax.models.pipeline import join
+from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.training.objective import add_position, diffusion_objective
 from offsetjax.training.setup import Run, open_run, open_stream

@@ -24,7 +24,7 @@ from offsetjax.data.devices import HOST_FIELDS
 from offsetjax.data.source import open_source
 from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
-from offsetjax.models.workdir import load_trained
+from offsetjax.models.trained import load_trained
 from offsetjax.train import train
 from offsetjax.training.setup import open_run
 from tests.tiny import CAPTIONS, RESOLUTION, build_data, data_path, quick_compilation, run_config, trained_workdir

@@ -1,0 +1,254 @@
+"""A finished model, for sampling and export: from a work directory, a diffusers directory or a single file.
+
+Its config is read first (`resolve.py`, or the run's own), then its weights (`weights.py`).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.config import default_config, from_json, to_json, validate
+from offsetjax.errors import UserError
+from offsetjax.files import write_whole
+from offsetjax.formats.names import torch_tensors
+from offsetjax.formats.pretrained import Pretrained
+from offsetjax.formats.tensors import Tensor
+from offsetjax.json_text import parse_object
+from offsetjax.models.family import family_of, open_checkpoint
+from offsetjax.models.lora import merged_tensors
+from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_parts, network_parts
+from offsetjax.models.resolve import adopt_lora, resolve
+from offsetjax.models.task import task_of
+from offsetjax.models.weights import (
+    abstract_trained,
+    frozen_tensors,
+    initial_trained,
+    load,
+    load_frozen,
+    part_tensors,
+    pretrained_tokenizers,
+    read_tokenizers,
+    stored_dtype,
+)
+from offsetjax.parallel import sharding
+from offsetjax.parallel.finite import all_finite
+from offsetjax.storage import checkpoint, digests
+from offsetjax.storage.retry import retried
+
+_FIELD = {"raw": "params", "ema": "ema_params"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that can be sampled; `params` are those of the trained parts, raw or averaged, by part."""
+
+    config: ConfigDict
+    pipeline: Pipeline
+    params: Mapping[str, PyTree]
+    frozen: Mapping[str, PyTree]
+    step: int
+    which: str
+    mesh: Mesh
+
+
+def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Trained:
+    """Opens a work directory, a diffusers directory or a single file, sharded over all devices.
+
+    The noise and the size of the training are read from what an export says of them; of an untouched model the noise
+    is plain, and the size its own.
+
+    Args:
+        variant: of a diffusers directory's weights, such as fp16.
+        lora: a LoRA file to draw with; not for a work directory.
+
+    Raises:
+        UserError: it is none of these, or a part of it cannot be read.
+    """
+    if _is_workdir(path):
+        if variant or lora:
+            raise UserError(f"sample: {path} is a work directory, to which --variant and --lora cannot apply")
+        return load_trained(path)
+    config, pipeline, tensors, step = _open_pretrained(path, variant, lora)
+    mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
+    place = partial(sharding.shardings, mesh, pipeline.sharding)
+    weights = {}
+    for part, tree in tensors.items():
+        weights[part] = load(tree, place(tree), stored_dtype(pipeline, part))
+    frozen = {part: weights.pop(part) for part in frozen_parts(config)}
+    if lora:
+        weights = initial_trained(config, pipeline, place(abstract_trained(config, pipeline)))
+    return Trained(config, pipeline, weights, frozen, step, "raw", mesh)
+
+
+def check_model(path: epath.PathLike) -> None:
+    """Raises the UserErrors of `load_model`, as far as the headers of files tell."""
+    if _is_workdir(path):
+        read_config(path)
+    else:
+        _open_pretrained(path)
+
+
+def _is_workdir(path: epath.PathLike) -> bool:
+    return all((epath.Path(path) / name).exists() for name in ("config.json", "checkpoints"))
+
+
+def read_config(workdir: epath.PathLike) -> ConfigDict:
+    """The resolved config of a work directory.
+
+    Raises:
+        UserError: it is none, or its config.json is damaged.
+    """
+    file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        raise UserError(f"workdir: {workdir} has no config.json; give the --workdir of a training")
+    try:
+        text = retried(file.read_text, f"workdir: {file}")
+        digests.check_json(parse_object(text), f"workdir: {file}")
+        return from_json(text)
+    except ValueError as error:
+        raise UserError(f"workdir: {file} is no config ({error}); restore it from a copy") from error
+
+
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes config.json, with its own digest."""
+    stored = digests.signed(parse_object(to_json(config)))
+    write_whole(epath.Path(workdir) / "config.json", json.dumps(stored, indent=2) + "\n")
+
+
+def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Trained:
+    """Reads one checkpoint, sharded over all devices; of its state, no more than what is asked for.
+
+    Args:
+        step: None is the newest.
+        which: "ema" or "raw"; None is the config's `sample.params`, or raw where no average was kept.
+
+    Raises:
+        UserError: no work directory, no such step, an average that was not kept, or weights that are not finite.
+    """
+    config, pipeline, which = _open_workdir(workdir, which)
+    mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
+    place = partial(sharding.shardings, mesh, pipeline.sharding)
+    like = abstract_trained(config, pipeline)
+    with checkpoint.open_checkpoints(workdir) as manager:
+        step = checkpoint.existing_step(manager, step)
+        params = checkpoint.restore_part(manager, _FIELD[which], checkpoint.abstract(like, place(like)), step)
+    if not jax.jit(partial(all_finite, mesh=mesh, rules=pipeline.sharding))(params):
+        raise UserError(
+            f"workdir: {workdir}, step {step}: {_not_finite(params)} of the {which} weights has values that are not "
+            "finite; give other --params or an earlier --step"
+        )
+    frozen = load_frozen(epath.Path(workdir) / "frozen", pipeline, frozen_parts(config), place)
+    return Trained(config, pipeline, params, frozen, step, which, mesh)
+
+
+def _not_finite(params: PyTree) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [path for path, leaf in leaves if not jnp.isfinite(leaf).all()]
+    return jax.tree_util.keystr(paths[0], simple=True, separator="/")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A trained model for export: `params` are tensors that are not read yet."""
+
+    config: ConfigDict
+    pipeline: Pipeline
+    params: Mapping[str, PyTree]
+    frozen: epath.Path
+    step: int
+    which: str
+
+    def part(self, part: str) -> dict[str, Tensor]:
+        """A part as it draws, by PyTorch's names: adapters are merged into their base."""
+        if part in self.params and not self.config.lora.rank:
+            return torch_tensors(self.params[part])
+        tensors = frozen_tensors(self.frozen, part, self.pipeline.parts[part])
+        if part not in self.params:
+            return tensors
+        return merged_tensors(tensors, self.adapters(part), adapter_scale(self.config))
+
+    def adapters(self, part: str) -> PyTree:
+        """The adapters of a part, on the host."""
+        return jax.tree.map(lambda tensor: tensor(), self.params[part])
+
+
+def open_stored(workdir: epath.PathLike, step: int | None = None, which: str | None = None) -> Stored:
+    """What `load_trained` gives, without reading the weights.
+
+    Raises:
+        UserError: as for `load_trained`; what is damaged is found when it is read.
+    """
+    config, pipeline, which = _open_workdir(workdir, which)
+    with checkpoint.open_checkpoints(workdir) as manager:
+        step = checkpoint.existing_step(manager, step)
+        params = checkpoint.open_part(manager, _FIELD[which], abstract_trained(config, pipeline), step)
+    return Stored(config, pipeline, params, epath.Path(workdir) / "frozen", step, which)
+
+
+def _open_workdir(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipeline, str]:
+    config, folder = read_config(workdir), epath.Path(workdir)
+    if which == "ema" and not config.optimizer.ema_decay:
+        raise UserError("params: no average was kept (optimizer.ema_decay = 0); use --params=raw")
+    if not (folder / "checkpoints").exists():
+        raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
+    which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
+    pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config)))
+    if task_of(config).denoises and len(pipeline.tokenizers) != len(pipeline.family.encoders):
+        raise UserError(f"workdir: {folder / 'frozen'} lacks a tokenizer; restore it from a copy")
+    digests.check(folder / "frozen")
+    return config, pipeline, which
+
+
+def _open_pretrained(
+    path: epath.PathLike, variant: str = "", lora: str = ""
+) -> tuple[ConfigDict, Pipeline, dict[str, PyTree], int]:
+    """The config of a model, its parts, their tensors, which are not read yet, and its step, as `_describe` says."""
+    pretrained = open_checkpoint(path, variant)
+    config = default_config()
+    config.model.pretrained, config.model.variant = str(path), variant
+    # bfloat16 is what accelerators are quick at, and what CPUs are slow at.
+    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
+    config.lora.pretrained = lora
+    config = resolve(config)
+    # Adapters of text encoders belong to what is trained; a LoRA without them adds none that change anything.
+    config.train.text_encoders = bool(lora and family_of(config).encoders)
+    adopt_lora(config)
+    pipeline = build(config, pretrained_tokenizers(config))
+    step, parts = _describe(config, pipeline, pretrained), network_parts(config)
+    return config, pipeline, {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in parts}, step
+
+
+def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) -> int:
+    """Sets the noise and the size of the training, as far as the model's header tells; returns its step.
+
+    That is 0 but where the noise depends on it.
+    """
+    header = pretrained.metadata()
+    size = re.fullmatch(r"(\d{1,5})x\d+", header.get("modelspec.resolution", ""))
+    own = pipeline.denoiser.config["sample_size"] * pipeline.autoencoder.downscale
+    config.data.resolution = int(size[1]) if size and "offsetjax.noise" in header else own
+    try:
+        noise = parse_object(header.get("offsetjax.noise", "{}"))
+        for key in noise.keys() & config.noise.keys():
+            with config.noise.ignore_type():
+                config.noise[key] = tuple(noise[key]) if isinstance(noise[key], list) else noise[key]
+        if config.noise.anneal:
+            config.train.steps, step = int(header["ss_max_train_steps"]), int(header["ss_steps"])
+        else:
+            step = 0
+        validate(config)
+        return step
+    except (UserError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"sample: {pretrained.path}: what its header says of its noise cannot be read ({error}); export it again"
+        ) from error
