@@ -271,7 +271,7 @@ def tiny_config(data: str, **changes: Any) -> Settings:
         {
             path: value
             for path, value in flatten(small)
-            if not path.startswith(("model.unet", "model.vae", "model.text"))
+            if not path.startswith(("model.unet", "model.vae", "model.text", "lora.targets", "lora.text"))
         }
     )
     return config
