@@ -46,11 +46,6 @@ def sections() -> tuple[Section, ...]:
     return tuple(SECTIONS[name] for name in SECTIONS.names)
 
 
-def own_sections() -> tuple[Section, ...]:
-    """Ours alone."""
-    return tuple(SECTIONS[name] for name in _OWN)
-
-
 def fields() -> dict[str, Field]:
     """Every field by its path."""
     return {path: field for section in sections() for path, field in section.by_path.items()}

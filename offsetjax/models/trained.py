@@ -41,7 +41,7 @@ from offsetjax.models.weights import (
 )
 from offsetjax.parallel import sharding
 from offsetjax.parallel.finite import all_finite
-from offsetjax.storage import checkpoint, digests
+from offsetjax.storage import arrays, checkpoint, digests
 from offsetjax.storage.retry import retried
 
 _FIELD = {"raw": "params", "ema": "ema_params"}
@@ -190,7 +190,7 @@ def open_stored(workdir: epath.PathLike, step: int | None = None, which: str | N
     config, pipeline, which = _open_workdir(workdir, which)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)
-        params = checkpoint.open_part(manager, _FIELD[which], abstract_trained(config, pipeline), step)
+        params = arrays.open_part(manager, _FIELD[which], abstract_trained(config, pipeline), step)
     return Stored(config, pipeline, params, epath.Path(workdir) / "frozen", step, which)
 
 

@@ -1,27 +1,22 @@
 """Checkpoints: the train state and the data position in one orbax step, saved in the background.
 
 What sampling and export need is a part of one, and is read alone: parameters straight into their shards, or tensor by
-tensor, never the optimizer's moments. What is read is compared with checksums from when it was written. A resume takes
-the newest step that can be read; what cannot be is set aside, and never deleted.
+tensor (`arrays.py`), never the optimizer's moments. What is read is compared with checksums from when it was written. A
+resume takes the newest step that can be read; what cannot be is set aside, and never deleted.
 """
 
-import json
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from etils import epath
 from jaxtyping import PyTree
 
 from offsetjax.errors import Status, StorageError, TransientError, UserError, kind_of, one_line
-from offsetjax.files import room_of, size_text, storage_error, write_whole
-from offsetjax.formats.tensors import Tensor
+from offsetjax.files import room_of, size_text, storage_error
 from offsetjax.json_text import parse_object
 from offsetjax.parallel.processes import all_of, barrier
 from offsetjax.storage import checksums, digests
@@ -29,7 +24,6 @@ from offsetjax.storage.retry import retried
 
 _log = logging.getLogger("offsetjax")
 STATE, DATA, ASIDE = "state", "data", "unreadable"
-_SAVED = "saved.json"  # beside `checkpoints`
 Result = TypeVar("Result")
 
 
@@ -73,47 +67,6 @@ def newest_step(workdir: epath.PathLike) -> int:
         return 0
     with open_checkpoints(workdir) as manager:
         return manager.latest_step() or 0
-
-
-def newest_saved(workdir: epath.PathLike) -> int:
-    """The newest step that was ever saved, as the run has noted; 0 where it has not."""
-    file = epath.Path(workdir) / _SAVED
-    if not file.exists():
-        return 0
-    try:
-        return int(digests.check_json(parse_object(file.read_bytes()), str(file))["step"])
-    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-        _log.warning("%s cannot be read (%s): which step was saved last is not known", file, one_line(error))
-        return 0
-
-
-def note_saved(manager: ocp.CheckpointManager) -> None:
-    """Notes, beside the checkpoints, the newest step that is whole: a run that has lost them must not begin again."""
-    if jax.process_index() == 0:
-        workdir = manager.directory.parent
-        # On a disk a step gets its name once it is whole, on a bucket a file that says so.
-        names = [path.name for path in manager.directory.iterdir()] if manager.directory.exists() else []
-        whole = [int(name) for name in names if name.isdecimal() and _is_whole(manager.directory / name)]
-        if (step := max(whole, default=0)) > newest_saved(workdir):
-            write_whole(workdir / _SAVED, json.dumps(digests.signed({"step": step})) + "\n")
-
-
-def forget_saved(workdir: epath.PathLike) -> None:
-    """Of a work directory that begins anew, with nothing left of a run before."""
-    (epath.Path(workdir) / _SAVED).unlink(missing_ok=True)
-
-
-def _is_whole(step: epath.Path) -> bool:
-    return "://" not in str(step) or (step / "commit_success.txt").exists()
-
-
-def steps_made(workdir: epath.PathLike) -> int:
-    """The last step that a run's log has; 0 where it has none."""
-    try:
-        text = (epath.Path(workdir) / "metrics.jsonl").read_bytes()
-    except OSError:
-        return 0
-    return max((int(found[1]) for found in re.finditer(rb'"step": (\d{1,12})\b', text)), default=0)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree, data: dict[str, Any]) -> None:
@@ -259,7 +212,7 @@ def read_data(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
             raise ValueError("its data position is damaged: its digest is not the one that was written")
         return {key: value for key, value in data.items() if key != digests.KEY}
 
-    data = _read(manager, step, read)
+    data = tried(manager, step, read)
     if "checksums" not in data:
         raise UserError(
             f"checkpoint: {manager.directory} was written by an older version of offsetjax, without checksums; "
@@ -275,14 +228,14 @@ def _read_state(
     args = _restore_args(like, partial_restore=True) if is_part else _restore_args(like)
     state, failure = None, None
     try:
-        state = _read(manager, step, lambda: _state_handler().restore(manager.directory / str(step) / STATE, args=args))
+        state = tried(manager, step, lambda: _state_handler().restore(manager.directory / str(step) / STATE, args=args))
     except (UnreadableError, TransientError) as error:
         failure = error
     if isinstance(failure, TransientError):
         raise failure
     if not all_of(failure is None):
         raise failure or UnreadableError(f"checkpoint: {manager.directory / str(step)}: another process cannot read it")
-    _read(manager, step, lambda: checksums.check(state, expected))  # the same on all processes
+    tried(manager, step, lambda: checksums.check(state, expected))  # the same on all processes
     return state
 
 
@@ -295,83 +248,6 @@ def restore_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: 
     step = existing_step(manager, step)
     expected = read_data(manager, step)["checksums"]
     return _read_state(manager, step, {name: like}, expected, is_part=True)[name]
-
-
-def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
-    """One field of the state as tensors that are not read yet, in the structure of `like` (abstract arrays).
-
-    Raises:
-        UserError: no such step; and when one is read, that it cannot be, or has changed since it was written.
-    """
-    step = existing_step(manager, step)
-    arrays = _Arrays(manager, step)
-
-    def open_array(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Tensor:
-        keys = [name, *(str(each.key) for each in path)]
-
-        def read(index: tuple[Any, ...]) -> np.ndarray:
-            return arrays.read(keys, index, like.shape)
-
-        return Tensor(tuple(like.shape), np.dtype(like.dtype), read)
-
-    return jax.tree_util.tree_map_with_path(open_array, like)
-
-
-class _Arrays:
-    """The arrays of a step's state, read one by one: orbax's form on disk is zarr in an OCDBT database."""
-
-    def __init__(self, manager: ocp.CheckpointManager, step: int) -> None:
-        self._manager, self._step = manager, step
-        self._folder = manager.directory / str(step) / STATE
-        self._context = tensorstore.Context()  # the database's index is read once
-        self.checksums: dict[str, int] = read_data(manager, step)["checksums"]
-        metadata = _read(manager, step, lambda: parse_object((self._folder / "_METADATA").read_bytes()))
-        self._driver = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
-
-    def read(self, keys: list[str], index: tuple[Any, ...] = (), shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """An array, or a part of it; one that is read whole is compared with its checksum.
-
-        Args:
-            shape: that of the whole array, if known.
-
-        Raises:
-            UserError: it cannot be read, has another shape or has changed since it was written.
-        """
-        kvstore = {"driver": "ocdbt", "base": _kvstore(self._folder), "path": ".".join(keys) + "/"}
-        name = "/".join(keys)
-
-        def fetch() -> np.ndarray:
-            spec = {"driver": self._driver, "kvstore": kvstore}
-            stored = tensorstore.open(spec, open=True, read=True, context=self._context).result()
-            if shape is not None and stored.shape != shape:
-                raise ValueError(f"{name} has shape {stored.shape}, not {shape}")
-            array = stored[(*index, ...)].read().result()
-            if array.shape == stored.shape:
-                checksums.check_array(array, self.checksums[name], name)
-            return array
-
-        return _read(self._manager, self._step, fetch)
-
-
-def _kvstore(folder: epath.Path) -> dict[str, str]:
-    """A folder for TensorStore; not as a URL, in which a folder called `hash#1` would be another."""
-    if str(folder).startswith("gs://"):
-        bucket, _, path = str(folder).removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
-    return {"driver": "file", "path": f"{folder}/"}
-
-
-def verify(manager: ocp.CheckpointManager, step: int) -> int:
-    """Reads every array of a step and compares it with its checksum; returns their number.
-
-    Raises:
-        UnreadableError: one that cannot be read or has changed, or the data position.
-        TransientError: it could not be read, which may pass.
-    """
-    arrays = _Arrays(manager, step)
-    for name in arrays.checksums:
-        arrays.read(name.split("/"))
-    return len(arrays.checksums)
 
 
 def existing_step(manager: ocp.CheckpointManager, step: int | None = None) -> int:
@@ -395,7 +271,13 @@ def _restore_args(like: PyTree, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), **options)
 
 
-def _read(manager: ocp.CheckpointManager, step: int, read: Callable[[], Result]) -> Result:
+def tried(manager: ocp.CheckpointManager, step: int, read: Callable[[], Result]) -> Result:
+    """What a read of a step gives, tried again where its failure may pass.
+
+    Raises:
+        UnreadableError: it fails for another reason.
+        StorageError, TransientError: see `retry.retried`.
+    """
     where = f"checkpoint: {manager.directory / str(step)}"
     try:
         return retried(read, where)

@@ -5,7 +5,7 @@ from etils import epath
 from offsetjax import log
 from offsetjax.errors import UserError
 from offsetjax.files import size_text
-from offsetjax.storage import checkpoint
+from offsetjax.storage import arrays, checkpoint
 from offsetjax.storage.checkpoint import UnreadableError
 from offsetjax.storage.lock import WorkdirLock
 
@@ -33,7 +33,7 @@ def verify(workdir: epath.PathLike, step: int | None = None) -> None:
         checkpoint.existing_step(manager, step)
         for each in sorted(manager.all_steps()) if step is None else [step]:
             try:
-                log.show(f"step {each}  good: {checkpoint.verify(manager, each)} arrays")
+                log.show(f"step {each}  good: {arrays.verify(manager, each)} arrays")
             except UnreadableError as error:
                 unreadable += 1
                 log.show(f"step {each}  {error}")
@@ -61,7 +61,7 @@ def prune(workdir: epath.PathLike, keep: int) -> None:
             steps = sorted(manager.all_steps())
             for step in steps[-keep:]:
                 try:
-                    checkpoint.verify(manager, step)
+                    arrays.verify(manager, step)
                 except UnreadableError as error:
                     raise UserError(
                         f"checkpoint: nothing is deleted, for step {step} cannot be read: {error}"

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from offsetjax.parallel import processes
 from offsetjax.parallel.agreement import Agreement
-from offsetjax.storage import checkpoint
+from offsetjax.storage import checkpoint, record
 from offsetjax.storage.lock import WorkdirLock
 
 _savers = itertools.count()  # of this program: each has keys of its own, the same in all processes
@@ -65,7 +65,7 @@ class Saver:
         if step == self._saved_step:
             return
         self._lock.check()
-        checkpoint.note_saved(self._manager)
+        record.note_saved(self._manager)
         checkpoint.save(self._manager, step, state, data)
         self._saved_step = step
         self._begin_round()
@@ -73,7 +73,7 @@ class Saver:
     def finish(self) -> None:
         """Waits for the last save; raises as `save` does."""
         checkpoint.wait(self._manager, self._bytes)
-        checkpoint.note_saved(self._manager)
+        record.note_saved(self._manager)
 
     def _begin_round(self) -> None:
         self._saved, self._is_asked = time.monotonic(), False

@@ -50,7 +50,7 @@ from offsetjax.models.weights import (
 )
 from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
-from offsetjax.storage import checkpoint, digests
+from offsetjax.storage import checkpoint, digests, record
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.training.step import TrainState, init_state
 from offsetjax.training.summary import summary
@@ -121,7 +121,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
         workdir.mkdir(parents=True, exist_ok=True)
         if lock:
             lock.acquire()
-        checkpoint.forget_saved(workdir)
+        record.forget_saved(workdir)
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
     barrier("the work directory is written")
@@ -136,7 +136,7 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     """
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
-    if checkpoint.steps_made(workdir):
+    if record.steps_made(workdir):
         raise UserError(
             f"workdir: {workdir} has been trained but has no config.json; restore it, or give another --workdir"
         )
@@ -169,7 +169,7 @@ def refuse_to_begin_again(workdir: epath.Path, every_steps: int) -> None:
     Raises:
         UserError: its log, or its record of saves, says so.
     """
-    saved, logged = checkpoint.newest_saved(workdir), checkpoint.steps_made(workdir)
+    saved, logged = record.newest_saved(workdir), record.steps_made(workdir)
     if made := saved or (logged if logged >= 2 * every_steps else 0):
         raise UserError(
             f"checkpoint: {workdir}/checkpoints has no step, but {workdir} was trained to step {made}; restore it from "

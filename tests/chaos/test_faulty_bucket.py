@@ -21,6 +21,7 @@ WORK = """
 import logging, sys
 import jax, numpy as np
 from etils import epath
+from offsetjax.storage import arrays as step_arrays
 from offsetjax.storage import checkpoint, retry
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.training.jsonl import JsonLines, read_log
@@ -44,7 +45,7 @@ for start in (0, 4):
                     lock.check()
                     checkpoint.save(manager, step, state(step), {"next_batch": step})
             checkpoint.wait(manager, 100)
-            assert checkpoint.verify(manager, start + 4) == 2
+            assert step_arrays.verify(manager, start + 4) == 2
 log = read_log(place)
 assert [line.step for line in log.lines] == list(range(1, 9)) and not log.unreadable and not log.torn
 assert [line.values["loss"] for line in log.lines] == [1.0 / step for step in range(1, 9)]

@@ -19,7 +19,8 @@ from offsetjax.models.pipeline import build, frozen_parts
 from offsetjax.models.trained import read_config
 from offsetjax.models.weights import frozen_tensors, read_tokenizers
 from offsetjax.report.read import _read_samples, read_picture
-from offsetjax.storage import checkpoint, digests
+from offsetjax.storage import arrays as step_arrays
+from offsetjax.storage import checkpoint, digests, record
 from offsetjax.training.jsonl import read_log
 from tests import tiny
 
@@ -30,7 +31,7 @@ NOT_READ = ("starts.jsonl", "events.out.tfevents", "lock")
 def _step(workdir: Path, step: int) -> Any:
     """All arrays of a step, each compared with its checksum, and the data position."""
     with checkpoint.open_checkpoints(workdir) as manager:
-        arrays = checkpoint._Arrays(manager, checkpoint.existing_step(manager, step))
+        arrays = step_arrays._Arrays(manager, checkpoint.existing_step(manager, step))
         found = {name: arrays.read(name.split("/")) for name in arrays.checksums}
         return found | {"data position": checkpoint.read_data(manager, step)}
 
@@ -59,7 +60,7 @@ def _samples(workdir: Path) -> Any:
 
 
 def _saved(workdir: Path) -> int:
-    step = checkpoint.newest_saved(workdir)
+    step = record.newest_saved(workdir)
     if not step:
         raise UserError("told by a warning, and then it is not known")
     return step

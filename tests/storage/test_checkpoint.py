@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from offsetjax.errors import UserError
 from offsetjax.parallel import sharding
-from offsetjax.storage import checkpoint
+from offsetjax.storage import arrays, checkpoint
 from tests.launch.fake_bucket import BUCKET, bucket, run_on
 
 DATA = {"next_batch": 4, "fingerprint": {"seed": 0, "split": "train"}}
@@ -120,7 +120,7 @@ def _read_part(manager: ocp.CheckpointManager) -> bool:
 
 
 def _read_tensors(manager: ocp.CheckpointManager) -> bool:
-    tensors = checkpoint.open_part(manager, "dense", _like()["dense"])
+    tensors = arrays.open_part(manager, "dense", _like()["dense"])
     return _bytes(jax.tree.map(lambda tensor: tensor(), tensors)) == _bytes(_state(4)["dense"])
 
 
@@ -229,7 +229,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: pathlib.Path, reader
 ON_A_BUCKET = """
 import sys
 import jax, numpy as np
-from offsetjax.storage import checkpoint
+from offsetjax.storage import arrays, checkpoint
 
 place = sys.argv[1]
 state = {"params": {"kernel": jax.numpy.arange(6.0)}, "step": jax.numpy.int32(4)}
@@ -239,7 +239,7 @@ with checkpoint.open_checkpoints(place) as manager:
 assert checkpoint.newest_step(place) == 4
 with checkpoint.open_checkpoints(place) as manager:
     restored, data = checkpoint.restore(manager, like)
-    part = checkpoint.open_part(manager, "params", like["params"])
+    part = arrays.open_part(manager, "params", like["params"])
     np.testing.assert_array_equal(restored["params"]["kernel"], np.arange(6.0))
     np.testing.assert_array_equal(part["kernel"](), np.arange(6.0))
     assert data == {"next_batch": 4}

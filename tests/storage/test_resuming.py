@@ -10,7 +10,7 @@ import pytest
 
 from offsetjax.cli import main
 from offsetjax.errors import StorageError, TransientError, UserError
-from offsetjax.storage import checkpoint, digests, retry
+from offsetjax.storage import checkpoint, digests, record, retry
 from offsetjax.train import train
 from tests import tiny
 from tests.launch.pod import steps_of
@@ -71,7 +71,7 @@ def test_a_damaged_newest_step_falls_back_to_the_one_before(
         [warning] = [each.message for each in caplog.records if "is kept as" in each.message]
         assert "checkpoints/6" in warning and "step 4 is resumed" in warning
         assert len(list((run / checkpoint.ASIDE).iterdir())) == number  # nothing is deleted
-    assert checkpoint.newest_saved(run) == 6
+    assert record.newest_saved(run) == 6
 
 
 def test_a_mistake_is_found_before_the_state_is_read(base: Path, run: Path) -> None:
