@@ -22,7 +22,7 @@ from offsetjax.formats.header import Entry, format_header, parse_header
 from offsetjax.formats.safetensors import open_file
 from offsetjax.formats.shards import open_sharded
 from offsetjax.formats.tokenizer import read_vocabulary, write_vocabulary
-from offsetjax.models import workdir
+from offsetjax.models import trained
 from offsetjax.models.json_tokenizer import read_tokenizer
 from offsetjax.models.pipeline import build
 from offsetjax.models.resolve import resolve
@@ -130,7 +130,7 @@ def _samples(content: bytes, folder: pathlib.Path) -> None:
 
 def _run_config(content: bytes, folder: pathlib.Path) -> None:
     _written(content, folder / "config.json")
-    for path, value in flatten(workdir.read_config(folder)):
+    for path, value in flatten(trained.read_config(folder)):
         assert fields()[path].has_type(value)
 
 
