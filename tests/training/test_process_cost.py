@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from offsetjax.models.initial import abstract_trained, new_tokenizers
 from offsetjax.models.pipeline import build
-from offsetjax.models.weights import abstract_params
+from offsetjax.models.weights import abstract_params, abstract_trained, new_tokenizers
 from offsetjax.training.objective import add_position, make_objective
 from tests.tiny import tiny_config
 
