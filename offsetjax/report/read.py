@@ -228,8 +228,10 @@ def read_picture(path: epath.Path) -> Image.Image:
         UserError: a file that is not a picture.
     """
     try:
-        return Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        data = path.read_bytes()
+        Image.open(io.BytesIO(data)).verify()  # the checksums of a PNG's chunks, at which decoding does not look
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"report: {path} is not a readable picture; delete it or draw it again") from error
 
 
