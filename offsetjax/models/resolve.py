@@ -109,7 +109,8 @@ def _adopt_value(config: ConfigDict, path: str, value: Any, pretrained: Pretrain
     if is_stated and given != value and path not in family_of(config).files.unread:
         anew = f", or add {part} to model.from_scratch" if part else ""
         raise UserError(
-            f"config: {path} = {given!r}, but {pretrained.path} has {value!r}; set it to that, or leave it out{anew}"
+            f"config: {path} = {given!r}, but {pretrained.path} has {shown(value)}; set it to that, or leave it out"
+            f"{anew}"
         )
     assign(config, path, value, explicit=False)
 
@@ -119,7 +120,7 @@ def _require(family: Family, part: str, stored: dict[str, Any], directory: str) 
     for key, allowed in family.files.required.get(part, {}).items():
         if key in stored and stored[key] not in allowed:
             raise UserError(
-                f"model.pretrained: {directory}: {part} has {key} = {stored[key]!r}, which is not supported "
+                f"model.pretrained: {directory}: {part} has {key} = {shown(stored[key])}, which is not supported "
                 f"(supported: {', '.join(map(repr, allowed))}); use a Stable Diffusion 1.x, 2.x or XL base model"
             )
 
