@@ -189,8 +189,6 @@ def _read_samples(path: epath.Path) -> Samples:
     picture = path.with_suffix(".png")
     try:
         values = parse_object(path.read_bytes())
-        if is_damaged(values):
-            raise ValueError("it is damaged: its digest is not the one that was written")
         samples = Samples(
             name=path.stem,
             step=int(values["step"]),
@@ -207,6 +205,8 @@ def _read_samples(path: epath.Path) -> Samples:
             raise ValueError("a brightness that is not between 0 and 1")
         if samples.step < 0 or samples.num_steps < 1 or not math.isfinite(samples.guidance_scale):
             raise ValueError("a step, a number of steps or a guidance that cannot be")
+        if is_damaged(values):
+            raise ValueError("it is damaged: its digest is not the one that was written")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"report: {path} is not a record of samples ({reason}); delete it or draw it again") from error
