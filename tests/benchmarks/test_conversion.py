@@ -98,8 +98,8 @@ def _velocity_error(process: Process, weights: Any) -> jax.Array:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prediction_type", ["epsilon"])
-def test_mapped_begins_lower_and_plain_ends_lower(prediction_type: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_mapped_begins_lower_and_of_v_ends_lower(prediction_type: Any, capsys: pytest.CaptureFixture[str]) -> None:
     own = variance_preserving(1000, 0.00085, 0.012, prediction_type)
     processes = {"plain": Flow(), "mapped": MappedFlow(Flow(), own, prediction_type == "v_prediction")}
     density = Density("logit_normal")
@@ -142,4 +142,6 @@ def test_mapped_begins_lower_and_plain_ends_lower(prediction_type: Any, capsys: 
             print(f"{name:>7}, {'all weights' if is_whole else 'LoRA':<12}{cells}")
     for is_whole in (True, False):
         plain, mapped = (means[name, is_whole].mean(1) for name in ("plain", "mapped"))
-        assert mapped[0] < 0.8 * plain[0] and plain[-1] < mapped[-1]
+        assert mapped[0] < 0.8 * plain[0]
+        # Of ε an error counts up to 200 times near t = 1, which makes its training slow.
+        assert plain[-1] < mapped[-1] if prediction_type == "epsilon" else (mapped < plain).all()
