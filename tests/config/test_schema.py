@@ -217,8 +217,12 @@ def test_a_stored_config_is_read_by_type() -> None:
     for path, field in FIELDS.items():
         for value in (None, True, 3, 0.5, 10**400, "a", [1], ["a"], [None], {"a": 1}, [[1]], {}, float("nan")):
             text = json.dumps(functools.reduce(lambda tree, name: {name: tree}, reversed(path.split(".")), value))
-            message = _refusal(lambda text=text: from_json(text))
-            assert "\n" not in message
+            try:
+                message = _refusal(lambda text=text: from_json(text))
+            except ValueError as error:  # what is no JSON, or no number that a config can have; who reads it adds where
+                message = str(error)
+                assert value == 10**400 or value != value
+            assert "\n" not in message and len(message) < 300
             assert message or field.has_type(dict(flatten(from_json(text)))[path])
 
 
