@@ -4,7 +4,7 @@
     launch/local.sh train --config=configs/sd15_flow.py --workdir=DIR --config.data.path=MY_DATA \
         --config.model.pretrained=STABLE_DIFFUSION_1_5
 
-The network, which predicts the noise, learns to predict the velocity n - x0, told 1000 t; as a LoRA with
+The network, which predicts the noise, learns to predict the velocity n - x0 at 1000 t; as a LoRA with
 --config.lora.rank=64 --config.optimizer.learning_rate=1e-4. Draw from the matched start: from plain noise this model
 would have 15 % of the spread of brightness. In ComfyUI it needs ModelSamplingSD3.
 

@@ -5,8 +5,8 @@
         --config.model.pretrained=STABLE_DIFFUSION_XL
     launch/local.sh export --workdir=DIR --format=lora --dtype=float16 --out=sdxl_flow_lora.safetensors
 
-The network, which predicts the noise, learns to predict the velocity n - x0, told 1000 t. Where the model is a flow
-already and its files do not say so, the same config goes on with it. Without an offset, brightness is decided above
+The network, which predicts the noise, learns to predict the velocity n - x0 at 1000 t. Where the model is a flow
+already and its files do not say so, the same config continues it. Without an offset, brightness is decided above
 t = .987 at this size, where next to nothing is trained; see offsetjax/diffusion/README.md. Draw from the matched start:
 from plain noise this model would have a tenth of the spread of brightness. In ComfyUI it needs ModelSamplingSD3.
 

@@ -5,8 +5,8 @@
         --config.model.pretrained=SDXL_BASE
 
 The strength is that of the SDXL report (arXiv 2307.01952), 0.05; it hides the mean less than 0.1 does, at any size (see
-offsetjax/diffusion/README.md, "Size"). The original sizes of the pictures and what was cropped are told to the model as
-they are.
+offsetjax/diffusion/README.md, "Size"). The model is given the pictures' original sizes and
+crops as they are.
 
 Hardware: a v5e-8. By `offsetjax plan --topology=v5e:2x4` a chip's batch of 1 takes 8.5 of 15.8 GiB, and a step 0.29
 to 0.54 s: 1,000 steps in 5 to 9 minutes, beside compiling, evaluating and saving. Not yet run at full size. Expected:

@@ -16,7 +16,7 @@ step() { # command flags...
 
 supervise() {
   local failures=0 wait_seconds
-  trap 'say "the training goes on; the same command watches it again, \`stop\` ends it"; exit 130' INT
+  trap 'say "the training continues; the same command follows it again, \`stop\` ends it"; exit 130' INT
   split_flags "${given[@]}"
   # One copy for all attempts: what is changed here meanwhile must not get into a run that is alive.
   pack
@@ -67,7 +67,7 @@ adopt() {
   [[ $ids == *-"$(digest)" && $ids != *$'\n'* ]] ||
     mistake "$name is busy with another run, $(xargs <<<"$ids"): \`stop\` it first"
   id=$ids
-  say "watching run $id, which goes on already"
+  say "following run $id, which is running already"
 }
 
 # One attempt, from whatever is there to the end of the run; sets how, why and began.
@@ -133,7 +133,7 @@ judge() {
     # A slice under repair comes back, or is PREEMPTED in the end.
     if ! all_ready || ((++silent < 10)); then return; fi
     report_silence
-    how=unreachable why="workers do not answer, but $name is ACTIVE; the training may go on: see launch/README.md, on SSH"
+    how=unreachable why="workers do not answer, but $name is ACTIVE; the training may still run: see launch/README.md, on SSH"
     return
   fi
   silent=0

@@ -196,7 +196,7 @@ lane() { # first stride
         return "$status"
         ;;
       *)
-        error "${names[i]}: ${kept}failed with exit status $status; the others go on, the same command tries it again"
+        error "${names[i]}: ${kept}failed with exit status $status; the others continue; the same command tries it again"
         worst=1
         ;;
     esac
@@ -227,7 +227,7 @@ lanes() {
   done
   if [[ -e $scratch/storage ]]; then worst=74; fi
   if [[ -e $scratch/mistake ]]; then worst=2; fi
-  if [[ -n $ended ]]; then say "the trainings on slices go on; the same command watches them again"; fi
+  if [[ -n $ended ]]; then say "the trainings on slices continue; the same command follows them again"; fi
   return "${ended:-$worst}"
 }
 

@@ -195,7 +195,7 @@ status() {
     case $what in
       ended) printf '%s: run %s ended with exit status %s: %s\n' "$who" "$id" "$code" "$(meaning "$code")" ;;
       lost) printf '%s: run %s ended without an exit status: the machine went down\n' "$who" "$id" ;;
-      running) printf '%s: run %s is running%s\n' "$who" "$id" "${code:+, and was told to stop}" ;;
+      running) printf '%s: run %s is running%s\n' "$who" "$id" "${code:+, and was asked to stop}" ;;
       absent) printf '%s: not set up\n' "$who" ;;
       *) printf '%s: %s\n' "$who" "$what${rest:+ $rest}" ;;
     esac

@@ -95,7 +95,7 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
             os.fsync(file.fileno())  # or a crash of the machine could leave the new name with nothing in it
         temporary.replace(path)
     except BaseException as error:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and kind_of(error) == Status.STORAGE:
             raise storage_error(path, error, len(content), "the file") from error
@@ -166,7 +166,7 @@ def check_folder(command: str, folder: epath.PathLike) -> epath.Path:
 
 
 def _try(command: str, folder: epath.Path) -> None:
-    """Raises a UserError where a bucket cannot be written to, which nothing tells but to write."""
+    """Raises a UserError where a bucket cannot be written to, which only writing shows."""
     probe = unfinished(folder / "probe")
     try:
         probe.write_bytes(b"")

@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
             state, state_shardings = first_state(run, manager, stream)
             watchdog.progressed()
             if int(state.step) >= config.train.steps:
-                _log.info("%s has its %d steps; raise train.steps to go on", workdir, config.train.steps)
+                _log.info("%s has its %d steps; raise train.steps to continue", workdir, config.train.steps)
                 return
             write_start(run.workdir, int(state.step), devices_in_words(run.mesh), origin)
             evaluators = open_evaluators(run, source)

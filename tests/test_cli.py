@@ -134,7 +134,7 @@ def test_a_finished_training_is_left_alone(
     )
     arguments = ["train", f"--config={file}", f"--workdir={tmp_path}/run", "--config.sample.num_steps=2"]
     assert main(arguments) == 0
-    assert "raise train.steps to go on" in caplog.text
+    assert "raise train.steps to continue" in caplog.text
 
 
 def test_a_data_set_is_inspected(base: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

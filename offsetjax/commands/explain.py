@@ -1,4 +1,4 @@
-"""What a user is told of an error, and with which exit status a command ends."""
+"""What a user sees of an error, and with which exit status a command ends."""
 
 import argparse
 import sys

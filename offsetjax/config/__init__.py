@@ -1,4 +1,4 @@
-"""What a training is told: the fields and their ranges, what goes together, files and overrides, architectures."""
+"""The settings of a training: the fields and their ranges, what goes together, files and overrides, architectures."""
 
 from offsetjax.config.checks import validate
 from offsetjax.config.load import Origin, digest, from_json, load_config, override, run_file, to_json

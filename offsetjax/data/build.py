@@ -1,7 +1,7 @@
 """Pictures with captions, wherever they lie → a TFDS data set in ArrayRecord, with no tensorflow.
 
-Each process writes whole shards of its own, under names that tell their items, so that what was interrupted continues
-with those that are missing. `build.json` says what is being built and is the first file; `dataset_info.json` is the
+Each process writes whole shards of its own, under names that identify their items; an interrupted build continues with
+those that are missing. `build.json` says what is being built and is the first file; `dataset_info.json` is the
 last.
 """
 

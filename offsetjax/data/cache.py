@@ -2,12 +2,12 @@
 
 It is a TFDS data set in ArrayRecord. A record has `moments` float16 `[v, 2, c, h, w]`, the mean and the log-variance of
 the posterior, not scaled, of v views: the picture and, where training flips, its mirror image, whose latents are not
-those of the picture mirrored; `time_ids` and the `brightness` of the cropped picture, which its latents do not tell;
+those of the picture mirrored; `time_ids` and the `brightness` of the cropped picture, which its latents do not show;
 `caption` and `name`. The splits are those of the pictures, whole and in their order, so that `train[:90%]` means the
 same records of both.
 
 `latents.json` says what a cache was made of, and is its first file; `dataset_info.json` is the last. Between them whole
-shards appear, under names that tell their records, so that what was interrupted continues with those that are missing.
+shards appear, under names that identify their records: what was interrupted continues with the missing ones.
 """
 
 import json

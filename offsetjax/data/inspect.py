@@ -1,4 +1,4 @@
-"""A look at a data set: sizes, brightness, captions, what was dropped."""
+"""A data set in one sheet: sizes, brightness, captions, what was dropped."""
 
 import os
 import textwrap

@@ -50,7 +50,7 @@ class Items(Protocol):
         """Those from `first` up to `last`, which is not among them."""
 
     def digest(self) -> str:
-        """What tells these items from others: their names and, as far as is known without reading, their content."""
+        """What identifies these items: their names and, as far as is known without reading, their content."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class CachedLatents:
         return Latents(row["moments"], row["time_ids"], float(row["brightness"]), *about)
 
     def fingerprint(self) -> dict[str, Any]:
-        """With what tells these latents from others, as the files of caches are as large whatever they show."""
+        """With what distinguishes these latents from others, as the files of caches are as large whatever they show."""
         names = split_names(self.rows.split)  # a cache may have more splits, which are not read
         num_bytes = {name: count for name, count in self.cache.num_bytes.items() if names & {name, "all"}}
         return {**self.rows.fingerprint(), "encoder": self.cache.encoder, "bytes_of_pictures": num_bytes}

@@ -66,7 +66,7 @@ class Latents:
     Attributes:
         views: mean and log-variance of the posterior, not scaled, of each view.
         time_ids: of the picture's crop.
-        mean_brightness: of the cropped picture, which its latents do not tell.
+        mean_brightness: of the cropped picture, which its latents do not show.
     """
 
     views: Float16[np.ndarray, "v 2 c h w"]

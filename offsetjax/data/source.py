@@ -68,7 +68,7 @@ class Source(Protocol):
         """
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """What tells these examples, in this order, from others; JSON holds it unchanged."""
+        """What identifies these examples in this order; JSON holds it unchanged."""
 
     def shares_records(self, other: "Source") -> bool:
         """Whether an example is in both; False where the two are of different kinds."""

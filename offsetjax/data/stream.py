@@ -304,10 +304,10 @@ def _flipped(
     return show(bool(rng.random() < 0.5), following)
 
 
-def _tokenized(stream: Stream, told: set[str], batch: dict[str, Any]) -> dict[str, Any]:
+def _tokenized(stream: Stream, reported: set[str], batch: dict[str, Any]) -> dict[str, Any]:
     is_replaced = np.array([bool(problems) for problems in batch["problems"]])
-    for problem in {line for problems in batch["problems"] for line in str(problems).split("\n") if line} - told:
-        told.add(problem)
+    for problem in {line for problems in batch["problems"] for line in str(problems).split("\n") if line} - reported:
+        reported.add(problem)
         _log.warning("%s; another takes its place", problem)
     tokens = [stream.tokenize(str(caption)) for caption in batch["caption"]]
     rows = [ids for ids, *_ in tokens]

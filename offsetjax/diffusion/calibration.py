@@ -245,7 +245,7 @@ def _check_needed(
 ) -> None:
     if not is_needed:
         raise UserError(
-            f"config: noise.calibration = {config.noise.calibration!r} has nothing to mend: without it the terminal "
+            f"config: noise.calibration = {config.noise.calibration!r} has nothing to correct: by default the terminal "
             f"SNR of the {what} is {present.max():.3g}, and the file's target {calibration.target_terminal_snr:g}; "
             "leave it out, or calibrate with a lower --target_snr"
         )

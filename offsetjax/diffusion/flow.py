@@ -1,6 +1,6 @@
 r"""Flow matching over a straight path (rectified flow), with a continuous timestep t from 0 to 1.
 
-    x_t = (1-t) x0 + t n_t           target  dx_t/dt = n_t - x0 + t dn_t/dt           the network is told 1000 t
+    x_t = (1-t) x0 + t n_t           target  dx_t/dt = n_t - x0 + t dn_t/dt           the network receives 1000 t
 
 Nothing of the picture is left at t = 1, so that sampling which starts from the noise of training is exact. A mode of
 data of power D is as strong as its noise, of power P, at `t* = 1 / (1 + √(P/D))`: noise of power P is for its mode
@@ -127,7 +127,7 @@ class Flow:
         count = self.num_train_timesteps
         line = np.linspace(1.0, 0.0, num_steps + 1)
         if sampler in _MULTISTEP:
-            # Kept operation by operation: what the network is told is cut to whole numbers.
+            # Kept operation by operation: the network's timestep is cut to a whole number.
             line = np.flip(1.0 - np.linspace(1.0, 1.0 / count, num_steps + 1))
         if sampler == "unipc":
             line = np.linspace(1.0, 1.0 / count, num_steps + 1)
@@ -135,10 +135,10 @@ class Flow:
         if sampler == "unipc" and abs(sigma[0] - 1.0) < _EPSILON:
             sigma[0] -= _EPSILON
         after = np.append(sigma[1:], 0.0)
-        told = sigma * count
+        scaled = sigma * count
         return Grid(
             sigma,
-            network_timesteps=np.trunc(told) if sampler in (*_MULTISTEP, "unipc") else told,
+            network_timesteps=np.trunc(scaled) if sampler in (*_MULTISTEP, "unipc") else scaled,
             timesteps_after=after,
             alpha=1.0 - sigma,
             sigma=sigma,
@@ -162,7 +162,7 @@ class Flow:
 
     def advice(self, shift: float) -> str:
         return (
-            f"This is a flow (rectified flow), told 1000 t, with a shift of {shift:.4g}. No key of a file says so: in "
+            f"This is a rectified flow, its timestep 1000 t, with a shift of {shift:.4g}. No key of a file says so: in "
             "ComfyUI put the node ModelSamplingSD3 with that shift behind the checkpoint's loader."
         )
 

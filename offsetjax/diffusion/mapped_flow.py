@@ -1,17 +1,17 @@
-r"""A flow for a network that keeps to its own terms: one that predicts ε or v, told timesteps of its own schedule.
+r"""A flow for a network that keeps to its own terms: one that predicts ε or v at timesteps of its own schedule.
 
 The path is a flow's, in the scale that such a network knows:
 
     x'_t = x_t / s = α' x0 + σ' n,    α' = (1-t) / s,  σ' = t / s,  s = √((1-t)² + t²)
 
-The network is told the τ, a fraction too, at which its own schedule has the same ratio `σ_τ/α_τ = t / (1-t)`. What it
+The network receives the τ, a fraction too, at which its own schedule has the same ratio `σ_τ/α_τ = t / (1-t)`. What it
 predicts stands for `x̂0 = (x' - σ_τ ε̂) / α_τ` or `x̂0 = α_τ x' - σ_τ v̂`, and so for the velocity `(x_t - x̂0) / t` of
 the flow: before any training the flow is the one that the model implies. The loss is the flow's: an error of x̂0 over t.
 
 A schedule that does not end in noise alone knows ratios up to `σ_T/α_T`, in Stable Diffusion 14.6, at t = .936. Beyond
-it the network is told T, and the two formulas stay those of T: it then sees less of a picture than it was trained to,
+it the network receives T, and the two formulas stay those of T: it then sees less of a picture than it was trained to,
 down to none at t = 1, and learns what to make of it. That is also where programs which know nothing of flows start it:
-from noise alone, told T. So what is exported is a model of ε or v, which every program draws.
+from noise alone, at T. So what is exported is a model of ε or v, which every program draws.
 
 Source: after J. Schusterbauer et al., "Diff2Flow", arXiv 2506.02221.
 """

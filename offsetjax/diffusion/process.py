@@ -28,7 +28,7 @@ class Grid:
 
     Attributes:
         timesteps: the process's own.
-        network_timesteps: what the network is told at each of them.
+        network_timesteps: what the network receives at each of them.
         timesteps_after: where each step ends; where that is beyond all noise, `sigma_after` is 0 and this any timestep.
         log_snr: `λ = log(α/σ)` at each timestep, finite.
         scale: what `x_t` is divided by where `x_t/scale = x0 + …` goes straight from x0 to the noise: in what Heun's
@@ -93,7 +93,7 @@ class Process(Protocol):
         """The process's own timestep at `number` of `num_train_timesteps`, by which configs name them."""
 
     def network_timestep(self, timestep: Timestep) -> Timestep:
-        """What the network is told of a timestep."""
+        """What the network receives for a timestep."""
 
     def target(
         self,

@@ -51,7 +51,7 @@ class Table:
     """One sampler's evaluations of the network, from noisy to clean.
 
     Attributes:
-        timesteps, network_timesteps: of each, the process's own and what the network is told.
+        timesteps, network_timesteps: of each, the process's own and what the network receives.
         noisy: coefficients of the next x.
         kept: coefficients of the next b.
         noise: D.
@@ -220,7 +220,7 @@ def solve(
     """Follows a table from the noise `start` to latents, as one `lax.scan`.
 
     Args:
-        denoiser: `(x_t, what the network is told of t) -> prediction` of the process's kind, guidance included.
+        denoiser: `(x_t, what the network receives for t) -> prediction` of the process's kind, guidance included.
         start: drawn from the noise of training.
         inject: the noise of evaluation number i, for an ancestral sampler.
         mean_table: the coefficients of each channel's mean, where they differ from those of the rest.

@@ -52,7 +52,7 @@ class VariancePreserving:
     alphas_cumprod: Float[np.ndarray, " T"]
     prediction_type: PredictionType
     betas: tuple[float, float] = (0.00085, 0.012)  # the first and the last, and whether the last SNR was made 0:
-    zero_terminal_snr: bool = False  # by which PyTorch's schedulers are told of ᾱ
+    zero_terminal_snr: bool = False  # how PyTorch's schedulers are configured for the same ᾱ
 
     includes_rate = False
 

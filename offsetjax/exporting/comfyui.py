@@ -21,7 +21,7 @@ def comfyui_node(pipeline: Pipeline, config: ConfigDict, title: str, step: int) 
 
     Args:
         step: of the training, after which the noise is as strong as `noise.anneal` says.
-        title: tells the nodes of several models apart.
+        title: distinguishes the nodes of several models.
     """
     text = (resources.files(__package__) / "comfyui_node.py.txt").read_text(encoding="utf-8")
     parameters = {

@@ -188,7 +188,7 @@ def _scheduler(stored: Stored, sampler: str) -> dict[str, Any]:
 
 
 def _torch_config(stored: Stored, part: str) -> dict[str, Any]:
-    """The part's `config.json`; the size that a pipeline draws unless told otherwise is that of training."""
+    """The part's `config.json`; the size that a pipeline draws by default is that of training."""
     config, pipeline = stored.config, stored.pipeline
     torch_config = pipeline.parts[part].torch_config()
     if part == pipeline.family.denoiser:

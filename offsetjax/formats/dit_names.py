@@ -1,4 +1,4 @@
-"""A DiT's tensors as diffusers' `DiTTransformer2DModel` has them: what tells the time and the class, once a block.
+"""A DiT's tensors as diffusers' `DiTTransformer2DModel` has them: the embedding of time and class once in each block.
 
 emb.timestep_embedder.linear_1.weight  ↔  transformer_blocks.<each>.norm1.emb.timestep_embedder.linear_1.weight
 """

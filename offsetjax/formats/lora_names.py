@@ -6,8 +6,8 @@
 
 A text encoder's layers have `text_model.` in their names, but not where transformers 5.6 or a later one loaded it.
 
-What an underscore of kohya's was, a dot or itself, no rule can tell ("to_out_0"). So each key is looked up among those
-that the model's own layers would have.
+No rule can decide whether an underscore of kohya's was a dot or itself ("to_out_0"). So each key is looked up among
+those that the model's own layers would have.
 """
 
 import re

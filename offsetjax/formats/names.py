@@ -63,7 +63,7 @@ def torch_tensors(params: PyTree) -> dict[str, Tensor]:
 
 
 def flax_tensors(tensors: Mapping[str, Tensor], like: PyTree, where: str) -> PyTree:
-    """The parameters, not read yet, in the structure and the shapes of `like`.
+    """The parameters, as lazy tensors, in the structure and the shapes of `like`.
 
     Args:
         tensors: by PyTorch name.

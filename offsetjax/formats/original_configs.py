@@ -28,7 +28,7 @@ TEXT_PREFIXES = {
 }
 SD2_TEXT_LAYERS = 23  # of OpenCLIP's ViT-H those that count
 # The standard deviation of one bias in the last block is above this in 2.x models that predict v, and below in those
-# that predict ε: all that tells them apart where neither the header nor a marker does (ComfyUI goes by it).
+# that predict ε: all that distinguishes them where neither the header nor a marker does (ComfyUI goes by it).
 _VELOCITY_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _VELOCITY_DEVIATION = 0.09
 
@@ -43,7 +43,7 @@ _OF_SCHEDULE = {
 
 
 class _Shapes(dict[str, tuple[int, ...]]):
-    """The shapes of one part by name without the part's prefix; a name that is missing is told with it."""
+    """The shapes of one part by name without the part's prefix; a missing name is reported with the prefix."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str):
         self._prefix = prefix

@@ -21,7 +21,7 @@ class Pretrained:
     """What `open_pretrained` gives.
 
     Attributes:
-        family: sd1, sd2, sdxl, or empty where a directory holds too little to tell.
+        family: sd1, sd2, sdxl, or empty where a directory holds too little to say.
         layout: diffusers or single_file.
     """
 

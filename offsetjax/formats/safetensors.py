@@ -60,7 +60,7 @@ class _File:
         return buffer
 
     def damaged(self, what: str) -> UserError:
-        """What to tell the user."""
+        """The message for the user."""
         return UserError(f"{self.where}: {self.path} is damaged ({what}); fetch it again")
 
 

@@ -1,4 +1,4 @@
-"""Tensors that are not read yet, and what can be done with them all the same."""
+"""Lazy tensors: shape and type are known, values are read when asked for."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Tensor:
-    """An array that is not read yet.
+    """A lazy tensor.
 
     Attributes:
         read: gives a part of it, by a slice for each axis (those left out are whole), and reads little more than that.

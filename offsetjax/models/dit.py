@@ -1,4 +1,4 @@
-"""A diffusion transformer told a class, to train from nothing: DiT (arXiv 2212.09748), trained as SiT (2401.08740).
+"""A class-conditional diffusion transformer: DiT (arXiv 2212.09748), trained from scratch as SiT (2401.08740).
 
 The plain recipe is that of the papers, and is diffusers' `DiTTransformer2DModel`; what has proved itself since are
 settings: normalised queries and keys (`qk_norm`, arXiv 2302.05442), rotary positions in place of added ones
@@ -88,7 +88,7 @@ class DiT:
 
     @property
     def no_class(self) -> int:
-        """The label of a picture whose class is not told, for classifier-free guidance."""
+        """The label that stands for no class, for classifier-free guidance."""
         return self._shape.num_embeds_ada_norm
 
     @property
@@ -118,7 +118,7 @@ class DiT:
 
         Args:
             timesteps: 1000 t, from 0 (data) to 1000 (noise).
-            class_labels: of the pictures; `no_class` tells none.
+            class_labels: of the pictures; `no_class` for none.
 
         Raises:
             ValueError: the sides of the latents do not divide into patches.
@@ -196,7 +196,7 @@ class _Transformer(nn.Module):
             channels = (shape.attention_head_dim - half, half)
             by = rotation(grid_positions(rows, columns), channels, shape.rotary_theta, is_interleaved=True)
         else:
-            # Places are told as those of a square picture of `sample_size`, whatever the shape.
+            # Positions are those of a square picture of `sample_size`, whatever the shape.
             side = shape.sample_size // shape.patch_size
             places = (np.arange(count) * side / count for count in (rows, columns))
             x = x + jnp.asarray(place_embedding(width, *places), self.dtype)
@@ -227,7 +227,7 @@ class _Embed(nn.Module):
 
 
 class _Condition(nn.Module):
-    """What blocks are told of the time and of the class."""
+    """The blocks' conditioning: the time and the class."""
 
     shape: _Shape
     dtype: Any

@@ -91,7 +91,7 @@ def encode_captions(
     time_ids: Float[Array, "b 6"],
     empty_ids: Ids,
 ) -> Conditions:
-    """What the denoiser is told beside latents and timesteps, of the captions and of the pictures' sizes.
+    """The denoiser's conditions: of the captions and of the pictures' sizes.
 
     Args:
         params: of each part, as its `apply` takes them.

@@ -128,7 +128,7 @@ class Tokenizing:
 
 @dataclass(frozen=True)
 class Files:
-    """What other programs' files say of a family, and are told of it.
+    """What a family is in the files of other programs.
 
     Attributes:
         is_directory: whether a diffusers directory is of the family.

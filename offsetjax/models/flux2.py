@@ -189,7 +189,7 @@ def _positions(text_length: int, rows: int, columns: int) -> Int[np.ndarray, "n 
 
 
 class _Condition(nn.Module):
-    """What blocks are told of the time and of the guidance."""
+    """The blocks' conditioning: the time and the guidance."""
 
     shape: _Shape
     dtype: Any
@@ -201,8 +201,8 @@ class _Condition(nn.Module):
 
     def _embedded(self, value: Float[Array, " b"], name: str) -> Float[Array, "b d"]:
         width = self.shape.width
-        told = sinusoids(_TIME_SCALE * value, self.shape.timestep_guidance_channels)
-        return Perceptron(width, width, self.dtype, use_bias=False, name=name)(told)
+        embedded = sinusoids(_TIME_SCALE * value, self.shape.timestep_guidance_channels)
+        return Perceptron(width, width, self.dtype, use_bias=False, name=name)(embedded)
 
 
 def _linear(features: int, dtype: Any, name: str) -> nn.Dense:

@@ -43,7 +43,7 @@ def sinusoids(times: Float[Array, " b"], channels: int, is_closed: bool = False)
 def place_embedding(
     channels: int, rows: Float[np.ndarray, " h"], columns: Float[np.ndarray, " w"]
 ) -> Float[np.ndarray, "h*w d"]:
-    """What the place of a patch is told by (arXiv 2010.11929), row by row: sines, cosines of its column, then row."""
+    """The embedding of a patch's position (arXiv 2010.11929), row by row: sines, cosines of its column, then row."""
     frequencies = 10_000.0 ** -(np.arange(channels // 4) / (channels / 4))
 
     def of(places: np.ndarray) -> np.ndarray:
@@ -76,7 +76,7 @@ class Perceptron(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`parts` of what a block is told (arXiv 2212.09748), each as wide as a token: scales, shifts and gates."""
+    """`parts` of a block's conditioning (arXiv 2212.09748), each as wide as a token: scales, shifts and gates."""
 
     width: int
     parts: int

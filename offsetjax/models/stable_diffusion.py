@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a UNet that is told of captions by the hidden states of one CLIP text encoder.
+"""Stable Diffusion 1.x and 2.x: a UNet conditioned on captions by the hidden states of one CLIP text encoder.
 
 R. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752. What XL shares is
 here too. The networks are imported where they are built: a config is checked without them.
@@ -210,7 +210,7 @@ def check_networks(model: ConfigDict, encoders: Sequence[str]) -> None:
 
 
 def check_embedding(model: ConfigDict, expected: str) -> None:
-    """Raises a UserError unless the denoiser is told what the family tells it beside the captions."""
+    """Raises a UserError unless the denoiser takes the conditions that the family gives it beside the captions."""
     if model.unet.addition_embed_type != expected:
         raise UserError(
             f"config: model.unet.addition_embed_type = {model.unet.addition_embed_type!r} does not go with "

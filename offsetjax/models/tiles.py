@@ -19,7 +19,7 @@ def decode_in_tiles(
     Normalisations see a tile and not the whole picture, whose colours may then differ a little.
 
     Args:
-        decode: gives the pixels of latents; compiled by the caller, it meets at most four sizes.
+        decode: gives the pixels of latents; compiled by the caller, it is called with at most four sizes.
         downscale: pixels a latent pixel, on a side.
         tile: latent pixels on a side; a side of at most that is not cut.
     """

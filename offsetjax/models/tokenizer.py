@@ -183,7 +183,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     """
     captions = [caption.lower() for caption in captions]
     # Ties between merges go by the symbols' numbers, and the trainer numbers the last letters of words at random
-    # unless it is told them: each process of a pod, and each run, must learn the same.
+    # unless they are given: each process of a pod, and each run, must learn the same.
     last_letters = [letter + "</w>" for letter in sorted(set("".join(captions)))]
     bpe = library.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -158,7 +158,7 @@ def _not_finite(params: PyTree) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A trained model for export: `params` are tensors that are not read yet."""
+    """A trained model for export: `params` are lazy tensors."""
 
     config: ConfigDict
     pipeline: Pipeline
@@ -211,7 +211,7 @@ def _open_workdir(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDic
 def _open_pretrained(
     path: epath.PathLike, variant: str = "", lora: str = ""
 ) -> tuple[ConfigDict, Pipeline, dict[str, PyTree], int]:
-    """The config of a model, its parts, their tensors, which are not read yet, and its step, as `_describe` says."""
+    """The config of a model, its parts, their lazy tensors, and its step, as `_describe` says."""
     pretrained = open_checkpoint(path, variant)
     config = default_config()
     config.model.pretrained, config.model.variant = str(path), variant

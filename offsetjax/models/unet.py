@@ -1,7 +1,7 @@
 """Stable Diffusion's denoiser: diffusers' `FlaxUNet2DConditionModel`, corrected until it has PyTorch's numerics.
 
-Stable Diffusion 1.x and 2.x are told the timestep and the text; XL (`addition_embed_type = "text_time"`) also the
-caption as a whole, `text_embeds`, and the sizes of the picture, `time_ids`:
+Stable Diffusion 1.x and 2.x are conditioned on the timestep and the text; XL (`addition_embed_type = "text_time"`) also
+on the caption as a whole, `text_embeds`, and on the sizes of the picture, `time_ids`:
 
     embedding = time_embedding(sinusoids(timestep)) + add_embedding([text_embeds, sinusoids(time_ids)])
 
@@ -47,7 +47,7 @@ from offsetjax.models.intercept import corrected, group_norm
 from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sharding import split_layers
 
-# What the config does not vary, and PyTorch needs to be told.
+# What the config does not vary, and PyTorch needs to know.
 _FIXED = {"act_fn": "silu", "norm_eps": 1e-5, "mid_block_type": "UNetMidBlock2DCrossAttn"}
 _NONE_IF_EMPTY = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
 _ONE_PER_BLOCK = ("attention_head_dim", "transformer_layers_per_block")

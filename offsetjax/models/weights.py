@@ -74,7 +74,7 @@ def abstract_params(model: Any) -> PyTree:
 
 
 def part_tensors(pretrained: Pretrained, part: str, model: Any) -> PyTree:
-    """A part's tensors in Flax's layout, checked against the model and not read yet.
+    """A part's tensors in Flax's layout, checked against the model, lazy.
 
     Raises:
         UserError: missing, extra or misshapen tensors, by name.
@@ -211,7 +211,7 @@ def read_lora_of(config: ConfigDict) -> LoadedLora:
 
 
 def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
-    """Tensors that are not read yet, each straight into its shards: a process reads what its devices hold.
+    """Lazy tensors, each straight into its shards: a process reads what its devices hold.
 
     Args:
         tensors: a tree of `formats.tensors.Tensor`, in Flax's layout.
@@ -244,7 +244,7 @@ def _bounds(index: Any) -> tuple[tuple[int | None, int | None], ...]:
 
 
 def on_host(tensors: PyTree) -> PyTree:
-    """Tensors that are not read yet, as float32 arrays on the host."""
+    """Lazy tensors as float32 arrays on the host."""
     return jax.tree.map(lambda tensor: np.asarray(tensor(), np.float32), tensors)
 
 
@@ -294,7 +294,7 @@ def read_tokenizers(directory: epath.PathLike, family: Family) -> dict[str, Any]
 
 
 def frozen_tensors(directory: epath.PathLike, part: str, model: Any) -> dict[str, Tensor]:
-    """A part that `write_frozen` wrote, by PyTorch's names, not read yet.
+    """A part that `write_frozen` wrote, by PyTorch's names, as lazy tensors.
 
     A tensor that is read whole is compared with its checksum; a part of one, as where several hosts share it, is not.
 

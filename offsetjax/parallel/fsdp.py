@@ -96,7 +96,7 @@ def sharded(tree: PyTree, specs: PyTree, dtype: Any, rings: Rings) -> PyTree:
 def gathered(params: PyTree, inputs: PyTree, names: Container[str] | None = None) -> tuple[PyTree, PyTree]:
     """A block's parameters, with those that are trained put together, and its inputs.
 
-    In the backward pass the gradients of both are there before either goes on. The compiler would put off those of
+    In the backward pass the gradients of both are there before either continues. The compiler would put off those of
     weights, which nothing waits for, to the end of the step, and keep until then all that they are made of.
 
     Args:

@@ -35,7 +35,7 @@ _DAY_MS, _BARRIER_MS = 86_400_000, 60_000
 def together(report: Callable[[BaseException], object]) -> Iterator[None]:
     """Inside, all processes work as one; to be entered before anything else of JAX is used.
 
-    An exception in one of them ends all, with the status of its kind; `report` tells the user of it. A signal ends all
+    An exception in one of them ends all, with the status of its kind; `report` says so to the user. A signal ends all
     too, where no other listener saves something first.
 
     Raises:
@@ -78,23 +78,23 @@ def _index() -> int:
 
 
 def subscribe(key: str, action: Callable[[str], None]) -> None:
-    """Calls `action`, in a thread of its own, with what any process tells under `key`."""
+    """Calls `action`, in a thread of its own, with what any process sends under `key`."""
 
     def listen() -> None:
         while True:
             try:
-                told = _client().blocking_key_value_get(key, _DAY_MS)
+                sent = _client().blocking_key_value_get(key, _DAY_MS)
                 break
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):  # all leave, or the service is gone: JAX sees to that
                     return
-        action(told)
+        action(sent)
 
     threading.Thread(target=listen, daemon=True, name=_LISTENER).start()
 
 
 def broadcast(key: str, value: str) -> None:
-    """Tells all processes, this one too."""
+    """Sends to all processes, this one too."""
     _client().key_value_set(key, value, allow_overwrite=True)
 
 
@@ -127,7 +127,7 @@ def abort(status: int, why: str, *, report: Callable[[], object] | None = None, 
     """Ends all processes at once; what is not written yet is lost. Who calls it first decides how.
 
     Args:
-        report: tells the user, in the place of a line that says why.
+        report: says it to the user, in the place of a line that says why.
         shows_stacks: each prints what all of its threads do.
     """
     if not _ending.acquire(blocking=False):
@@ -156,8 +156,8 @@ def _end(status: int, why: str, shows_stacks: bool) -> NoReturn:
     signals.end(status, why, stacks)
 
 
-def _end_too(told: str) -> None:
-    index, status, shows_stacks, why = told.split(" ", 3)
+def _end_too(sent: str) -> None:
+    index, status, shows_stacks, why = sent.split(" ", 3)
     if int(index) != _index() and _ending.acquire(blocking=False):
         _end(int(status), f"ended, as process {index} was: {why}", bool(int(shows_stacks)))
 
@@ -188,7 +188,7 @@ def _join() -> None:
 
 
 def _settings() -> dict[str, Any] | None:
-    """What JAX has to be told to find the others; None for a process that works alone."""
+    """What JAX needs to find the others; None for a process that works alone."""
     if os.environ.get("JAX_NUM_PROCESSES") == "1":
         return None
     given = {name: os.environ[name] for name in _VARIABLES if name in os.environ}

@@ -32,5 +32,5 @@ class Watchdog:
         while (left := self._went_on + self._seconds - time.monotonic()) > 0:
             if self._closed.wait(left):
                 return
-        why = f"error: stalled: nothing went on for {self._seconds:g} s (train.stall_seconds); what every thread does:"
+        why = f"error: stalled: no progress for {self._seconds:g} s (train.stall_seconds); what every thread does:"
         processes.abort(Status.TRANSIENT, why, shows_stacks=True)

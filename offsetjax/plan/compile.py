@@ -78,7 +78,7 @@ class Compiled:
 
 
 def check_topology(topology: str, num_slices: int) -> None:
-    """Looks at a topology's name, and whether there is a compiler for it.
+    """Checks a topology's name, and that there is a compiler for it.
 
     Raises:
         UserError: it is none, or libtpu is missing.
@@ -106,7 +106,7 @@ def compile_step(request: Request, progress: Progress) -> Compiled:
     """Compiles, or recalls, a config's train step.
 
     Args:
-        progress: is told what is being done, again and again.
+        progress: is called again and again with what is being done.
 
     Raises:
         UserError: the config does not go with the topology.

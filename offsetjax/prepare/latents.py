@@ -129,7 +129,7 @@ def _whole_splits(config: ConfigDict) -> dict[str, Source]:
     """The splits, by their names, that the config takes pictures from: `train` for `train[:95%]`."""
     names = split_names("+".join(spec for spec in (config.data.split, config.validation.split) if spec))
     if "all" in names:  # TFDS's name for the sum of them, which no data set can have for one of its own
-        raise UserError("data: `data encode` has to be told the splits that 'all' stands for, such as 'train+test'")
+        raise UserError("data: `data encode` needs the splits that 'all' stands for, such as 'train+test'")
     return {name: open_data(config.data, name) for name in sorted(names)}
 
 

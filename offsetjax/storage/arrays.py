@@ -19,7 +19,7 @@ from offsetjax.storage.checkpoint import STATE, existing_step, read_data, tried
 
 
 def open_part(manager: ocp.CheckpointManager, name: str, like: PyTree, step: int | None = None) -> PyTree:
-    """One field of the state as tensors that are not read yet, in the structure of `like` (abstract arrays).
+    """One field of the state as lazy tensors, in the structure of `like` (abstract arrays).
 
     Raises:
         UserError: no such step; and when one is read, that it cannot be, or has changed since it was written.

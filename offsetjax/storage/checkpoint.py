@@ -72,7 +72,7 @@ def newest_step(workdir: epath.PathLike) -> int:
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree, data: dict[str, Any]) -> None:
     """Saves in the background; the state may be donated at once.
 
-    A save before this one that failed for what may pass is told, and this one made; the step before is still there.
+    A save before this one that failed for what may pass is reported, and this one made; the step before is still there.
 
     Raises:
         StorageError: the place is full, read-only, over its quota or gone.

@@ -40,7 +40,7 @@ def write(folder: epath.PathLike) -> None:
 
 
 def check(folder: epath.PathLike) -> None:
-    """Compares a folder with its digests; one without them, of a run that was begun before there were any, is told.
+    """Compares a folder with its digests; one without them, of a run begun before there were any, is reported.
 
     Raises:
         UserError: a file that is missing or has changed.

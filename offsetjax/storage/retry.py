@@ -14,7 +14,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between two tries
 
 
 def retried(read: Callable[[], Result], what: str, waits: tuple[float, ...] | None = None) -> Result:
-    """What a read gives, which is tried again, after longer and longer pauses, while what it meets may pass.
+    """The result of a read, which is retried with longer and longer pauses while its errors are transient.
 
     Args:
         what: is read, for the messages.

@@ -45,7 +45,7 @@ class _Found:
 
 
 def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[str], list[str]]:
-    """Looks at data, model, mesh, prompts, disk and work directory.
+    """Checks data, model, mesh, prompts, disk and work directory.
 
     Returns:
         What stops the training; what should be known; and, where nothing stops it, what it would do.

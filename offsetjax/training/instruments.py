@@ -1,4 +1,4 @@
-"""What a training tells of the machine it runs on: the compilation of its step, memory, speed, and traces for xprof."""
+"""What a training reports of its machine: the compilation of its step, memory, speed, and traces for xprof."""
 
 import contextlib
 import logging
@@ -43,7 +43,7 @@ def compilation_cache(workdir: epath.PathLike) -> Iterator[None]:
 
 
 class Instruments:
-    """Watches a training from its first step to its last.
+    """Measures a training from its first step to its last.
 
     It logs how long the step takes to compile, and warns where that happens more often than there are sizes of
     pictures. It logs the memory after the first step, and traces `train.profile_steps`.
@@ -112,7 +112,7 @@ def ideal_seconds(config: ConfigDict, pipeline: Pipeline, devices: Any) -> float
 
 
 def _log_memory(devices: Sequence[Any]) -> None:
-    """The most that a device has used so far, where devices tell."""
+    """The most that a device has used so far, where devices report it."""
     used = [stats for device in devices if (stats := device.memory_stats())]
     if not used:
         return
@@ -124,7 +124,7 @@ def _log_memory(devices: Sequence[Any]) -> None:
 class Profile:
     """A trace of the steps from `first` to `last`, both included, in `workdir/profile`; it is shown by xprof.
 
-    Without `steps` there is none. A run that goes on at step `begin` traces those that are still to come.
+    Without `steps` there is none. A run that resumes at step `begin` traces those that are still to come.
     """
 
     def __init__(self, workdir: epath.PathLike, steps: Sequence[int], begin: int = 1):
@@ -134,7 +134,7 @@ class Profile:
         self._reached = 0
         self._local: tempfile.TemporaryDirectory[str] | None = None
         if steps and begin > self._last:
-            _log.warning("train.profile_steps = %s: nothing is traced, for the run goes on at step %d", steps, begin)
+            _log.warning("train.profile_steps = %s: nothing is traced, for the run resumes at step %d", steps, begin)
 
     def before(self, step: int) -> None:
         """Starts the trace, where this step is in it."""

@@ -104,7 +104,7 @@ def _opening(opener: OpenWriter, workdir: epath.Path, start_step: int, num_steps
 class StepClock:
     """Seconds a step between two logs, and how much of them was waiting for data; pauses do not count.
 
-    With `ideal_seconds`, those of a step whose model FLOPs are all done at the devices' peak, it also tells the share
+    With `ideal_seconds`, those of a step whose model FLOPs are all done at the devices' peak, it also gives the share
     of the peak that was reached (MFU, arXiv 2204.02311).
     """
 

@@ -60,7 +60,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         )
         noise = jax.vmap(noises.draw)(keys("noise"), latents, timesteps)
         rate = jax.vmap(noises.rate)(keys("noise"), latents, timesteps)
-        # In the input alone (arXiv 2301.11706): the target stays the noise without it.
+        # In the input alone (arXiv 2301.11706): the target stays the noise itself.
         perturbed = perturb(keys("input_perturbation"), noise, config.noise.input_perturbation)
         # loss
         noisy = jax.vmap(lambda x, n, t: add_noise(process, x, n, t))(latents, perturbed, timesteps)

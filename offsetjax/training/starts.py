@@ -1,7 +1,7 @@
 """`starts.jsonl` in a work directory: a line for each start of the run, with what it was started with.
 
 The file is read by people, and by nothing of ours: versions, devices, the config file's text and the overrides, which
-tell afterwards where two runs differ that should not.
+show afterwards where two runs differ that should not.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """What a step takes of a TPU, by plans: `launch/local.sh test tests/benchmarks -m slow -s -k plans` prints it all.
 
-It takes hours, and keeps what it has compiled where `offsetjax plan` does, so that it goes on where it was stopped.
+It takes hours, and keeps what it has compiled where `offsetjax plan` does, so that it continues where it was stopped.
 """
 
 import pathlib

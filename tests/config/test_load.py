@@ -450,7 +450,7 @@ def test_text_encoders_that_a_stored_config_gave_a_rate_were_trained() -> None:
 
 
 def test_a_config_that_was_stored_before_a_field_existed_has_its_default() -> None:
-    """A work directory of an earlier version goes on: its noise, its samples and its schedule are what they were."""
+    """A work directory of an earlier version resumes: its noise, its samples and its schedule are what they were."""
     config = default_config()
     config.noise.offset_strength = 0.1
     stored = json.loads(to_json(config))

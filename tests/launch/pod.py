@@ -116,7 +116,7 @@ def assert_same(workdir: Path, straight: Path) -> None:
 
 
 def resumed_at(processes: Several) -> int:
-    """The step from which these processes go on; 0 where they have not said so."""
+    """The step from which these processes resume; 0 where they have not said so."""
     found = re.search(r"resuming .* at step (\d+)", processes.output(0))
     return int(found[1]) if found else 0
 

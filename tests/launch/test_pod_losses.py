@@ -1,4 +1,4 @@
-"""The real trainer in several processes, of which one is killed: nothing saved is lost, and the run goes on."""
+"""The real trainer in several processes, of which one is killed: nothing saved is lost, and the run resumes."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""The real trainer in several processes: what they draw and save together, how they stop, and how they go on."""
+"""The real trainer in several processes: what they draw and save together, how they stop, and how they resume."""
 
 import re
 import shutil
@@ -115,7 +115,7 @@ def test_blocked_data_ends_all_with_the_stack_of_every_thread_and_the_run_goes_o
     with pod.train(workdir, 2, "--config.train.stall_seconds=60", program=("-c", BLOCKED)) as processes:
         assert processes.wait(300) == [75, 75], processes.text()
         told = processes.output(0) + processes.output(1)
-        assert "error: stalled: nothing went on for 60 s (train.stall_seconds)" in told, told
+        assert "error: stalled: no progress for 60 s (train.stall_seconds)" in told, told
         for index in range(2):
             assert 'train.py", line' in processes.output(index)  # where the loop waits
             assert processes.output(index).count("(most recent call first)") > 3

@@ -1,4 +1,4 @@
-"""`launch/tpu_vm.sh supervise` on a fake cloud: what it starts again, and that a run goes on where it was."""
+"""`launch/tpu_vm.sh supervise` on a fake cloud: what it starts again, and that a run resumes where it was."""
 
 import subprocess
 from collections.abc import Iterator
@@ -175,7 +175,7 @@ def test_silence_of_an_active_slice_is_no_reason_to_delete_it(cloud: Cloud) -> N
     cloud.plan["drop"] = {"word": "status", "worker": "my-tpu/0", "when": "before"}
     cloud.write_plan()
     status, err = end_of(process)
-    assert (status, "do not answer, but my-tpu is ACTIVE; the training may go on" in err) == (1, True), err
+    assert (status, "do not answer, but my-tpu is ACTIVE; the training may still run" in err) == (1, True), err
     assert cloud.calls("delete") == []
 
 

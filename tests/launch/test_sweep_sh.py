@@ -132,9 +132,9 @@ def test_what_is_not_done_is_trained_in_turn(checkout: Checkout) -> None:
 @pytest.mark.parametrize(
     ("ends", "status", "seeds", "says"),
     [
-        ("1", 1, [0, 1, 2], "error: seed=1: failed with exit status 1; the others go on"),
-        ("137", 1, [0, 1, 2], "error: seed=1: failed with exit status 137; the others go on"),
-        ("75", 1, [0, 1, 2], "error: seed=1: failed with exit status 75; the others go on"),
+        ("1", 1, [0, 1, 2], "error: seed=1: failed with exit status 1; the others continue"),
+        ("137", 1, [0, 1, 2], "error: seed=1: failed with exit status 137; the others continue"),
+        ("75", 1, [0, 1, 2], "error: seed=1: failed with exit status 75; the others continue"),
         ("2", 2, [0, 1], "error: seed=1: a mistake, see above; no more trainings are begun"),
         ("143", 143, [0, 1], "seed=1: ended; the same command resumes"),
         ("130", 130, [0, 1], "seed=1: ended; the same command resumes"),
@@ -257,7 +257,7 @@ def test_the_slice_of_a_training_that_was_done_before_is_given_back_first(cloud:
 
 
 @pytest.mark.parametrize(("reason", "expected", "says"), [
-    ("UNAVAILABLE: try again later", 1, "failed with exit status 1; the others go on, the same command tries it again"),
+    ("UNAVAILABLE: later", 1, "failed with exit status 1; the others continue; the same command tries it again"),
     ("PERMISSION_DENIED: no", 2, "a mistake, see above; no more trainings are begun"),
 ])  # fmt: skip
 def test_a_slice_that_is_not_given_back_is_told_and_tried_again(
@@ -323,7 +323,7 @@ def test_a_signal_ends_the_watching_and_the_same_command_goes_on(cloud: Cloud) -
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert "the trainings on slices go on" in err
+    assert "the trainings on slices continue" in err
     process = cloud.start_script("sweep.sh", *SWEEP, *FLAGS)
     watched = 0
     while watched < 3:

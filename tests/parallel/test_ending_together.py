@@ -153,7 +153,7 @@ def test_a_stall_ends_all_with_what_every_thread_did(config: Path) -> None:
         began = time.monotonic()
         assert processes.wait(20) == [75, 75], processes.text()
         assert 7 < time.monotonic() - began < 8.8 + 0.5  # the clock runs since the step before
-        assert "nothing went on for 8 s (train.stall_seconds)" in processes.text()
+        assert "no progress for 8 s (train.stall_seconds)" in processes.text()
         for index in range(2):  # also of who waits, wherever that was noticed first
             assert "(most recent call first)" in processes.output(index)
             assert re.search(r", line \d+ in train$", processes.output(index), re.MULTILINE)

@@ -239,7 +239,7 @@ def test_two_models_are_drawn_from_the_same_seeds_side_by_side(
 
 @pytest.mark.parametrize("size", [16, 64, 512])
 def test_before_and_after_stand_side_by_side_with_text_that_has_room(size: int) -> None:
-    """Under each picture, no wider than it; a long prompt goes on in the next line."""
+    """Under each picture, no wider than it; a long prompt continues in the next line."""
     rng = np.random.default_rng(0)
     prompts = ("a " * size, "")
     before, after = (

@@ -75,7 +75,7 @@ def test_a_trace_can_be_opened_and_holds_the_step(resumed: tuple[pathlib.Path, s
     data = jax.profiler.ProfileData.from_file(str(file))
     names = {event.name for plane in data.planes for line in plane.lines for event in line.events}
     assert any("train_step" in name for name in names)
-    assert f"steps 3 to 4 are traced in {workdir}/profile" in log  # it goes on after the second
+    assert f"steps 3 to 4 are traced in {workdir}/profile" in log  # it resumes after the second
     assert "nothing is traced" not in log
 
 
@@ -85,7 +85,7 @@ def test_a_trace_of_steps_that_are_over_is_told_once(tmp_path: pathlib.Path, cap
         Instruments(epath.Path(tmp_path), steps, jax.devices(), begin).close()
         told += [record.getMessage() for record in caplog.records]
         caplog.clear()
-    assert told == ["train.profile_steps = (20, 24): nothing is traced, for the run goes on at step 25"]
+    assert told == ["train.profile_steps = (20, 24): nothing is traced, for the run resumes at step 25"]
     assert not (tmp_path / "profile").exists()
 
 

@@ -152,7 +152,7 @@ def test_merged_exports_draw_the_same_picture(workdir: pathlib.Path, draw: Calla
 def test_a_training_begins_where_a_lora_ended(
     base: pathlib.Path, workdir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Its rank, alpha and layers are read from the file; without the file, the run goes on all the same."""
+    """Its rank, alpha and layers are read from the file; without the file, the run resumes all the same."""
     export(workdir, tmp_path / "lora.safetensors", form="lora", params="raw")
     config = lora_config(base, lora__pretrained=str(tmp_path / "lora.safetensors"))
     config.train.steps = 1

@@ -204,7 +204,7 @@ def test_a_training_at_its_end_says_so_and_changes_nothing(
     before = _snapshot(copy)
     with caplog.at_level(logging.INFO, "offsetjax"):
         train(run_config(data), copy)
-    assert "has its 6 steps; raise train.steps to go on" in caplog.messages[-1]
+    assert "has its 6 steps; raise train.steps to continue" in caplog.messages[-1]
     assert _snapshot(copy) == before
 
 
