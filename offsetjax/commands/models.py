@@ -79,14 +79,18 @@ def add_checkpoint(command: AddCommand) -> None:
     kinds = sub.add_subparsers(required=True, metavar="list|verify|prune")
     for name, help in (
         ("list", "the steps and their sizes"),
-        ("verify", "read every array, and compare it with its checksum"),
+        ("verify", "read every array, or every tensor of an exported model, and compare it with its checksum"),
         ("prune", "delete all but the newest steps, once these are verified"),
     ):
         sub = kinds.add_parser(name, help=help, allow_abbrev=False, parents=[DEBUG])
         sub.set_defaults(run=_CHECKPOINT[name])
-        sub.add_argument("--workdir", required=True, help="of a training")
         if name == "verify":
-            sub.add_argument("--step", type=int, help="only this one")
+            which = sub.add_mutually_exclusive_group(required=True)
+            which.add_argument("--workdir", help="of a training")
+            which.add_argument("exported", nargs="?", metavar="FILE_OR_DIRECTORY", help="of `offsetjax export`")
+            sub.add_argument("--step", type=int, help="only this one, of --workdir")
+        else:
+            sub.add_argument("--workdir", required=True, help="of a training")
         if name == "prune":
             sub.add_argument("--keep", type=int, required=True, help="how many steps stay")
 
@@ -163,6 +167,13 @@ def _checkpoint_list(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _checkpoint_verify(options: argparse.Namespace, rest: Sequence[str]) -> None:
     no_more(rest)
+    if options.exported is not None:
+        if options.step is not None:
+            raise UserError("checkpoint: --step cannot apply to an exported model; leave it out")
+        from offsetjax.storage.exported import verify_export
+
+        verify_export(options.exported)
+        return
     from offsetjax.storage.command import verify
 
     verify(options.workdir, options.step)

@@ -5,7 +5,8 @@
     lora          the adapters alone, with kohya's or diffusers' keys
     comfyui_node  no weights: the noise of the training, for ComfyUI to start from
 
-No more than a few tensors are in memory, whatever the model's size.
+No more than a few tensors are in memory, whatever the model's size. To a bucket each is read twice: the header has
+their checksums, and nothing there can be gone back into.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -25,13 +25,14 @@ from offsetjax.errors import UserError
 from offsetjax.exporting.comfyui import comfyui_node
 from offsetjax.exporting.metadata import header
 from offsetjax.exporting.model_card import SPECTRUM_FILE, matched_sampler, model_card
+from offsetjax.files import is_remote
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
 from offsetjax.formats.lora_names import has_kohya_names
 from offsetjax.formats.memory import freed_memory_kept
-from offsetjax.formats.safetensors import NotFiniteError
+from offsetjax.formats.safetensors import NotFiniteError, write_tensors
 from offsetjax.formats.single_file import write_single_file
-from offsetjax.formats.tensors import Tensor, inspected
+from offsetjax.formats.tensors import Tensor, inspected, of_array
 from offsetjax.leftovers import unfinished_name
 from offsetjax.models.family import Family
 from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
@@ -132,7 +133,7 @@ def _check_layout(family: Family, form: str, lora_keys: str) -> None:
 def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_bytes: int, title: str) -> None:
     config, pipeline = stored.config, stored.pipeline
     parts = {part: stored.part(part) for part in network_parts(config)}
-    with _progress(out.name, parts) as parts:
+    with _progress(out, out.name, parts) as parts:
         for part, tensors in parts.items():
             is_denoiser = part == pipeline.family.denoiser
             metadata = header(pipeline, config, stored.step, "diffusers", title) if is_denoiser else {}
@@ -160,7 +161,7 @@ def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) 
     parts = {part: stored.part(part) for part in network_parts(config)}
     configs = {part: _torch_config(stored, part) for part in parts}
     configs["scheduler"] = _scheduler(stored, "ddim")
-    with _progress(title, parts) as parts:
+    with _progress(out, title, parts) as parts:
         metadata = header(stored.pipeline, config, stored.step, "single_file", title)
         carried = carried_of(stored.frozen)
         write_single_file(out, parts, configs, stored.pipeline.family.name, carried, dtype=dtype, metadata=metadata)
@@ -197,10 +198,13 @@ def _torch_config(stored: Stored, part: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress(title: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[dict[str, dict[str, Tensor]]]:
+def _progress(
+    out: epath.Path, title: str, parts: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[dict[str, dict[str, Tensor]]]:
     """The same tensors, whose reading moves a bar on the terminal."""
     console = Console(stderr=True)
-    total = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    times = 2 if is_remote(out) else 1  # that each is read by `write_tensors`
+    total = times * sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -226,6 +230,5 @@ def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict, step
     power = noise.coloured_power(size, size)
     if power is None:
         return
-    root = np.ascontiguousarray(np.sqrt(power), np.float32)
     (out / SPECTRUM_FILE).parent.mkdir()
-    (out / SPECTRUM_FILE).write_bytes(safetensors.numpy.save({"root_spectrum": root}))
+    write_tensors(out / SPECTRUM_FILE, {"root_spectrum": of_array(np.asarray(np.sqrt(power), np.float32))})

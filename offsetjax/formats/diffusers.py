@@ -139,6 +139,7 @@ def write_part(
     *,
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    has_checksums: bool = True,
     max_shard_bytes: int = 10 * 10**9,
 ) -> None:
     """Writes one part's configuration and weights.
@@ -146,6 +147,7 @@ def write_part(
     Args:
         dtype: of the weights in the files; None: each keeps its own.
         metadata: goes into the header of the safetensors files.
+        has_checksums: as for `write_tensors`.
         max_shard_bytes: above which the weights are several files with an index.
 
     Raises:
@@ -156,7 +158,15 @@ def write_part(
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     header = {"format": "pt", **(metadata or {})}
     try:
-        write_sharded(folder, stem(part), tensors, dtype=dtype, metadata=header, max_shard_bytes=max_shard_bytes)
+        write_sharded(
+            folder,
+            stem(part),
+            tensors,
+            dtype=dtype,
+            metadata=header,
+            has_checksums=has_checksums,
+            max_shard_bytes=max_shard_bytes,
+        )
     except NotFiniteError as error:
         raise NotFiniteError(f"{part}: {error}") from error
 

@@ -90,8 +90,12 @@ def _entry(name: str, *, dtype: str, shape: list[int], data_offsets: list[int]) 
     return Entry(name, _DTYPES[dtype], tuple(shape), begin, end)
 
 
-def format_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
-    """The header with its length before it, padded so that the tensors begin at a multiple of 8 bytes."""
+def format_header(entries: Iterable[Entry], metadata: Mapping[str, str], ending: bytes = b"") -> bytes:
+    """The header with its length before it, padded so that the tensors begin at a multiple of 8 bytes.
+
+    Args:
+        ending: further spaces that it ends with.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for entry in entries:
         header[entry.name] = {
@@ -100,5 +104,5 @@ def format_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> byte
             "data_offsets": [entry.begin, entry.end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text + ending) % 8) + ending
     return len(text).to_bytes(8, "little") + text

@@ -2,21 +2,29 @@
 
 The safetensors library maps whole files into memory and writes from memory. Models here are larger than what a host can
 spare, and lie on buckets too: tensors are read by ranges of bytes, and written one after the other.
+
+An export has a checksum for each tensor (`crc32`), with which one that is read whole is compared. A range of
+its rows is not, as where several hosts share it; `verify_file` compares all.
 """
 
 import errno
 import math
 import os
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
-from offsetjax.errors import UserError, one_line
+from offsetjax.errors import TransientError, UserError, one_line
+from offsetjax.files import is_remote
+from offsetjax.formats import crc32
+from offsetjax.formats.blocks import blocks, is_finite, is_floating
 from offsetjax.formats.header import MAX_BYTES, Entry, format_header, parse_header
 from offsetjax.formats.tensors import Index, Tensor, cast, whole_ranges
 
@@ -24,8 +32,7 @@ _AHEAD = 2  # tensors read while another is written
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # how files that are pickles are called
 _PICKLE = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # how they begin, zipped or not
 _POINTER = b"version "  # how a pointer of Git LFS begins, which a checkout without it has in place of a large file
-_BLOCK_BYTES = 1 << 21  # written in one call
-_TILE = 64  # columns transposed at once
+_PIECE_BYTES = 1 << 26  # compared at a time
 
 
 class NotFiniteError(ValueError):
@@ -63,6 +70,16 @@ class _File:
         """The message for the user."""
         return UserError(f"{self.where}: {self.path} is damaged ({what}); fetch it again")
 
+    def changed(self, names: Sequence[str]) -> UserError:
+        """The message for tensors that are not as they were written."""
+        shown = ", ".join(one_line(ValueError(name), 120) for name in names[:4])
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        differ = "differs" if len(names) == 1 else "differ"
+        return UserError(
+            f"{self.where}: {self.path} is damaged: {shown}{more} {differ} from the checksum in its header; "
+            "export it again or restore it from a copy"
+        )
+
 
 def _close(handles: list[IO[bytes]]) -> None:
     for handle in handles:
@@ -89,11 +106,62 @@ def open_tensors(files: Sequence[epath.PathLike], where: str) -> dict[str, Tenso
 
 
 def open_file(path: epath.PathLike, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of one safetensors file by name, and the metadata of its header.
+    """The tensors of one safetensors file by name, and the metadata of its header but for the checksums.
 
     Raises:
-        UserError: it is missing, damaged or none of this format.
+        UserError: it is missing, damaged or none of this format; and when a tensor is read whole, that it has changed.
     """
+    opened = _open(path, where)
+    tensors = {entry.name: Tensor(entry.shape, entry.dtype, _reader(opened, entry)) for entry in opened.entries}
+    return tensors, opened.metadata
+
+
+def verify_file(path: epath.PathLike, where: str) -> int | None:
+    """Reads a whole file and compares every tensor with its checksum; little of it is in memory at a time.
+
+    Returns:
+        The number of tensors; None if the file has no checksums, as those of other programs.
+
+    Raises:
+        UserError: it is missing, damaged or none of this format; or the names of tensors that have changed.
+    """
+    opened = _open(path, where)
+    if opened.sums is None:
+        return None
+    damaged = []
+    for entry in opened.entries:
+        crc = crc32.begin(entry)
+        for begin in range(entry.begin, entry.end, _PIECE_BYTES):
+            crc = zlib.crc32(opened.read(begin, min(begin + _PIECE_BYTES, entry.end)).data, crc)
+        if crc != opened.sums[entry.name]:
+            damaged.append(entry.name)
+    if damaged:
+        raise opened.file.changed(damaged)
+    return len(opened.entries)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file whose header was read.
+
+    Attributes:
+        start: the byte at which the tensors begin.
+        sums: the CRC-32 of each tensor by name; None where the file has none.
+    """
+
+    file: _File
+    start: int
+    entries: list[Entry]
+    metadata: dict[str, str]
+    sums: Mapping[str, int] | None
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """The bytes from `begin` to before `end`, counted as an entry's are."""
+        return self.file.read(self.start + begin, self.start + end)
+
+
+def _open(path: epath.PathLike, where: str) -> _Opened:
+    """Raises UserError as `open_file` does."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{where}: {path} is missing")
@@ -112,13 +180,16 @@ def open_file(path: epath.PathLike, where: str) -> tuple[dict[str, Tensor], dict
             )
         raise file.damaged(f"it has {size} bytes" if size < 8 else f"its header would have {start - 8} bytes")
     try:
-        entries, metadata = parse_header(file.read(8, start).tobytes())
+        header = file.read(8, start).tobytes()
+        entries, metadata = parse_header(header)
+        text = metadata.pop(crc32.KEY, None)
+        sums = None if text is None or not header.endswith(crc32.ENDING) else crc32.parse_sums(text, entries)
     except ValueError as error:
         raise file.damaged(one_line(error)) from error
     end = start + (entries[-1].end if entries else 0)
     if size != end:
         raise file.damaged(f"it has {size} bytes, not {end}")
-    return {entry.name: Tensor(entry.shape, entry.dtype, _reader(file, start, entry)) for entry in entries}, metadata
+    return _Opened(file, start, entries, metadata, sums)
 
 
 def read_metadata(path: epath.PathLike, where: str) -> dict[str, str]:
@@ -130,8 +201,11 @@ def read_metadata(path: epath.PathLike, where: str) -> dict[str, str]:
     return open_file(path, where)[1]
 
 
-def _reader(file: _File, start: int, entry: Entry) -> Callable[[Index], np.ndarray]:
-    """Reads the rows of the first axis that an index asks for, and cuts the other axes in memory."""
+def _reader(opened: _Opened, entry: Entry) -> Callable[[Index], np.ndarray]:
+    """Reads the rows of the first axis that an index asks for, and cuts the other axes in memory.
+
+    All rows are compared with the tensor's checksum, if there is one; some of them cannot be.
+    """
 
     def read(index: Index) -> np.ndarray:
         ranges = whole_ranges(index, entry.shape)
@@ -140,9 +214,11 @@ def _reader(file: _File, start: int, entry: Entry) -> Callable[[Index], np.ndarr
             return np.empty(wanted, entry.dtype)
         first, *others = ranges or (slice(0, 1),)
         row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        begin = start + entry.begin
-        data = file.read(begin + first.start * row_bytes, begin + first.stop * row_bytes).view(entry.dtype)
-        whole_rows = data.reshape((*wanted[:1], *entry.shape[1:]))
+        data = opened.read(entry.begin + first.start * row_bytes, entry.begin + first.stop * row_bytes)
+        sums, is_whole = opened.sums, len(data) == entry.end - entry.begin
+        if sums and is_whole and zlib.crc32(data.data, crc32.begin(entry)) != sums[entry.name]:
+            raise opened.file.changed([entry.name])
+        whole_rows = data.view(entry.dtype).reshape((*wanted[:1], *entry.shape[1:]))
         return whole_rows if whole_rows.shape == wanted else whole_rows[(slice(None), *others)].copy()
 
     return read
@@ -154,15 +230,18 @@ def write_tensors(
     *,
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    has_checksums: bool = True,
 ) -> None:
     """Writes a safetensors file, one tensor after the other: at most four are in memory.
 
     Args:
         dtype: of the floating-point tensors in the file; None: each keeps its own.
         metadata: strings for the header.
+        has_checksums: whether they are beside these; for a bucket, every tensor is then read twice.
 
     Raises:
         NotFiniteError: the name of a tensor with values that are not finite in the file's dtype.
+        TransientError: on a bucket, that what was read changed meanwhile.
     """
     headed = converted(tensors, dtype)
     # The order of the safetensors library: the largest dtypes first, so that all are aligned.
@@ -171,15 +250,44 @@ def write_tensors(
     for name in names:
         tensor = headed[name]
         entries.append(Entry(name, tensor.dtype, tensor.shape, end, end := end + tensor.nbytes))
-    header = format_header(entries, metadata or {})
+    given = [tensors[name] for name in names]
+
+    def header(sums: Sequence[int]) -> bytes:
+        if not has_checksums:
+            return format_header(entries, metadata or {})
+        return format_header(entries, {**(metadata or {}), crc32.KEY: crc32.format_sums(sums)}, crc32.ENDING)
+
+    # The checksums come before what they are of. A file is gone back into; an object of a bucket cannot be.
+    is_twice = has_checksums and is_remote(file)
+    sums = _copy(entries, given, lambda data: None) if is_twice else [0] * len(entries)
     with epath.Path(file).open("wb") as stream:
-        _reserve(stream, len(header) + end)
-        stream.write(header)
-        for entry, array in zip(entries, _prefetched(tensors[name] for name in names), strict=True):
-            for block in _blocks(array, entry.dtype):
-                if not _is_finite(block):
-                    raise NotFiniteError(f"{entry.name} has values that are not finite in {entry.dtype.name}")
-                stream.write(block.reshape(-1).view(np.uint8).data)
+        _reserve(stream, len(header(sums)) + end)
+        stream.write(header(sums))
+        written = _copy(entries, given, stream.write)
+        if has_checksums and not is_twice:
+            stream.seek(0)
+            stream.write(header(written))
+        elif is_twice and written != sums:
+            raise TransientError(f"{file}: its tensors were not the same when they were read again; try again")
+
+
+def _copy(entries: Iterable[Entry], tensors: Iterable[Tensor], write: Callable[[memoryview], Any]) -> list[int]:
+    """Gives the bytes of each tensor to `write`, in pieces; the CRC-32 of each.
+
+    Raises:
+        NotFiniteError: as for `write_tensors`.
+    """
+    sums = []
+    for entry, array in zip(entries, _prefetched(tensors), strict=True):
+        crc = crc32.begin(entry)
+        for block in blocks(array, entry.dtype):
+            if not is_finite(block):
+                raise NotFiniteError(f"{entry.name} has values that are not finite in {entry.dtype.name}")
+            data = block.reshape(-1).view(np.uint8).data
+            write(data)
+            crc = zlib.crc32(data, crc)
+        sums.append(crc)
+    return sums
 
 
 def _reserve(stream: IO[bytes], size: int) -> None:
@@ -195,27 +303,11 @@ def _reserve(stream: IO[bytes], size: int) -> None:
             raise
 
 
-def _is_finite(block: np.ndarray) -> bool:
-    """Whether no value is infinite or no number: these alone have all the bits of infinity's exponent.
-
-    By the bits, for numpy is slow at 16-bit numbers.
-    """
-    if not _is_floating(block.dtype):
-        return True
-    bits = np.dtype(f"u{block.dtype.itemsize}")
-    infinity = np.array(np.inf, block.dtype).view(bits)
-    return bool((block.view(bits) & infinity).max() != infinity)
-
-
-def _is_floating(dtype: np.dtype) -> bool:
-    return dtype.name.startswith(("float", "bfloat"))
-
-
 def converted(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
     """The floating-point tensors in another dtype, if one is given; the others as they are."""
 
     def convert(tensor: Tensor) -> Tensor:
-        return cast(tensor, dtype) if dtype is not None and _is_floating(tensor.dtype) else tensor
+        return cast(tensor, dtype) if dtype is not None and is_floating(tensor.dtype) else tensor
 
     return {name: convert(tensor) for name, tensor in tensors.items()}
 
@@ -231,26 +323,3 @@ def _prefetched(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-def _blocks(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """An array's elements in C order and in a dtype, in pieces that stay in a core's cache until they are written.
-
-    Transposing and converting a whole array would write it to memory and read it back once more, to pages that have to
-    be made for it; a piece is valid until the next is asked for.
-    """
-    if array.ndim < 2 or (array.flags.c_contiguous and array.dtype == dtype):
-        array = array.reshape(-1)
-    rows = max(1, _BLOCK_BYTES // max(1, math.prod(array.shape[1:]) * dtype.itemsize))
-    scratch = np.empty((min(rows, len(array)), *array.shape[1:]), dtype)
-    for begin in range(0, len(array), rows):
-        piece = array[begin : begin + rows]
-        if piece.flags.c_contiguous and piece.dtype == dtype:
-            yield piece
-            continue
-        block = scratch[: len(piece)]
-        for column in range(0, piece.shape[1] if piece.ndim > 1 else 1, _TILE):  # numpy alone copies row by row
-            tile = (slice(None), slice(column, column + _TILE))[: piece.ndim]
-            with np.errstate(over="ignore"):  # infinity is found when it is written
-                np.copyto(block[tile], piece[tile], casting="unsafe")
-        yield block

@@ -67,12 +67,13 @@ def write_sharded(
     *,
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    has_checksums: bool = True,
     max_shard_bytes: int = 10 * 10**9,
 ) -> None:
     """Writes `<stem>.safetensors`, or several files with an index, as diffusers and transformers do.
 
     Args:
-        dtype, metadata: as for `write_tensors`.
+        dtype, metadata, has_checksums: as for `write_tensors`.
         max_shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
     """
     folder, sizes = epath.Path(folder), converted(tensors, dtype)
@@ -85,12 +86,14 @@ def write_sharded(
         files[-1][name] = tensors[name]
         room -= tensor.nbytes
     if len(files) == 1:
-        write_tensors(folder / f"{stem}.safetensors", tensors, dtype=dtype, metadata=metadata)
+        write_tensors(
+            folder / f"{stem}.safetensors", tensors, dtype=dtype, metadata=metadata, has_checksums=has_checksums
+        )
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(files, 1):
         file = f"{stem}-{number:05}-of-{len(files):05}.safetensors"
-        write_tensors(folder / file, shard, dtype=dtype, metadata=metadata)
+        write_tensors(folder / file, shard, dtype=dtype, metadata=metadata, has_checksums=has_checksums)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

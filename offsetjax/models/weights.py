@@ -271,13 +271,14 @@ def write_frozen(
     for part, named in tensors.items():
         named = {name: summed(f"{part}/{name}", tensor) for name, tensor in named.items()}
         try:
-            files.write_part(directory, part, pipeline.parts[part].torch_config(), named)
+            config = pipeline.parts[part].torch_config()
+            files.write_part(directory, part, config, named, has_checksums=False)  # they are in a file of their own
         except NotFiniteError as error:
             raise UserError(f"model.pretrained: {error}; give another model, or another copy of it") from error
     write_whole(directory / _CHECKSUMS_FILE, json.dumps(sums, indent=0) + "\n")
     write_tokenizers(directory, pipeline.family, pipeline.tokenizers)
     if carried:
-        write_tensors(directory / CARRIED_FILE, carried, metadata={"format": "pt"})
+        write_tensors(directory / CARRIED_FILE, carried, metadata={"format": "pt"}, has_checksums=False)
     digests.write(directory)
 
 

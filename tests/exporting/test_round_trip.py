@@ -14,11 +14,15 @@ import torch
 from etils import epath
 
 from offsetjax.config import default_config
+from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
+from offsetjax.formats.header import parse_header
 from offsetjax.formats.pretrained import open_pretrained
+from offsetjax.formats.safetensors import verify_file
 from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.storage import checkpoint
+from offsetjax.storage.exported import verify_export
 from offsetjax.training.setup import open_run
 from offsetjax.training.step import init_state
 from tests import families
@@ -89,6 +93,8 @@ def test_a_model_comes_back_bit_for_bit(
 ) -> None:
     original = families.saved(base, family)
     check_round_trip(original, workdir_of(family), tmp_path, "float32")
+    verify_export(str(tmp_path / "directory"))
+    verify_export(str(tmp_path / "single.safetensors"))
     single = open_pretrained(tmp_path / "single.safetensors")
     for part in ("unet", "vae", "text_encoder"):
         ours = json.loads(json.dumps(single.read_config(part)))
@@ -132,6 +138,36 @@ def test_a_large_model_is_split_and_an_index_says_where(
     again = imported(tmp_path / "model", tmp_path / "again")
     export(again, tmp_path / "whole")
     assert tensors_of(tmp_path / "whole") == tensors_of(families.saved(base, "sd1"))
+
+
+def test_one_bit_of_any_exported_tensor_is_told(
+    workdir_of: Callable[[str], pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    export(workdir_of("sd1"), tmp_path / "model")
+    export(workdir_of("sd1"), tmp_path / "model.safetensors", form="single_file")
+    files = [*tmp_path.glob("model/*/*.safetensors"), tmp_path / "model.safetensors"]
+    assert len(files) == 4
+    for file in files:
+        damage_every_tensor(file)
+        with pytest.raises(UserError, match=r"damaged: .* and \d+ more differ"):
+            verify_file(file, "checkpoint")
+    for model in (tmp_path / "model", tmp_path / "model.safetensors"):
+        opened = open_pretrained(model)
+        for part in ("unet", "vae", "text_encoder"):
+            for tensor in opened.tensors(part).values():
+                with pytest.raises(
+                    UserError, match=r"^model\.pretrained: .* is damaged: \S+ differs from the checksum"
+                ):
+                    tensor()
+
+
+def damage_every_tensor(file: pathlib.Path) -> None:
+    """Flips the lowest bit of the last number of each."""
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    for entry in parse_header(bytes(data[8:start]))[0]:
+        data[start + entry.end - entry.dtype.itemsize] ^= 1
+    file.write_bytes(data)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from peft.utils.other import get_pattern_key
 
 from offsetjax.config import default_config, presets
 from offsetjax.errors import UserError
+from offsetjax.formats.header import parse_header
 from offsetjax.formats.lora import _is_named, read_lora, write_lora
 from offsetjax.formats.lora_names import kohya_names, layers, original_names
 from offsetjax.formats.names import flax_tensors, to_torch
@@ -556,6 +557,20 @@ def test_a_truncated_file_is_damaged(keep: int, tmp_path: pathlib.Path) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"lora\.pretrained: .*lora\.safetensors is damaged .*; fetch it again"):
         read_lora(file, bases("sd1"), "sd1")
+
+
+@pytest.mark.parametrize("keys", ["kohya", "diffusers"])
+def test_one_bit_of_any_tensor_is_told(keys: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    write(file, "sd1", trained("sd1"), keys)
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for entry in parse_header(whole[8:start])[0]:
+        place = start + entry.begin
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError) as caught:
+            read_lora(file, bases("sd1"), "sd1")
+        assert str(caught.value).startswith(f"lora.pretrained: {file} is damaged: {entry.name} differs")
 
 
 @pytest.mark.parametrize("configs", ["{", "[1]", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": {"(": 1}}'])

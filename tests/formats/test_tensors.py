@@ -62,13 +62,11 @@ def test_the_file_is_the_librarys_byte_for_byte(file: pathlib.Path, tmp_path: pa
     written = safetensors.numpy.load_file(tmp_path / "ours.safetensors")
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(written[name], array, strict=True)
-    assert safetensors.safe_open(tmp_path / "ours.safetensors", "np").metadata() == {"format": "pt", "ss_seed": "0"}
+    metadata = safetensors.safe_open(tmp_path / "ours.safetensors", "np").metadata()
+    assert len(metadata.pop("offsetjax.crc32")) == 8 * len(ARRAYS) and metadata == {"format": "pt", "ss_seed": "0"}
     header = safetensors.numpy.save({"a": ARRAYS["half"], "b": ARRAYS["conv.weight"]}, {"format": "pt"})
-    write_tensors(
-        tmp_path / "two",
-        {"a": of_array(ARRAYS["half"]), "b": of_array(ARRAYS["conv.weight"])},
-        metadata={"format": "pt"},
-    )
+    two = {"a": of_array(ARRAYS["half"]), "b": of_array(ARRAYS["conv.weight"])}
+    write_tensors(tmp_path / "two", two, metadata={"format": "pt"}, has_checksums=False)
     assert (tmp_path / "two").read_bytes() == header
 
 
