@@ -121,7 +121,7 @@ def _require(family: Family, part: str, stored: dict[str, Any], directory: str) 
         if key in stored and stored[key] not in allowed:
             raise UserError(
                 f"model.pretrained: {directory}: {part} has {key} = {shown(stored[key])}, which is not supported "
-                f"(supported: {', '.join(map(repr, allowed))}); use a Stable Diffusion 1.x, 2.x or XL base model"
+                f"(supported: {', '.join(map(repr, allowed))}); use another {family.title} model"
             )
 
 
