@@ -4,6 +4,7 @@ The first step of loading a model; `weights.py` is the second, and `trained.py` 
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -70,6 +71,7 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
             said, usual = recognised(stored), default("schedule.process")
             if said is None or said["process"] == usual:
                 _require(family, part, stored, str(pretrained.path))
+                _choose_conversion(config, said or stored, str(pretrained.path))
                 if config.schedule.process != usual and config.schedule.conversion == "mapped":
                     stored = {key: value for key, value in (said or stored).items() if key != "process"}
                     said = None
@@ -96,6 +98,23 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
         for key, usual in family.files.said_by_index.items():
             if key in index or not is_explicit(config, f"model.{key}"):
                 _adopt_value(config, f"model.{key}", bool(index.get(key, usual)), pretrained)
+
+
+def _choose_conversion(config: ConfigDict, scheduler: Mapping[str, Any], path: str) -> None:
+    """Sets how a model becomes a flow where the config does not say: mapped of v, plain of ε, as compared in small.
+
+    Noise that changes with time has no mapped form.
+    """
+    schedule = config.schedule
+    is_open = schedule.process == "flow" and not is_explicit(config, "schedule.conversion")
+    is_velocity = scheduler.get("prediction_type") == "v_prediction"
+    if is_open and schedule.conversion == "plain" and is_velocity and config.noise.kind != "adjusted":
+        assign(config, "schedule.conversion", "mapped", explicit=False)
+        _log.info(
+            "%s predicts v: as a flow it keeps to its own timesteps and predictions (schedule.conversion = 'mapped'); "
+            "'plain' makes it one that predicts the velocity n - x0",
+            path,
+        )
 
 
 def _adopt_value(config: ConfigDict, path: str, value: Any, pretrained: Pretrained, part: str = "") -> None:

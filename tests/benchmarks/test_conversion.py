@@ -143,5 +143,5 @@ def test_mapped_begins_lower_and_of_v_ends_lower(prediction_type: Any, capsys: p
     for is_whole in (True, False):
         plain, mapped = (means[name, is_whole].mean(1) for name in ("plain", "mapped"))
         assert mapped[0] < 0.8 * plain[0]
-        # Of ε an error counts up to 200 times near t = 1, which makes its training slow.
+        # Of ε an error counts up to 240 times (t = .936), which makes its training slow.
         assert plain[-1] < mapped[-1] if prediction_type == "epsilon" else (mapped < plain).all()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from offsetjax.config import default_config, validate
+from offsetjax.config import assign, default_config, is_explicit, validate
 from offsetjax.diffusion.density import Density
 from offsetjax.diffusion.flow import Flow
 from offsetjax.diffusion.loss import flow_weight
@@ -179,3 +179,27 @@ def test_the_checkpoint_says_which_terms(tmp_path: pathlib.Path) -> None:
     scheduler.write_text(json.dumps(Flow().scheduler("dpmpp_2m", "trailing", 3.0)))
     with pytest.raises(UserError, match="which is a flow already; leave it out"):
         resolve(config)
+
+
+def test_a_model_of_v_is_mapped_by_default(tmp_path: pathlib.Path) -> None:
+    save_pipeline(tmp_path / "model")
+    scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    said = json.loads(scheduler.read_text())
+    cases: list[tuple[str, dict[str, str], str]] = [
+        ("v_prediction", {}, "mapped"),
+        ("epsilon", {}, "plain"),
+        ("v_prediction", {"schedule.conversion": "plain"}, "plain"),
+        ("v_prediction", {"noise.kind": "adjusted"}, "plain"),
+        ("v_prediction", {"schedule.process": "variance_preserving"}, "plain"),
+    ]
+    for prediction_type, changes, conversion in cases:
+        scheduler.write_text(json.dumps({**said, "prediction_type": prediction_type}))
+        config = default_config()
+        config.model.pretrained, config.schedule.process = str(tmp_path / "model"), "flow"
+        config.data.resolution, config.noise.offset_strength = 64, 0.1
+        for path, value in changes.items():
+            assign(config, path, value)
+        resolved = resolve(config)
+        validate(resolved)
+        assert resolved.schedule.conversion == conversion
+        assert is_explicit(resolved, "schedule.conversion") == ("schedule.conversion" in changes)

@@ -177,7 +177,8 @@ SCHEDULE = Section(
             str,
             "plain",
             one_of("plain", "mapped"),
-            "how a model of ε or v is trained as a flow: it becomes one, or keeps to its own timesteps and predictions",
+            "how a model of ε or v is trained as a flow: it becomes one, or keeps to its own timesteps and "
+            "predictions, by default if it predicts v",
         ),
         Field("num_train_timesteps", int, 1000, count(2, 1_000_000), "timesteps from data to noise"),
         Field("beta_start", float, 0.00085, between(0, 1), "variance of the noise that the first timestep adds"),
