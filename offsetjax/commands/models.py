@@ -44,7 +44,7 @@ def add_sample(command: AddCommand) -> None:
     sub.add_argument("--out", required=True, help="a folder for the pictures")
     sub.epilog = (
         "How to draw, where it is not given, is in the config's section sample; of a --model the defaults are taken, "
-        "and its noise and size are read from its file."
+        "and its noise and size are read from its file, or from that of --lora if offsetjax wrote it."
     )
 
 

@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.config import default_config, from_json, to_json, validate
+from offsetjax.config import assign, default_config, from_json, to_json, validate
+from offsetjax.diffusion.flow import stored_scheduler
+from offsetjax.diffusion.process import recognised
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
 from offsetjax.formats.names import torch_tensors
-from offsetjax.formats.pretrained import Pretrained
+from offsetjax.formats.safetensors import read_metadata
 from offsetjax.formats.tensors import Tensor
 from offsetjax.json_text import parse_object
 from offsetjax.models.family import family_of, open_checkpoint
@@ -63,8 +65,8 @@ class Trained:
 def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Trained:
     """Opens a work directory, a diffusers directory or a single file, sharded over all devices.
 
-    The noise and the size of the training are read from what an export says of them; of an untouched model the noise
-    is plain, and the size its own.
+    The noise and the size of the training are read from what an export says of them, of a LoRA before its base; of an
+    untouched model the noise is plain, and the size its own.
 
     Args:
         variant: of a diffusers directory's weights, such as fp16.
@@ -223,17 +225,28 @@ def _open_pretrained(
     # Adapters of text encoders belong to what is trained; a LoRA without them adds none that change anything.
     config.train.text_encoders = bool(lora and family_of(config).encoders)
     adopt_lora(config)
+    where, header = f"sample: {pretrained.path}", pretrained.metadata()
+    if lora:  # its training decides on noise and process, where it says so
+        own = read_metadata(lora, "lora.pretrained")
+        _adopt_flow(config, own)
+        where, header = (f"sample: {lora}", own) if "offsetjax.noise" in own else (where, header)
     pipeline = build(config, pretrained_tokenizers(config))
-    step, parts = _describe(config, pipeline, pretrained), network_parts(config)
+    step, parts = _describe(config, pipeline, header, where), network_parts(config)
     return config, pipeline, {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in parts}, step
 
 
-def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) -> int:
-    """Sets the noise and the size of the training, as far as the model's header tells; returns its step.
+def _adopt_flow(config: ConfigDict, header: Mapping[str, str]) -> None:
+    """Sets the schedule to that of a flow, where a LoRA's header says that it makes one of its base."""
+    if scheduler := stored_scheduler(header):
+        for key, value in {**(recognised(scheduler) or {}), "zero_terminal_snr": False}.items():
+            assign(config, f"schedule.{key}", value, explicit=False)
+
+
+def _describe(config: ConfigDict, pipeline: Pipeline, header: Mapping[str, str], where: str) -> int:
+    """Sets the noise and the size of the training, as far as a file's header says; returns its step.
 
     That is 0 but where the noise depends on it.
     """
-    header = pretrained.metadata()
     size = re.fullmatch(r"(\d{1,5})x\d+", header.get("modelspec.resolution", ""))
     own = pipeline.denoiser.config["sample_size"] * pipeline.autoencoder.downscale
     config.data.resolution = int(size[1]) if size and "offsetjax.noise" in header else own
@@ -246,9 +259,11 @@ def _describe(config: ConfigDict, pipeline: Pipeline, pretrained: Pretrained) ->
             config.train.steps, step = int(header["ss_max_train_steps"]), int(header["ss_steps"])
         else:
             step = 0
+        if not 0 <= step <= config.train.steps:
+            raise ValueError("ss_steps is not between 0 and ss_max_train_steps")
         validate(config)
         return step
     except (UserError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"sample: {pretrained.path}: what its header says of its noise cannot be read ({error}); export it again"
+            f"{where}: what its header says of its noise cannot be read ({error}); export it again"
         ) from error

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax.cli import main
 from offsetjax.config import default_config
+from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
 from offsetjax.models.tokenizer import clip_tokenizer, save_tokenizer
 from offsetjax.models.trained import load_model
@@ -182,6 +184,27 @@ def test_a_model_is_drawn_with_a_lora(base: pathlib.Path, tmp_path: pathlib.Path
     found = draw(f"--model={base}/exported", tmp_path / "with", f"--lora={tmp_path}/lora.safetensors")
     assert np.abs(found - drawn).max() > 5
     assert np.abs(found - draw(f"--model={tmp_path}/merged", tmp_path / "of merged")).max() <= 1
+
+
+def test_a_loras_own_noise_process_and_size_go_before_its_bases(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    down, up = np.ones((4, 32), np.float32), np.ones((32, 4), np.float32)
+
+    def opened(**header: str) -> ConfigDict:
+        file = tmp_path / "lora.safetensors"
+        safetensors.numpy.save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, file, header)
+        return load_model(base / "exported", lora=str(file)).config
+
+    noise, size = {"offsetjax.noise": json.dumps({"offset_strength": 0.3})}, {"modelspec.resolution": "16x16"}
+    flow = opened(**noise, **size, **{"modelspec.prediction_type": "flow", "ss_discrete_flow_shift": "3.0"})
+    assert (flow.schedule.process, flow.schedule.shift) == ("flow", 3.0)
+    assert (flow.noise.offset_strength, flow.data.resolution) == (0.3, 16)
+    as_base = opened(**noise, **size, **{"modelspec.prediction_type": "epsilon"})
+    assert (as_base.schedule.process, as_base.noise.offset_strength) == ("variance_preserving", 0.3)
+    others = opened(**size)
+    assert (others.noise.offset_strength, others.data.resolution) == (0.5, SIZE)
+    with pytest.raises(UserError, match=r"lora\.safetensors: what its header says of its noise cannot be read"):
+        opened(**{"offsetjax.noise": json.dumps({"kind": "loud"})})
 
 
 def test_one_device_draws_what_eight_draw(
