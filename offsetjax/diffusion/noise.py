@@ -310,7 +310,7 @@ def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
         return "plain" + perturbed
     strengths = noise.strengths_at(height, width)
     text: str = noise.kind
-    left = f", at a weight of {noise.weight:.3g} beside plain noise" * (noise.weight != 1.0)
+    left = f", annealed to {noise.weight:.3g} of its full strength" * (noise.weight != 1.0)
     if noise.kind == "pyramid":
         text += f" of {config.pyramid_levels} levels, discount {config.pyramid_discount:g}"
     if noise.kind == "spectral":
