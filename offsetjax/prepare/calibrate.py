@@ -101,12 +101,15 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
                 _log.info("%s", line)
         drawn = Drawn(process, make_density(config), drawing(pipeline, config))
         advice = reach_advice(drawn, calibration)
-        if has_terminal_snr:  # by which the strength goes, of the channel that needs the most
+        if not has_terminal_snr:  # the strength goes by what the sampler returns; in the config's own terms too
+            effective, size = np.full(1, advice.offset or 0.0), (calibration.height, calibration.width)
+            strengths = make_noise(config.noise, process, downscale).strengths_for(effective, *size)
+        if has_terminal_snr or advice.offset is not None:  # of the channel that needs the most
             advice = dataclasses.replace(advice, offset=float(f"{strengths.max():.3g}"))
-        for line in reach_table(drawn, calibration, modes.variance, noise, advice):
-            _log.info("%s", line)
-        write_calibration(out, calibration, strengths if has_terminal_snr else np.full(1, advice.offset or 0.0))
         recommended = _with_strength(config, advice.offset or 0.0, process, downscale)
+        for line in reach_table(drawn, calibration, modes.variance, noise, advice, recommended):
+            _log.info("%s", line)
+        write_calibration(out, calibration, strengths)
         pictures = {
             f"{out.stem}.png": reach_figure(drawn, calibration, noise, recommended),
             f"{out.stem}_snr.png": mode_snr_figure(calibration, noise, recommended, process),

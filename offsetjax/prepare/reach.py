@@ -43,9 +43,19 @@ def reach_advice(drawn: Drawn, calibration: Calibration) -> Remedy:
 
 
 def reach_table(
-    drawn: Drawn, calibration: Calibration, variance: Float[np.ndarray, "c h w2"], noise: Noise, advice: Remedy
+    drawn: Drawn,
+    calibration: Calibration,
+    variance: Float[np.ndarray, "c h w2"],
+    noise: Noise,
+    advice: Remedy,
+    recommended: Noise,
 ) -> Iterator[str]:
-    """The lines to print: an octave each, under plain noise and the config's, and what is recommended."""
+    """The lines to print: an octave each, under plain noise and the config's, and what is recommended.
+
+    Args:
+        advice: its offset is in the config's own terms, as `noise.offset_strength` takes it.
+        recommended: the config's noise with that offset.
+    """
     height, width = calibration.height, calibration.width
     number, names = octaves(height, width)
     bands = Bands(band_means(variance, number, width), number, height, width)
@@ -62,7 +72,7 @@ def reach_table(
     for place, name in enumerate(names):
         cells = "".join(_cells(each, place, last) for each in found.values())
         yield f"{name:>16}{cells}"
-    yield from _recommendation(drawn, calibration, found, advice)
+    yield from _recommendation(drawn, calibration, advice, recommended)
 
 
 def _cells(reach: BandReach, place: int, last: int) -> str:
@@ -75,9 +85,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g}%"
 
 
-def _recommendation(
-    drawn: Drawn, calibration: Calibration, found: dict[str, BandReach], advice: Remedy
-) -> Iterator[str]:
+def _recommendation(drawn: Drawn, calibration: Calibration, advice: Remedy, recommended: Noise) -> Iterator[str]:
     steps, bands = drawn.drawing.num_steps, radial(calibration)
     plain = drawn.reach(PLAIN, bands)
     if advice.offset == 0.0 and advice.spectrum is None:
@@ -88,7 +96,7 @@ def _recommendation(
             yield f"recommended: plain noise and more sample.num_steps: {share}, and lose the rest near the picture"
         return
     if advice.offset:
-        with_offset = drawn.reach(Noise("offset", np.array([advice.offset])), bands)
+        with_offset = drawn.reach(recommended, bands)
         seen = f", and {_percent(with_offset.trained[0])} of the training is there" if with_offset.equal[0] < 1 else ""
         yield (
             f"for brightness: noise.offset_strength = {advice.offset:g}: {steps} steps return "
