@@ -40,7 +40,6 @@ from offsetjax.models.task import task_of
 from offsetjax.models.trained import Stored, open_stored
 from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
 
-FORMATS = ("diffusers", "single_file", "lora", "comfyui_node")
 _SUFFIXES = {"single_file": ".safetensors", "lora": ".safetensors", "comfyui_node": ".py"}
 
 
