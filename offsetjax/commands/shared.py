@@ -17,7 +17,7 @@ DEBUG.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, he
 class AddCommand(Protocol):
     """Adds a sub-command, and gives its parser.
 
-    A command's defaults may say, beside `run`: `resumes`, how the same command goes on where it was interrupted, and
+    A command's defaults may say, beside `run`: `resumes`, from where the same command resumes, and
     `is_together`, that several processes run it as one and listen to signals themselves.
     """
 

@@ -141,7 +141,7 @@ def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.n
         size,
         Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC,
         box=(left, top, right, bottom),
-        reducing_gap=3.0,  # a box filter does most of a large reduction: faster, and hardly to be told apart
+        reducing_gap=3.0,  # a box filter does most of a large reduction: faster, and hardly to be distinguished
     )
     return np.asarray(resized)
 
@@ -162,7 +162,7 @@ def picture_size(data: bytes) -> Size:
     """The size of an encoded picture as a viewer shows it, from its header alone.
 
     Raises:
-        UnreadableImage: as for `decode`, as far as the header tells.
+        UnreadableImage: as for `decode`, as far as the header says.
     """
     image = _open(data)
     is_turned = _orientation(image) in (5, 6, 7, 8)

@@ -2,7 +2,7 @@
 
 A position p turns the pair i of a head's channels by the angle p θ^(-2i/d). With several axes (row, column, ...) the
 channels are divided among them, d to each. Positions and angles are float32 whatever the network computes in: bfloat16
-tells 385 of 512 positions apart.
+distinguishes 385 of 512 positions.
 """
 
 from collections.abc import Sequence

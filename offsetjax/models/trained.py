@@ -92,7 +92,7 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
 
 
 def check_model(path: epath.PathLike) -> None:
-    """Raises the UserErrors of `load_model`, as far as the headers of files tell."""
+    """Raises the UserErrors of `load_model`, as far as the headers of files say."""
     if _is_workdir(path):
         read_config(path)
     else:

@@ -1,12 +1,12 @@
 """Fully sharded data parallelism (Rajbhandari et al. 2019, arXiv 1910.02054; PyTorch's FSDP), explicitly.
 
-Each device computes the loss of its own examples, with weights of which it holds a share. Where a layer asks for a
-weight, the devices of the `fsdp` axis put their shares together, in the compute type; where its gradient comes back,
-each receives the sum of its own share alone, in float32:
+Each device computes the loss of its own examples, with weights of which it holds a shard. Where a layer asks for a
+weight, the devices of the `fsdp` axis put their shards together, in the compute type; where its gradient comes back,
+each receives the sum of its own shard alone, in float32:
 
     forward, and backward where it is computed again     all-gather        2 bytes a parameter in bfloat16
     backward                                             reduce-scatter    4 bytes
-    once a step, over `data`, and for what is not split  all-reduce        4 bytes of the shares
+    once a step, over `data`, and for what is not split  all-reduce        4 bytes of the shards
 
 Left to itself, the compiler gathers in float32, several times, and reduces whole gradients.
 """
@@ -28,12 +28,12 @@ from offsetjax.parallel.sharding import Rule
 
 Loss = Float[Array, ""]
 Rings = tuple[tuple[tuple[int, ...], ...], ...]
-# (params, frozen, batch, step) → (loss, gradients), of a batch or of a device's share of it.
+# (params, frozen, batch, step) → (loss, gradients), of a batch or of a device's part of it.
 Gradient = Callable[[PyTree, PyTree, PyTree, Array], tuple[Loss, PyTree]]
 
 
 class Shard(flax.struct.PyTreeNode, meta.AxisMetadata):
-    """A device's share of a weight, in place of the weight: Flax unboxes it where a layer asks for the parameter.
+    """A device's shard of a weight, in place of the weight: Flax unboxes it where a layer asks for the parameter.
 
     Attributes:
         axis: the one that is split over `fsdp`.
@@ -64,12 +64,12 @@ class Shard(flax.struct.PyTreeNode, meta.AxisMetadata):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(share: Array, axis: int, dtype: Any, rings: Rings) -> Array:
-    return jax.lax.all_gather(share.astype(dtype), "fsdp", axis=axis, tiled=True)
+def _gather(shard: Array, axis: int, dtype: Any, rings: Rings) -> Array:
+    return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _gather_forward(share: Array, axis: int, dtype: Any, rings: Rings) -> tuple[Array, Array]:
-    return _gather(share, axis, dtype, rings), jnp.zeros((), share.dtype)
+def _gather_forward(shard: Array, axis: int, dtype: Any, rings: Rings) -> tuple[Array, Array]:
+    return _gather(shard, axis, dtype, rings), jnp.zeros((), shard.dtype)
 
 
 def _gather_backward(axis: int, dtype: Any, rings: Rings, like: Any, gradient: Array) -> tuple[Array]:
@@ -122,7 +122,7 @@ _together.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimi
 
 
 def on_mesh(gradient: Gradient, mesh: Mesh, rules: Sequence[Rule], dtypes: Mapping[str, Any]) -> Gradient:
-    """The gradient of a batch that is split over the mesh, from that of a device's share of it.
+    """The gradient of a batch that is split over the mesh, from that of a device's part of it.
 
     The loss must be a mean over the examples; the parameters' gradients come out split as the parameters are.
 
@@ -134,7 +134,7 @@ def on_mesh(gradient: Gradient, mesh: Mesh, rules: Sequence[Rule], dtypes: Mappi
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def mean(value: Any) -> Array:
-        # A share's is summed over `fsdp` already.
+        # A shard's is summed over `fsdp` already.
         total = _sum(mesh, value.value, ("data",)) if _is_shard(value) else _sum(mesh, value, sharding.BATCH[0])
         return total / shares
 
@@ -148,7 +148,7 @@ def on_mesh(gradient: Gradient, mesh: Mesh, rules: Sequence[Rule], dtypes: Mappi
 def sums_on_mesh(
     function: Callable[..., PyTree], mesh: Mesh, rules: Sequence[Rule], dtypes: Mapping[str, Any]
 ) -> Callable[..., PyTree]:
-    """(params, frozen, batch, …) → sums over a batch that is split over the mesh, from those of a device's share of it.
+    """(params, frozen, batch, …) → sums over a batch that is split over the mesh, from those of a device's part of it.
 
     Args:
         function, rules, dtypes: as those of `on_mesh`; what follows the batch is the same on all devices.

@@ -196,7 +196,7 @@ def _dot_flops(computation: Computation, dot: Instruction) -> int:
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> int:
-    """Of the products that meet an element of the input, not its padding or the holes of a dilation."""
+    """Of the products with an element of the input, not its padding or the holes of a dilation."""
     left, right = (computation.by_name[name].shapes[0] for name in convolution.operands[:2])
     out = convolution.shapes[0]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)

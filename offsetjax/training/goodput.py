@@ -145,7 +145,7 @@ def _cut(start: Start, step: int) -> Start:
 
 
 def _read(file: epath.Path) -> list[Start]:
-    """The starts that a file tells of; none where it is missing or damaged, for no training needs it."""
+    """The starts that a file has; none where it is missing or damaged, for no training needs it."""
     try:
         starts = parse_object(file.read_bytes())["starts"]
         return [_checked(start) for start in starts]

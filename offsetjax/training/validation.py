@@ -1,7 +1,8 @@
 """Validation losses that compare: fixed pictures, fixed timesteps and fixed noise, whatever the training's noise is.
 
-`plain` is the unweighted error for plain noise, so that runs with different noise share one curve; `training` is that
-for the noise of the training. Both use the same draws for each pixel, at every step and in every run.
+`plain` is the unweighted error for plain noise (of a mapped flow, that of its velocity), so that runs with different
+noise share one curve; `training` is that for the noise of the training. Both use the same draws for each pixel, at
+every step and in every run.
 """
 
 from collections.abc import Callable
