@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.schedule.process = "flow"
+    config.schedule.conversion = "plain"
     config.timesteps.density = "logit_normal"
     config.timesteps.stratified = True
     config.noise.offset_strength = 0.1

@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = -1
     config.mesh.data = 1
     config.schedule.process = "flow"
+    config.schedule.conversion = "plain"
     config.schedule.shift = 3.0
     config.timesteps.density = "logit_normal"
     config.timesteps.stratified = True
