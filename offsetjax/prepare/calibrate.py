@@ -47,7 +47,7 @@ from offsetjax.prepare.reach import Drawn, octaves, reach_advice, reach_figure, 
 from offsetjax.progress import tracked
 from offsetjax.sampling.reach import drawing
 from offsetjax.training.objective import Batch
-from offsetjax.training.setup import open_stream
+from offsetjax.training.setup import of_squares, open_stream
 
 _log = logging.getLogger("offsetjax")
 
@@ -134,7 +134,7 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     Sums of one batch are float32, on the devices; they are joined in float64, as T. Chan et al. (1979) do, for the
     means of latents may be far from 0 and squares would cancel.
     """
-    config = config.copy_and_resolve_references()
+    config = of_squares(config)
     config.data.random_flip = False
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     size, total = config.train.global_batch_size, len(source)

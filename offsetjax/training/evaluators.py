@@ -24,7 +24,7 @@ from offsetjax.models.task import task_of
 from offsetjax.parallel import sharding
 from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
-from offsetjax.training.setup import Run, open_stream
+from offsetjax.training.setup import Run, of_squares, open_stream
 from offsetjax.training.step import TrainState
 from offsetjax.training.validation import check_apart, make_losses, validate
 
@@ -119,7 +119,7 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
 
 
 def _validation(run: Run, source: Source) -> Evaluate:
-    config = run.config.copy_and_resolve_references()
+    config = of_squares(run.config)
     held_out = open_data(config.data, config.validation.split)
     check_apart(source, held_out)
     config.seed, config.data.random_flip = 0, False  # the same pictures in every run

@@ -318,6 +318,13 @@ def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
     )
 
 
+def of_squares(config: ConfigDict) -> ConfigDict:
+    """A copy of the config that takes the central square of every picture, as all but the training itself does."""
+    config = config.copy_and_resolve_references()
+    config.data.buckets, config.data.bucket_count = (), 0
+    return config
+
+
 def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
     """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures.
 
@@ -329,9 +336,8 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
     """
     if config.data.cached_latents:
         return source.cache.statistics(source.label, f"model.{pipeline.family.autoencoder}.scaling_factor")
-    sampled = config.copy_and_resolve_references()
+    sampled = of_squares(config)
     sampled.train.global_batch_size, sampled.data.random_flip = 8, False
-    sampled.data.buckets, sampled.data.bucket_count = (), 0
     batches = open_stream(sampled, pipeline, source).iterator(0)
     encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(vae_params, to_unit_range(pixels))[0])
     latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])

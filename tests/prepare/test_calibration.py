@@ -392,6 +392,7 @@ def test_the_table_says_what_snrs_and_what_mends_it(
             TARGET,
             r"recommended: plain noise is good enough: 50 steps return 9\d%",
         ),
+        ({"data__buckets": ("24x16",)}, TARGET, r"latents of 8x8;"),  # what is measured is squares
         (
             {"model__vae__scaling_factor": 0.0, "noise__adaptive_scale": 0.2, "noise__calibration": "c.json"},
             TARGET,
