@@ -98,8 +98,9 @@ def _model(values: Values) -> Wrongs:
         has_adapters and learns_text and not values[text_targets],
         f"{text_targets} is empty; name layers, such as ('q_proj', 'v_proj')",
     )
+    is_default = values[text_targets] == family.text_encoder_lora_targets  # as a checkpoint's family fills it in
     yield (
-        text_targets in adapted and not learns_text,
+        text_targets in adapted and not is_default and not learns_text,
         f"{text_targets} cannot apply: the text encoders are frozen; set train.text_encoders = True",
     )
     is_drawn = not values["model.pretrained"] or family.denoiser in values["model.from_scratch"]

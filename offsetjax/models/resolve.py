@@ -193,20 +193,23 @@ def check_resolution(config: ConfigDict) -> None:
         )
 
 
-def adopt_lora(config: ConfigDict) -> None:
+def adopt_lora(config: ConfigDict) -> tuple[str, ...]:
     """Sets rank, alpha and targets of `config.lora` to those of `lora.pretrained`, where there is one.
+
+    Returns:
+        The text encoders that it adapts.
 
     Raises:
         UserError: a setting that contradicts it, or adapters of a part that the config freezes.
     """
     if not config.lora.pretrained:
-        return
+        return ()
     loaded = read_lora_of(config)
     family = family_of(config)
     defaults = {**default_config().lora.to_dict(), **default_targets(family)}
     found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}
     found |= {"targets": loaded.targets(family.denoiser)} if family.denoiser in loaded.adapters else {}
-    text = [part for part in family.encoders if part in loaded.adapters]
+    text = tuple(part for part in family.encoders if part in loaded.adapters)
     if text and not config.train.text_encoders:
         raise UserError(
             f"lora.pretrained: {config.lora.pretrained} adapts {text[0]}, which is frozen; set "
@@ -228,3 +231,4 @@ def adopt_lora(config: ConfigDict) -> None:
         raise UserError(f"config: {given}, but {config.lora.pretrained} has others; train with its own: {lines}")
     for key, value in found.items():
         assign(config, f"lora.{key}", value, explicit=False)
+    return text

@@ -222,9 +222,9 @@ def _open_pretrained(
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.lora.pretrained = lora
     config = resolve(config)
-    # Adapters of text encoders belong to what is trained; a LoRA without them adds none that change anything.
-    config.train.text_encoders = bool(lora and family_of(config).encoders)
-    adopt_lora(config)
+    # Adapters of text encoders belong to what is trained; a family's may have no layers for any.
+    config.train.text_encoders = bool(lora)
+    config.train.text_encoders = bool(adopt_lora(config))
     where, header = f"sample: {pretrained.path}", pretrained.metadata()
     if lora:  # its training decides on noise and process, where it says so
         own = read_metadata(lora, "lora.pretrained")

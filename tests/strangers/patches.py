@@ -248,6 +248,7 @@ FAMILY = Family(
     latents=lambda values: (NUM_COLOURS * values["model.patches.side"] ** 2, values["model.patches.side"]),
     resolution_unit=lambda model, parts: model.patches.side,
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "mlp"),
+    text_encoder_lora_targets=("none",),  # the encoders have no layers to adapt
     tokenizing=Tokenizing(
         folders={part: f"tokenizer_of_{part}" for part in LENGTHS},
         load=load,

@@ -17,7 +17,7 @@ from offsetjax.cli import main
 from offsetjax.config.families import FAMILIES
 from offsetjax.config.schema import SECTIONS
 from offsetjax.errors import UserError
-from offsetjax.models.trained import load_trained
+from offsetjax.models.trained import load_model, load_trained
 from offsetjax.models.weights import abstract_params
 from offsetjax.parallel import sharding
 from offsetjax.train import train
@@ -149,6 +149,7 @@ def test_it_is_adapted(base: pathlib.Path, exported: pathlib.Path, capsys: pytes
     assert main([*command, "--lora_keys=diffusers"]) == 0
     names = set(safetensors.numpy.load_file(out))
     assert "transformer.layers.0.attention.to_q.lora_A.weight" in names and len(names) == 3 * 5 * 2
+    assert set(load_model(exported, lora=str(out)).params) == {"transformer"}
 
 
 def test_a_lora_with_names_of_kohyas_is_refused(
