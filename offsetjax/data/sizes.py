@@ -119,7 +119,7 @@ def _chosen(sizes: Int[np.ndarray, "n 2"], count: int, resolution: int, step: in
     chosen = chosen_sizes(aspects, candidate_sizes(resolution**2, step, limits.max_aspect), count)
     # One that no picture is nearest to would be compiled for nothing.
     used = np.unique(assign(sizes[:, 0], sizes[:, 1], chosen, limits).bucket)
-    return tuple(size for place, size in enumerate(chosen) if place in used)
+    return tuple(size for place, size in enumerate(chosen) if place in used) or chosen  # of none, the plan says so
 
 
 def cropped_by_count(sizes: Int[np.ndarray, "n 2"], counts: Sequence[int], resolution: int, step: int) -> list[float]:

@@ -2,7 +2,6 @@
 
 import io
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -149,15 +148,15 @@ def _noted_sizes(rows: Rows) -> Int[np.ndarray, "n 2"] | None:
     file = folder / SIZES_FILE
     if not file.exists():
         return None
+    content, splits = file.read_bytes(), _builder(folder).info.splits
     try:
-        with np.load(io.BytesIO(file.read_bytes())) as stored:
+        with np.load(io.BytesIO(content)) as stored:
             by_split = {split: stored[split] for split in stored.files}
-        splits = _builder(folder).info.splits
         parts = [_of_part(each, by_split, splits) for each in rows.ranges]
         sizes = np.concatenate([part for part in parts if part is not None]).astype(np.int64)
         if sizes.shape != (len(rows), 2) or sizes.min() < 1:
             raise ValueError(f"sizes of the shape {sizes.shape} for {len(rows)} pictures")
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy, zipfile and zlib raise many kinds for bytes that have changed
         raise UserError(f"data: {file} is damaged ({one_line(error)}); build the data set again") from error
     return sizes
 
