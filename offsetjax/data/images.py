@@ -141,7 +141,7 @@ def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.n
         size,
         Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC,
         box=(left, top, right, bottom),
-        reducing_gap=3.0,  # a box filter does most of a large reduction: faster, and hardly to be distinguished
+        reducing_gap=3.0,  # a box filter does most of a large reduction: faster, and hardly a difference
     )
     return np.asarray(resized)
 
@@ -159,14 +159,26 @@ def time_ids(height: int, width: int, size: Size) -> Float[np.ndarray, "6"]:
 
 
 def picture_size(data: bytes) -> Size:
-    """The size of an encoded picture as a viewer shows it, from its header alone.
+    """The size of an encoded picture as a viewer shows it, from its header; only a PNG with an EXIF is decoded.
 
     Raises:
-        UnreadableImage: as for `decode`, as far as the header says.
+        UnreadableImage: as for `decode`, as far as the header shows.
     """
+    data = without_texts(data)
     image = _open(data)
-    is_turned = _orientation(image) in (5, 6, 7, 8)
+    is_turned = _says_orientation(data) and _orientation_of(image) in (5, 6, 7, 8)
     return Size(image.height, image.width) if is_turned else Size(image.width, image.height)
+
+
+def _says_orientation(data: bytes) -> bool:
+    """Whether it may. To find none in a PNG Pillow decodes all of its pixels, for one may lie behind them."""
+    return not data.startswith(_PNG) or any(name in data for name in (b"eXIf", b"type exif", b"com.adobe.xmp"))
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """That of an image that is not decoded yet; a PNG is, in its room."""
+    with _ROOM.of(image.width * image.height):
+        return _orientation(image)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from offsetjax.data import images
 from offsetjax.data.buckets import square
-from offsetjax.data.images import MAX_PIXELS, Room, UnreadableImage, clean, decode, resize_and_crop, time_ids
+from offsetjax.data.images import (
+    MAX_PIXELS,
+    Room,
+    UnreadableImage,
+    clean,
+    decode,
+    picture_size,
+    resize_and_crop,
+    time_ids,
+)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -281,6 +290,17 @@ def test_long_texts_of_a_png_are_left_out() -> None:
     stored, height, width = clean(file.getvalue())
     assert len(stored) < 200 and (height, width) == (4, 4)
     assert (decode(file.getvalue()) == (200, 100, 50)).all() and (decode(stored) == (200, 100, 50)).all()
+
+
+def test_a_size_is_that_of_the_turned_picture_and_nothing_is_decoded_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "JPEG"):
+        turned = encode(Image.new("RGB", (30, 20)), kind, exif=exif)
+        assert picture_size(turned) == (20, 30) == decode(turned).shape[1::-1]
+    decoded = []
+    monkeypatch.setattr(PngImageFile, "load", lambda image: decoded.append(image.size))
+    assert picture_size(png_file(8000, 4000)) == (8000, 4000) and not decoded
 
 
 def test_threads_decode_no_more_pixels_at_once_than_one_large_picture_has() -> None:
