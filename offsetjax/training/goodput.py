@@ -19,14 +19,18 @@ from etils import epath
 
 from offsetjax.errors import one_line
 from offsetjax.files import write_whole
-from offsetjax.json_text import parse_object
+from offsetjax.json_text import is_damaged, parse_object, signed
+from offsetjax.storage.retry import retried
 
 _log = logging.getLogger("offsetjax")
 _FILE = "goodput.json"
 KINDS = ("start", "compile", "step", "data", "checkpoint", "evaluation", "idle", "lost")
 _COMPILATION = ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 _WRITTEN_EVERY = 5.0  # seconds
-_MARKS = 32  # saved steps of a start that are kept; a resume takes a newer one
+_MARKS, _FEW_MARKS = (
+    32,
+    4,
+)  # saved steps of the last start that are kept, and of each before; a resume takes a newer one
 
 Start = dict[str, Any]  # began: seconds since 1970; seconds by kind; marks: seconds by kind, by saved step
 
@@ -59,7 +63,8 @@ class Goodput:
 
     def resumed(self, step: int) -> None:
         """To be called once, before the first step: steps after this one, of starts before, are lost."""
-        self._starts = [_cut(start, step) for start in _read(self._file)]
+        starts = [_cut(start, step) for start in _read(self._file)]
+        self._starts = [*map(_with_few_marks, starts[:-1]), *starts[-1:]]
         self._turn("step")
 
     @contextlib.contextmanager
@@ -96,7 +101,7 @@ class Goodput:
         self._written = now
         self._turn(self._kind)
         try:
-            write_whole(self._file, json.dumps({"starts": [*self._starts, self._mine]}) + "\n")
+            write_whole(self._file, json.dumps(signed({"starts": [*self._starts, self._mine]})) + "\n")
         except Exception as error:  # a full disk or a bucket that is away: what a checkpoint needs says so
             _log.debug("%s: %s", self._file, one_line(error))
 
@@ -144,12 +149,22 @@ def _cut(start: Start, step: int) -> Start:
     return {**start, "marks": marks, "seconds": {**kept, "lost": kept["lost"] + lost}}
 
 
+def _with_few_marks(start: Start) -> Start:
+    """A start that is followed by two others: the file stays small over hundreds of preemptions."""
+    return {**start, "marks": dict(list(start["marks"].items())[-_FEW_MARKS:])}
+
+
 def _read(file: epath.Path) -> list[Start]:
-    """The starts that a file has; none where it is missing or damaged, for no training needs it."""
+    """The starts of a file; none where there is none or, with a warning, where it is damaged: no training needs it."""
     try:
-        starts = parse_object(file.read_bytes())["starts"]
-        return [_checked(start) for start in starts]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = parse_object(retried(file.read_bytes, str(file)))
+        if is_damaged(stored):
+            raise ValueError("its digest is not the one that was written")
+        return [_checked(start) for start in stored["starts"]]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # damaged, or a bucket that is away, of which each library has its own kind
+        _log.warning("%s cannot be read (%s): what the time was spent on so far is not known", file, one_line(error))
         return []
 
 

@@ -1,4 +1,4 @@
-"""Bits that flip in the files of a work directory: told by whoever reads the file again, or without any effect."""
+"""Bits that flip in the files of a work directory: reported by whoever reads the file again, or without any effect."""
 
 import random
 import shutil
@@ -21,6 +21,7 @@ from offsetjax.models.weights import frozen_tensors, read_tokenizers
 from offsetjax.report.read import _read_samples, read_picture
 from offsetjax.storage import arrays as step_arrays
 from offsetjax.storage import checkpoint, digests, record
+from offsetjax.training.goodput import read_goodput
 from offsetjax.training.jsonl import read_log
 from tests import tiny
 
@@ -62,8 +63,15 @@ def _samples(workdir: Path) -> Any:
 def _saved(workdir: Path) -> int:
     step = record.newest_saved(workdir)
     if not step:
-        raise UserError("told by a warning, and then it is not known")
+        raise UserError("a warning says so, and then it is not known")
     return step
+
+
+def _goodput(workdir: Path) -> dict[str, float]:
+    seconds = read_goodput(workdir)
+    if not seconds:
+        raise UserError("a warning says so, and then it is not known")
+    return seconds
 
 
 # How what lies where is read again.
@@ -73,6 +81,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "metrics.jsonl": _metrics,
     "samples": _samples,
     "saved.json": _saved,
+    "goodput.json": _goodput,
     **{f"checkpoints/{step}": partial(_step, step=step) for step in (2, 4, 6)},
 }
 
@@ -113,7 +122,7 @@ def _flip(workdir: Path, count: int, seed: int) -> Counter[str]:
         try:
             outcome = "harmless" if _same(READERS[name](workdir), good[name]) else "silent"
         except UserError as error:
-            outcome = "told" if "\n" not in str(error) else "told in several lines"
+            outcome = "reported" if "\n" not in str(error) else "reported in several lines"
         finally:
             file.write_bytes(data)
         found[outcome] += 1
@@ -124,7 +133,7 @@ def _flip(workdir: Path, count: int, seed: int) -> Counter[str]:
 
 def test_no_flipped_bit_is_silent(workdir: Path) -> None:
     found = _flip(workdir, 30, seed=1)
-    assert found["told"] > 5 and not found["silent"] and not found["told in several lines"], found
+    assert found["reported"] > 5 and not found["silent"] and not found["reported in several lines"], found
 
 
 @pytest.mark.chaos
@@ -132,4 +141,4 @@ def test_no_flipped_bit_is_silent(workdir: Path) -> None:
 def test_no_flipped_bit_of_300_is_silent(workdir: Path) -> None:
     found = _flip(workdir, 300, seed=0)
     print(f"\n300 flips over {len(_files(workdir))} files: {dict(found)}")
-    assert not found["silent"] and not found["told in several lines"], found
+    assert not found["silent"] and not found["reported in several lines"], found

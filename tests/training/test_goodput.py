@@ -75,6 +75,32 @@ def test_kills_and_resumes_lose_what_is_trained_again_and_no_second_is_missing(t
     assert sum(found.values()) == pytest.approx(clock.seconds - 1000)
 
 
+def test_the_file_stays_small_over_many_starts_and_loses_no_second(tmp_path: pathlib.Path) -> None:
+    clock, step = _Time(), 0
+    for _ in range(20):
+        goodput = _started(tmp_path, clock, step)
+        for _ in range(8):
+            step += 1
+            _steps(goodput, clock, 1)
+            goodput.saved(step)
+        clock.pass_by(30)
+    assert sum(read_goodput(tmp_path).values()) == pytest.approx(clock.seconds - 1000 - 30)
+    assert read_goodput(tmp_path)["step"] == pytest.approx(20 * 8)
+    assert (tmp_path / "goodput.json").stat().st_size < 20_000
+
+
+def test_a_changed_number_is_reported_and_not_believed(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    goodput = _started(tmp_path, _Time(), 0)
+    goodput.saved(4)
+    file = tmp_path / "goodput.json"
+    assert read_goodput(tmp_path)["start"] == 10 and not caplog.records
+    file.write_text(file.read_text().replace('"start": 10.0', '"start": 90.0'))
+    assert read_goodput(tmp_path) == {}
+    assert "goodput.json cannot be read (its digest is not the one that was written)" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[[[", b'{"starts": 5}', b'{"starts": [{"began": null}]}', b"\xff"])
 def test_a_file_that_is_none_is_of_no_start(tmp_path: pathlib.Path, content: bytes) -> None:
     (tmp_path / "goodput.json").write_bytes(content)
