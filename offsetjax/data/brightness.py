@@ -10,6 +10,7 @@ from scipy.stats import wasserstein_distance
 from offsetjax.data.buckets import square
 from offsetjax.data.images import UnreadableImage
 from offsetjax.data.source import Source, unreadable
+from offsetjax.errors import UserError
 
 # A brightness below or above these is near black or near white: a grey model draws no such picture.
 NEAR_BLACK, NEAR_WHITE = 0.1, 0.9
@@ -18,8 +19,13 @@ NEAR_BLACK, NEAR_WHITE = 0.1, 0.9
 MEASURED_AT_MOST = 2048
 
 
-def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_MOST) -> Float[np.ndarray, " n"]:
+def data_brightness(
+    source: Source, resolution: int, at_most: int = MEASURED_AT_MOST, may_be_bad: bool = False
+) -> Float[np.ndarray, " n"]:
     """The brightness of a data set's pictures, cropped as for training; of `at_most`, evenly spaced, where more.
+
+    Args:
+        may_be_bad: records that cannot be read are left out, where one can.
 
     Raises:
         UserError: a record that cannot be read.
@@ -27,14 +33,20 @@ def data_brightness(source: Source, resolution: int, at_most: int = MEASURED_AT_
 
     size = square(resolution)
 
-    def measure(index: int) -> float:
+    def measure(index: int) -> float | UserError:
         try:
             return source[index].brightness(size)
         except UnreadableImage as error:
-            raise unreadable(source, index, error) from error
+            return unreadable(source, index, error)
+        except UserError as error:
+            return error
 
     with ThreadPoolExecutor() as pool:  # decoding a picture lets other threads run
-        return np.array(list(pool.map(measure, evenly_spaced(source, at_most))))
+        found = list(pool.map(measure, evenly_spaced(source, at_most)))
+    bad = [each for each in found if isinstance(each, UserError)]
+    if bad and (not may_be_bad or len(bad) == len(found)):
+        raise bad[0]
+    return np.array([each for each in found if not isinstance(each, UserError)])
 
 
 def evenly_spaced(source: Source, at_most: int = MEASURED_AT_MOST) -> list[int]:

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.source import Source, open_data
@@ -104,8 +105,9 @@ def _sample(run: Run, sampler: Sampler) -> Evaluate:
 
 
 def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
-    probe = run.config.probe
-    measured = functools.cache(lambda: data_brightness(source, run.config.data.resolution))
+    probe, data = run.config.probe, run.config.data
+    may_be_bad = data.max_bad_fraction > 0  # training counts them, and ends where they are too many
+    measured = functools.cache(lambda: data_brightness(source, data.resolution, may_be_bad=may_be_bad))
 
     def evaluate(state: TrainState, step: int) -> Evaluation:
         pictures = _draw(run, sampler, state, step, probe.prompts, probe.seeds_per_prompt)
@@ -118,13 +120,19 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
     return evaluate
 
 
-def _validation(run: Run, source: Source) -> Evaluate:
-    config = of_squares(run.config)
-    held_out = open_data(config.data, config.validation.split)
-    check_apart(source, held_out)
-    config.seed, config.data.random_flip = 0, False  # the same pictures in every run
+def validation_config(config: ConfigDict) -> ConfigDict:
+    """The config of a validation's batches: the same pictures in every run, as squares whatever sizes are trained."""
+    config = of_squares(config)  # few pictures fill no batch of each size
+    config.seed, config.data.random_flip = 0, False
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     config.train.accumulate_steps = 1
+    return config
+
+
+def _validation(run: Run, source: Source) -> Evaluate:
+    config = validation_config(run.config)
+    held_out = open_data(config.data, config.validation.split)
+    check_apart(source, held_out)
     stream = open_stream(config, run.pipeline, held_out, run.mesh)
     frozen = sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen)
     replicated = NamedSharding(run.mesh, P())

@@ -1,13 +1,16 @@
 """Brightness is the mean of a picture's values, and how two distributions of it differ."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from offsetjax.data.brightness import compare, data_brightness
+from offsetjax.data.record import Picture
 from offsetjax.data.source import open_source
+from offsetjax.errors import UserError
 from tests.tiny import RESOLUTION, data_path
 
 
@@ -18,6 +21,37 @@ def test_the_datas_brightness_is_that_of_its_pictures(tmp_path_factory: pytest.T
     measured = data_brightness(open_source(path), RESOLUTION)
     assert sorted(measured) == pytest.approx(expected, abs=1e-9)
     assert len(data_brightness(open_source(path), RESOLUTION, at_most=5)) == 5
+
+
+class Pictures:
+    """A source of grey pictures; those of no bytes cannot be shown."""
+
+    label = "made here"
+
+    def __init__(self, *greys: int | None) -> None:
+        self._greys = greys
+
+    def __len__(self) -> int:
+        return len(self._greys)
+
+    def __getitem__(self, index: int) -> Picture:
+        grey = self._greys[index]
+        return Picture(b"" if grey is None else np.full((4, 4, 3), grey, np.uint8), "a picture")
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def shares_records(self, other: Any) -> bool:
+        return False
+
+
+def test_a_picture_that_cannot_be_shown_is_named_or_left_out() -> None:
+    source = Pictures(51, None, 204)
+    with pytest.raises(UserError, match=r"record 1 \(without a name\) of made here is no picture: the file is empty"):
+        data_brightness(source, 4)
+    assert data_brightness(source, 4, may_be_bad=True).tolist() == pytest.approx([0.2, 0.8])
+    with pytest.raises(UserError, match="is no picture"):
+        data_brightness(Pictures(None, None), 4, may_be_bad=True)
 
 
 def test_a_grey_model_against_data_of_every_brightness() -> None:

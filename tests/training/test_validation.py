@@ -29,7 +29,7 @@ from offsetjax.parallel.sharding import mesh_of, shardings
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture
 from offsetjax.train import train
-from offsetjax.training.evaluators import open_evaluators
+from offsetjax.training.evaluators import open_evaluators, validation_config
 from offsetjax.training.setup import Run, open_stream
 from offsetjax.training.step import TrainState
 from offsetjax.training.validation import check_apart, make_losses, validate
@@ -239,6 +239,14 @@ def test_a_run_that_dies_while_it_looks_looks_again_when_it_resumes(
     assert [line["step"] for line in lines if "validation_plain" in line][-1] == 2
 
 
+def test_a_validation_is_of_the_same_squares_whatever_sizes_are_trained() -> None:
+    changes: dict[str, Any] = {"data__buckets": ("16x16", "24x16"), "seed": 7, "train__accumulate_steps": 2}
+    assert validation_config(tiny_config(**changes)).data == validation_config(tiny_config(data__bucket_count=3)).data
+    found = validation_config(tiny_config(**changes))
+    assert (found.data.buckets, found.data.bucket_count, found.data.random_flip, found.seed) == ((), 0, False, 0)
+    assert (found.train.global_batch_size, found.train.accumulate_steps) == (4, 1)
+
+
 def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the sample grids move the start's brightness."""
     seen = []
@@ -255,7 +263,9 @@ def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, mon
     source = open_source(config.data.path)
     [evaluator] = open_evaluators(run, source)
     params = {"w": jnp.zeros(1)}
-    found = evaluator.evaluate(TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0)), 0)
+    found = evaluator.evaluate(
+        TrainState(jnp.int32(0), params, None, params, jnp.int32(0), jnp.uint32(0), jnp.uint32(0)), 0
+    )
     assert seen == [(0, ())]
     assert [len(pictures) for pictures in found.images.values()] == [1] and found.images.keys() == {"probe_0"}
     assert found.scalars["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())
