@@ -145,6 +145,7 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     adopt_lora(config)
     validate(config)  # what was read and filled in may not go with what was set
     check_resolution(config)
+    open_buckets(config, source)  # which cannot be changed once the run has begun
     tokenizers = _tokenizers(config, source)
     check_initial(config, build(config, tokenizers))
     return config, tokenizers

@@ -14,6 +14,7 @@ from offsetjax.parallel import fallback
 from offsetjax.training import check as checking
 from offsetjax.training.check import check
 from tests import tiny
+from tests.data.test_brightness import Pictures
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,8 @@ def test_it_says_what_would_happen_and_writes_nothing(data: pathlib.Path, tmp_pa
         ({"mesh__data": 3}, "does not fit 8 devices"),
         ({"train__global_batch_size": 9}, "must be a multiple of the 8 devices"),
         ({"data__resolution": 15}, "data.resolution = 15 must be a multiple"),
+        ({"data__buckets": ("16x16", "16x15")}, "data.buckets: 16x15 must be multiples of"),
+        ({"data__buckets": ("16x16", "8x128")}, "goes to 8x128 of data.buckets"),
         ({"model__pretrained": "/no/such/model"}, "/no/such/model"),
         ({"model__unet__cross_attention_dim": 24}, "cross_attention_dim = 24 must be 16"),
         ({"model__attention": "splash"}, "model.attention = splash"),
@@ -67,6 +70,19 @@ def test_it_finds_several_at_once(tmp_path: pathlib.Path, data: pathlib.Path) ->
     config = tiny.tiny_config(data, mesh__data=3, data__resolution=15)
     wrong, _, _ = check(config, tmp_path / "file" / "run")
     assert len(wrong) == 3, wrong
+
+
+@pytest.mark.parametrize(
+    ("greys", "max_bad_fraction", "stops"),
+    [((1, None, 3), 0.0, True), ((1, None, 3), 0.01, False), ((None,), 0.01, True)],
+)
+def test_a_record_that_a_training_leaves_out_stops_nothing(
+    greys: tuple[int | None, ...], max_bad_fraction: float, stops: bool
+) -> None:
+    found = checking._Found()
+    checking._look_at_records(found, Pictures(*greys), 4, max_bad_fraction)
+    assert (len(found.wrong), len(found.notes)) == ((1, 0) if stops else (0, 1))
+    assert "made here is no picture" in (found.wrong + found.notes)[0]
 
 
 def test_it_says_that_the_disk_is_too_small(
