@@ -217,7 +217,12 @@ class Task:
 
     @property
     def is_done(self) -> bool:
-        return self.result_path.exists() and self.path.exists()
+        """Whether the shard is there, with what this version says of its items; else it is written again."""
+        try:
+            self.result()
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+        return self.path.exists()
 
     def result(self) -> Result:
         """What became of its items, once it is done."""

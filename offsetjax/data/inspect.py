@@ -17,6 +17,7 @@ from offsetjax.data.items import shown
 from offsetjax.data.sizes import cropped_by_count, measured
 from offsetjax.data.source import unreadable
 from offsetjax.data.tfds import TfdsPictures, open_pictures
+from offsetjax.errors import one_line
 from offsetjax.files import check_file
 from offsetjax.json_text import parse_object
 
@@ -67,11 +68,19 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
         print(f"{count:8d} x {shown(text)}")
     dropped_file = epath.Path(source.rows.path) / DROPPED_FILE
     if dropped_file.exists():
-        dropped = tuple((name, str(why)) for name, why in parse_object(dropped_file.read_bytes()).items())
-        print(f"dropped when it was built: {len(dropped)}" + (f": {reasons(dropped)}" if dropped else ""))
+        print(f"dropped when it was built: {_dropped(dropped_file)}")
     if out is not None:
         _contact_sheet(source).save(os.fspath(out), "PNG")
         print(f"contact sheet: {out}")
+
+
+def _dropped(file: epath.Path) -> str:
+    """How many pictures, and why."""
+    try:
+        dropped = tuple((name, str(why)) for name, why in parse_object(file.read_bytes()).items())
+    except ValueError as error:
+        return f"not known, for {file} is damaged ({one_line(error)})"
+    return f"{len(dropped)}: {reasons(dropped)}" if dropped else "0"
 
 
 def _measure(source: TfdsPictures, index: int) -> tuple[int, int, float, str]:

@@ -185,6 +185,9 @@ def test_inspect_prints_what_is_there(tmp_path: pathlib.Path, capsys: pytest.Cap
     assert bins == [3, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     assert "captions: 2 distinct" in text and text.index("3 x Dark.") < text.index("1 x Bright.")
     assert "dropped when it was built: 1: 1 the file is empty" in text
+    next((tmp_path / "set").rglob("dropped.json")).write_text("{")
+    inspect(tmp_path / "set")
+    assert "dropped when it was built: not known, for " in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert (sheet == 0).all(axis=-1).sum() >= 3 * 160 * 160, "three black pictures are on the sheet"
 
@@ -240,6 +243,10 @@ def test_a_build_that_was_interrupted_continues_with_the_shards_that_are_missing
     with pytest.raises(UserError, match="has an unfinished build of other pictures, or with other settings"):
         build(folder, tmp_path / "set", shard_size=5, workers=1)
     wrote.clear()
+    note = next((tmp_path / "set").rglob(".*.json"))  # as an older version has it
+    note.write_text(
+        json.dumps({name: value for name, value in json.loads(note.read_text()).items() if name != "sizes"})
+    )
     summary = build(folder, tmp_path / "set", shard_size=6, workers=2)
     assert summary.kept == 20 and [name for name, _ in summary.dropped] == ["x.png"]
     # Processes write the fields of a record in another order each.
