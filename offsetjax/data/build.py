@@ -155,7 +155,7 @@ def _check_free(out: epath.Path, folder: epath.Path) -> None:
     """Raises a UserError where something else than an unfinished build is in the way."""
     is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_free and ((folder / INFO).exists() or not (folder / _DESCRIPTION).exists()):
-        raise UserError(f"data: {out} already exists; remove it, or give another folder for the data set")
+        raise UserError(f"data: {out} already exists; give another folder for the data set")
 
 
 def _plan(listing: Listing, shard_size: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _begin(out: epath.Path, folder: epath.Path, plan: dict[str, Any]) -> None:
         before = {}
     if before != plan:
         raise UserError(
-            f"data: {out} has an unfinished build of other pictures, or with other settings; remove it, or give "
+            f"data: {out} has an unfinished build of other pictures, or with other settings; give "
             "another folder for the data set"
         )
 

@@ -161,12 +161,12 @@ def is_finished(out: epath.PathLike, cache: Cache) -> bool:
     finished, there = (folder / INFO).exists(), read_cache(folder)
     if there is None:
         if not _is_free(out):
-            raise UserError(f"data: {out} already exists; remove it, or give another folder for the cache")
+            raise UserError(f"data: {out} already exists; give another folder for the cache")
     elif field := cache.difference(there):
         raise UserError(
             f"data: {out} has {'a finished' if finished else 'an unfinished'} cache with {field} = "
-            f"{getattr(there, field)}, but the config and its data now give {getattr(cache, field)}; remove it, or "
-            "give another folder"
+            f"{getattr(there, field)}, but the config and its data now give {getattr(cache, field)}; give "
+            "another folder"
         )
     return finished
 

@@ -176,7 +176,7 @@ def _read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     for number in log.unreadable:
         raise UserError(
             f"report: {workdir / 'metrics.jsonl'}, line {number} is not a step's metrics; resume the training, which "
-            "sets such lines aside, or delete that line"
+            "sets such lines aside"
         )
     return [{**line.values, "step": line.step} for line in log.lines]
 
@@ -209,7 +209,9 @@ def _read_samples(path: epath.Path) -> Samples:
             raise ValueError("it is damaged: its digest is not the one that was written")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-        raise UserError(f"report: {path} is not a record of samples ({reason}); delete it or draw it again") from error
+        raise UserError(
+            f"report: {path} is not a record of samples ({reason}); draw it again, or move it away"
+        ) from error
     return samples
 
 
@@ -232,7 +234,7 @@ def read_picture(path: epath.Path) -> Image.Image:
         Image.open(io.BytesIO(data)).verify()  # the checksums of a PNG's chunks, at which decoding does not look
         return Image.open(io.BytesIO(data)).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"report: {path} is not a readable picture; delete it or draw it again") from error
+        raise UserError(f"report: {path} is not a readable picture; draw it again, or move it away") from error
 
 
 def _measure(path: str, split: str, cached_latents: bool, kind: str, resolution: int) -> Data | str:

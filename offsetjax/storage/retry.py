@@ -21,7 +21,7 @@ def retried(read: Callable[[], Result], what: str, waits: tuple[float, ...] | No
         waits: between the tries, in seconds; None is `WAITS`.
 
     Raises:
-        TransientError: the last try met what may pass, too.
+        TransientError: the last try failed with a transient error, too.
         Exception: of any other kind, as the read raises it, at once.
     """
     waits = WAITS if waits is None else waits

@@ -107,7 +107,7 @@ def window_products(
     input_dilation: int = 1,
     kernel_dilation: int = 1,
 ) -> int:
-    """Along one axis of a convolution, the pairs of an output and a place in the window with an input.
+    """Along one axis of a convolution, the pairs of an output and a place in the window that fall on an input.
 
     Args:
         inputs: elements of the input, without the holes of its dilation.
@@ -120,7 +120,7 @@ def window_products(
     period = input_dilation // common
     inverse = pow(stride // common, -1, period)
     for place in range(size):
-        # Output o reads o * stride + shift, which has to be in reach, and a multiple of the dilation.
+        # Output o falls on o * stride + shift, which has to be in reach, and a multiple of the dilation.
         shift = place * kernel_dilation - pad
         first, last = max(0, -(shift // stride)), min(outputs - 1, (reach - shift) // stride)
         if first <= last and shift % common == 0:

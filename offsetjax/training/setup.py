@@ -220,7 +220,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     for path, value in flatten(config):
         if may_change_on_resume(path):
             assign(stored, path, value, explicit=is_explicit(config, path))
-    validate(stored)  # where model.pretrained is gone, these have not met its schedule yet
+    validate(stored)  # where model.pretrained is gone, these have not been compared with its schedule yet
     return stored
 
 

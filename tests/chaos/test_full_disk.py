@@ -63,7 +63,7 @@ def test_a_data_set_that_does_not_fit_is_one_line_and_fits_later(
     [line] = [line for line in said.splitlines() if "error: " in line]
     assert str(small_disk) in line and "No space left on device" in line
     assert "Traceback" not in said
-    assert _files(small_disk) == ["build.json"]  # what the next one goes on from
+    assert _files(small_disk) == ["build.json"]  # from which the next one continues
     subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
     status, said = _build(pictures, small_disk / "data")
     assert status == 0, said

@@ -129,7 +129,7 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
         UserError, match="has an unfinished cache of latents; continue it with the same `offsetjax data"
     ):
         open_source(out, cached_latents=True)
-    with pytest.raises(UserError, match=r"has an unfinished cache with resolution = 16, but .* give 32; remove it, or"):
+    with pytest.raises(UserError, match=r"has an unfinished cache with resolution = 16, but .* give 32; give another"):
         is_finished(out, dataclasses.replace(CACHE, resolution=32, random_flip=False))
     write(first)
     write(third)
@@ -140,7 +140,7 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
     assert is_finished(out, moved) and not missing_shards(out, moved, shard_size=10)
     with pytest.raises(UserError, match=r"has a finished cache with encoder = 0123456789abcdef, but .* give 0; remove"):
         is_finished(out, dataclasses.replace(CACHE, encoder="0"))
-    with pytest.raises(UserError, match="already exists; remove it, or give another folder for the cache"):
+    with pytest.raises(UserError, match="already exists; give another folder for the cache"):
         is_finished(tmp_path, CACHE)
 
 
