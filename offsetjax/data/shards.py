@@ -45,7 +45,7 @@ def write_shard(
     serializer, count = ExampleSerializer(features.get_serialized_info()), 0
     with tempfile.TemporaryDirectory(prefix=temporary_prefix("shard")) as local:  # ArrayRecord writes to no bucket
         file = Path(local) / path.name
-        with _told(file), contextlib.closing(ArrayRecordWriter(str(file), options)) as writer:
+        with _as_storage_error(file), contextlib.closing(ArrayRecordWriter(str(file), options)) as writer:
             for record in records:
                 writer.write(serializer.serialize_example(features.encode_example(record)))
                 count += 1
@@ -54,7 +54,7 @@ def write_shard(
 
 
 @contextlib.contextmanager
-def _told(file: Path) -> Iterator[None]:
+def _as_storage_error(file: Path) -> Iterator[None]:
     """Inside, ArrayRecord's error about a disk, which has no number, is one about storage, with the place."""
     try:
         yield

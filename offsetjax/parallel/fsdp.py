@@ -131,12 +131,12 @@ def on_mesh(gradient: Gradient, mesh: Mesh, rules: Sequence[Rule], dtypes: Mappi
         rules: by which the parameters are split, those of their networks.
         dtypes: the type that each part of the parameters computes in.
     """
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def mean(value: Any) -> Array:
         # A shard's is summed over `fsdp` already.
         total = _sum(mesh, value.value, ("data",)) if _is_shard(value) else _sum(mesh, value, sharding.BATCH[0])
-        return total / shares
+        return total / parts
 
     def of_device(*arguments: Any) -> tuple[Loss, PyTree]:
         loss, gradients = gradient(*arguments)

@@ -78,12 +78,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"config: mesh.data = {shape['data']} must be a multiple of the {slices} slices: parameters are split "
             f"within a slice, and replicated over the slices; set mesh.data = {slices}, with mesh.fsdp = -1"
         )
-    shares, batch = shape["data"] * shape["fsdp"], config.train.global_batch_size // config.train.accumulate_steps
-    if batch % shares:
-        split_over = f"{len(devices)} devices" if shares == len(devices) else f"mesh.data x mesh.fsdp = {shares}"
+    parts, batch = shape["data"] * shape["fsdp"], config.train.global_batch_size // config.train.accumulate_steps
+    if batch % parts:
+        split_over = f"{len(devices)} devices" if parts == len(devices) else f"mesh.data x mesh.fsdp = {parts}"
         raise UserError(
             f"config: train.global_batch_size / train.accumulate_steps = {batch} must be a multiple of the "
-            f"{split_over}; the next one is {-(-batch // shares) * shares}"
+            f"{split_over}; the next one is {-(-batch // parts) * parts}"
         )
     return mesh_of(**shape, devices=devices)
 

@@ -10,11 +10,11 @@ from offsetjax.parallel import processes
 
 
 class Watchdog:
-    """Inside its context all processes end with status 75 once nothing has gone on for `seconds`; 0: never."""
+    """Inside its context all processes end with status 75 once there was no progress for `seconds`; 0: never."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds or math.inf
-        self._went_on, self._closed = time.monotonic(), threading.Event()
+        self._progressed_at, self._closed = time.monotonic(), threading.Event()
 
     def __enter__(self) -> "Watchdog":
         if self._seconds < math.inf:
@@ -26,10 +26,10 @@ class Watchdog:
 
     def progressed(self) -> None:
         """To be called after each step, and after each other thing that takes its time."""
-        self._went_on = time.monotonic()
+        self._progressed_at = time.monotonic()
 
     def _watch(self) -> None:
-        while (left := self._went_on + self._seconds - time.monotonic()) > 0:
+        while (left := self._progressed_at + self._seconds - time.monotonic()) > 0:
             if self._closed.wait(left):
                 return
         why = f"error: stalled: no progress for {self._seconds:g} s (train.stall_seconds); what every thread does:"
