@@ -83,7 +83,7 @@ def _json_rows(lines: BinaryIO, place: str) -> Iterator[Row | tuple[str, str]]:
             yield here, f"not a caption: a line longer than {_MAX_LINE} bytes"
             continue
         try:
-            yield _row(parse_object(line), here)
+            yield _row(parse_object(line, takes_nan=True), here)  # scores, as Python and img2dataset write them
         except UnicodeDecodeError:
             yield here, "not UTF-8 text"
         except ValueError as error:
@@ -128,7 +128,7 @@ def read_side_file(file: pathlib.Path, lines: TextLines) -> tuple[str, ...]:
         raise Dropped(f"the caption's file is longer than {MAX_CAPTION_BYTES} bytes")
     try:
         if file.suffix.lower() == ".json":
-            return captions_of(parse_object(content))
+            return captions_of(parse_object(content, takes_nan=True))
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Dropped("the caption's file is not UTF-8 text") from None

@@ -145,6 +145,7 @@ def test_kohyas_folders_repeat_and_caption(root: pathlib.Path) -> None:
         (".TXT", b"\xef\xbb\xbfB\r\n"),
         (".json", b'{"caption": "B", "width": 4}'),
         (".json", b'{"prompt": "B"}'),
+        (".json", b'{"caption": "B", "similarity": NaN}'),
         (".png.txt", b"B"),
     ],
 )
