@@ -61,6 +61,11 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         )
     if config.data.cached_latents:
         raise UserError("data: `data encode` reads pictures: give their data.path, and data.cached_latents=False")
+    if config.data.buckets or config.data.bucket_count:
+        raise UserError(
+            "data: `data encode` makes latents of one size; leave out data.buckets and data.bucket_count, or train "
+            "from the pictures"
+        )
     config, pipeline, params, statistics = open_vae(config, open_data(config.data))
     sources = _whole_splits(config)
     cache = _describe(config, pipeline.autoencoder, params, statistics, sources)

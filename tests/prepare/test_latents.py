@@ -213,6 +213,7 @@ def test_a_run_that_is_reopened_takes_no_latents_of_another_autoencoder(
     ("override", "message"),
     [
         ("task=autoencoder", "task = 'autoencoder' trains what encodes"),
+        ("data.bucket_count=3", "makes latents of one size; leave out data.buckets and data.bucket_count"),
         ("data.cached_latents=True", "reads pictures: give their data.path"),
         ("data.split=test", "has no split 'test'"),
         ("data.split=all", "the splits that 'all' stands for"),
