@@ -176,7 +176,7 @@ def _read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     for number in log.unreadable:
         raise UserError(
             f"report: {workdir / 'metrics.jsonl'}, line {number} is not a step's metrics; resume the training, which "
-            "sets such lines aside"
+            "sets such lines aside, or, of a finished one, move that line to metrics.unreadable"
         )
     return [{**line.values, "step": line.step} for line in log.lines]
 

@@ -5,6 +5,7 @@ What is wrong is collected, so that one look finds all of it.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -88,9 +89,13 @@ def _look_at_records(found: _Found, source: Source, resolution: int, max_bad_fra
     looked = _Found()
     places = np.unique(np.linspace(0, len(source) - 1, _RECORDS, dtype=int)).tolist()
     for index in places:
-        looked.of(lambda index=index: seen(source, index, source[index], square(resolution)))  # type: ignore[misc]
+        looked.of(partial(_see, source, index, resolution))
     stops = not max_bad_fraction or len(looked.wrong) == len(places)
     (found.wrong if stops else found.notes).extend(looked.wrong[:1])
+
+
+def _see(source: Source, index: int, resolution: int) -> None:
+    seen(source, index, source[index], square(resolution))
 
 
 def _check_held_out(config: ConfigDict, source: Source) -> None:

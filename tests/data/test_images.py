@@ -298,7 +298,7 @@ def test_a_size_is_that_of_the_turned_picture_and_nothing_is_decoded_for_it(monk
     for kind in ("PNG", "JPEG"):
         turned = encode(Image.new("RGB", (30, 20)), kind, exif=exif)
         assert picture_size(turned) == (20, 30) == decode(turned).shape[1::-1]
-    decoded = []
+    decoded: list[tuple[int, int]] = []
     monkeypatch.setattr(PngImageFile, "load", lambda image: decoded.append(image.size))
     assert picture_size(png_file(8000, 4000)) == (8000, 4000) and not decoded
 

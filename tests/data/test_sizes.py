@@ -73,7 +73,7 @@ def test_a_damaged_note_of_sizes_is_named(folder: pathlib.Path, source: Source, 
             (copy / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             (copy / file.relative_to(folder)).write_bytes(file.read_bytes())
     note = next(copy.rglob(SIZES_FILE))
-    good, opened, named = note.read_bytes(), open_source(copy), []
+    good, opened, named = note.read_bytes(), open_source(copy), list[str]()
     places = range(0, len(good), 5)
     for place in places:  # zlib, zipfile and NumPy each raise an error of their own; a few bytes do not matter
         note.write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
