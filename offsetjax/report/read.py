@@ -233,7 +233,7 @@ def read_picture(path: epath.Path) -> Image.Image:
         data = path.read_bytes()
         Image.open(io.BytesIO(data)).verify()  # the checksums of a PNG's chunks, at which decoding does not look
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"report: {path} is not a readable picture; draw it again, or move it away") from error
 
 
