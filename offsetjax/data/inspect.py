@@ -14,7 +14,7 @@ from offsetjax.data.buckets import square
 from offsetjax.data.build import DROPPED_FILE, reasons
 from offsetjax.data.images import UnreadableImage, resize_and_crop
 from offsetjax.data.items import shown
-from offsetjax.data.sizes import cropped_by_count, measured
+from offsetjax.data.sizes import cropped_by_count
 from offsetjax.data.source import unreadable
 from offsetjax.data.tfds import TfdsPictures, open_pictures
 from offsetjax.errors import one_line
@@ -53,7 +53,7 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
     print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
     counts = (1, 3, 5, 7, 9)
-    lost = cropped_by_count(measured(source), counts, resolution=1024, step=64)
+    lost = cropped_by_count(sides[:, ::-1], counts, resolution=1024, step=64)
     by_count = ", ".join(
         f"{count} of data.bucket_count {loss:.1%}" for count, loss in zip(counts[1:], lost[1:], strict=True)
     )
