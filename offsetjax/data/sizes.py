@@ -91,15 +91,12 @@ def make_buckets(
     Raises:
         UserError: sizes that the networks cannot take, no picture that fits any, or a source without sizes.
     """
-    sizes = measured(source)
-    if given:
-        taken = tuple(parse_size(text) for text in given)
-        check_sizes(taken, unit)
-    else:
-        if step % unit:
-            raise UserError(
-                f"config: data.bucket_step = {step} must be a multiple of {unit}, by which networks halve it"
-            )
+    taken = tuple(parse_size(text) for text in given)
+    check_sizes(taken, unit)
+    if not given and step % unit:
+        raise UserError(f"config: data.bucket_step = {step} must be a multiple of {unit}, by which networks halve it")
+    sizes = measured(source)  # of data without a note, minutes
+    if not given:
         taken = _chosen(sizes, count, resolution, step, limits)
     assignment = assign(sizes[:, 0], sizes[:, 1], taken, limits)
     groups = tuple(np.flatnonzero(assignment.bucket == place) for place in range(len(taken)))
