@@ -259,7 +259,9 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     block = len(stream.rows)
     show = partial(_shown, stream.source, stream.max_bad_fraction > 0)
     order = _Order(_order(stream))
-    examples = order.random_map(partial(_flipped, show)) if stream.random_flip else order.map(partial(show, False))
+    examples = order.map(partial(show, False))
+    if stream.random_flip:
+        examples = order.random_map(partial(_flipped, show), seed=_flip_seed(stream.seed))
     examples = _Rows(examples, stream)
     if stream.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
@@ -273,6 +275,11 @@ def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     # The tokenizer stays out of the workers, which would import all of its and the models' libraries with it.
     tokenized = batches.map(partial(_tokenized, stream, set()))
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
+
+
+def _flip_seed(seed: int) -> int:
+    """The flips' own seed: by default Grain takes the depth of the pipeline, which its stages would change."""
+    return int(np.random.SeedSequence((seed, 4)).generate_state(1)[0])
 
 
 def _sized(size: Size, index: int) -> _Sized:

@@ -60,7 +60,7 @@ def test_it_was_trained_as_the_config_says(config):
     scheduler = json.loads((PRETRAINED / "scheduler" / "scheduler_config.json").read_text())
     schedule = dict(flatten(config.schedule))
     assert scheduler.get("rescale_betas_zero_snr", False) == schedule.pop("zero_terminal_snr")
-    shift = {"process", "shift", "shift_rule", "shift_resolution"}  # of a flow, which this is not
+    shift = {"process", "conversion", "shift", "shift_rule", "shift_resolution"}  # of a flow, which this is not
     assert schedule["process"] == "variance_preserving"
     assert all(scheduler[key] == value for key, value in schedule.items() if key not in shift)
 

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,14 +43,23 @@ def _files(folder: pathlib.Path) -> list[str]:
 
 def _build(pictures: pathlib.Path, out: pathlib.Path, most_bytes: int | None = None) -> tuple[int, str]:
     """`offsetjax data build` in a process of its own: its status and what it says."""
-
-    def limit() -> None:
-        if most_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-
-    command = [sys.executable, "-m", "offsetjax", "data", "build", f"--images={pictures}", f"--out={out}"]
+    limit = "unlimited" if most_bytes is None else most_bytes // 1024
+    # By a shell: what Python would run between fork and exec, jax warns of.
+    command = [
+        "bash",
+        "-c",
+        f'ulimit -f {limit}; exec "$@"',
+        "bash",
+        sys.executable,
+        "-m",
+        "offsetjax",
+        "data",
+        "build",
+        f"--images={pictures}",
+        f"--out={out}",
+    ]
     variables = {**os.environ, **WITHOUT_TORCH, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     return done.returncode, done.stderr
 
 
