@@ -7,6 +7,7 @@ none waits for one that is gone. Each acts first and prints afterwards: what is 
 """
 
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -115,6 +116,14 @@ def all_of(is_so: bool) -> bool:
     if jax.process_count() == 1:
         return is_so
     return bool(np.all(multihost_utils.process_allgather(np.array(is_so))))
+
+
+def differing(value: str) -> list[int]:
+    """The processes whose value is not that of the first one, which all have to ask."""
+    if jax.process_count() == 1:
+        return []
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
+    return [index for index, digest in enumerate(digests) if (digest != digests[0]).any()]
 
 
 def barrier(where: str) -> None:

@@ -4,6 +4,7 @@ A work directory is complete once it has `config.json`; until then a start begin
 not change are kept in `frozen/`, so that nothing outside the work directory is needed to resume, sample or export.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from offsetjax.models.weights import (
     write_frozen,
 )
 from offsetjax.parallel import sharding
-from offsetjax.parallel.processes import barrier
+from offsetjax.parallel.processes import barrier, differing
 from offsetjax.storage import checkpoint, digests, record
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.training.step import TrainState, init_state
@@ -216,6 +217,13 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
                 f"config: {path} = {given[path]!r}, but {workdir} was begun with {value!r}; "
                 "set it back, or give another --workdir"
             )
+    if stored.noise.anneal and config.train.steps > stored.train.steps:
+        _log.warning(
+            "noise.anneal: train.steps was %d and is %d, so that the noise of the training comes back, to become plain "
+            "over its new end",
+            stored.train.steps,
+            config.train.steps,
+        )
     # Before its first checkpoint a run reads its model again, from where that is now.
     for path, value in flatten(config):
         if may_change_on_resume(path):
@@ -276,13 +284,17 @@ def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[T
 
 
 def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None) -> Stream:
-    """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them."""
+    """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them.
+
+    Raises:
+        UserError: sizes that do not fit, or processes of one mesh whose data differ.
+    """
     global_batch_size = config.train.global_batch_size
     batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
     buckets = open_buckets(config, source)
     for line in buckets.describe() if buckets else ():
         _log.info("  %s", line)
-    return make_stream(
+    stream = make_stream(
         source,
         seed=config.seed,
         global_batch_size=global_batch_size,
@@ -295,6 +307,13 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
         max_bad_fraction=config.data.max_bad_fraction,
         buckets=buckets,
     )
+    # Each would train on its own; or, where sizes differ, wait for the others for ever.
+    if mesh and (others := differing(json.dumps(stream.fingerprint(), sort_keys=True))):
+        raise UserError(
+            f"data: {source.label} is not the same for all processes: that of {', '.join(map(str, others))} differs "
+            "from that of process 0; copy the data set again to where it differs, or give one place that all read"
+        )
+    return stream
 
 
 def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:

@@ -40,6 +40,14 @@ def told_late(tells: bool) -> str:
     return told.get(timeout=60)
 
 
+def _differing(value: str) -> list[int]:
+    return processes.differing(value)
+
+
+def test_the_processes_whose_value_differs_are_named() -> None:
+    assert call_together([(_differing, value) for value in ("a", "b", "a")], num_devices=1) == [[1]] * 3
+
+
 def test_a_process_that_has_waited_for_days_still_hears_the_others() -> None:
     assert call_together([(told_late, True), (told_late, False)], num_devices=1) == ["SIGTERM", "SIGTERM"]
 

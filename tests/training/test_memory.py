@@ -1,5 +1,6 @@
 """What a model costs in memory, read into its shards and exported: processes of their own measure themselves."""
 
+import importlib
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ def import_shards(config: ConfigDict, workdir: pathlib.Path) -> tuple[int, int, 
     Each of its shards is compared with the file, as another library reads it.
     """
     assert (jax.device_count(), jax.local_device_count()) == (4, 2)
+    for module in ("sampling.reach", "training.evaluators", "training.objective"):  # which a task imports on its way
+        importlib.import_module(f"offsetjax.{module}")
     (_, params), growth = most_growth(lambda: begin(config, workdir))
     [file] = (pathlib.Path(config.model.pretrained) / "unet").glob("*.safetensors")
     size = held = 0
