@@ -54,10 +54,8 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
     counts = (1, 3, 5, 7, 9)
     lost = cropped_by_count(sides[:, ::-1], counts, resolution=1024, step=64)
-    by_count = ", ".join(
-        f"{count} of data.bucket_count {loss:.1%}" for count, loss in zip(counts[1:], lost[1:], strict=True)
-    )
-    print(f"cropped, of all pixels: by squares {lost[0]:.1%}; with sizes chosen for the pictures, {by_count}")
+    by_count = ", ".join(f"{loss:.1%} with {count}" for count, loss in zip(counts[1:], lost[1:], strict=True))
+    print(f"cropped, of all pixels: {lost[0]:.1%} by squares; by chosen sizes (data.bucket_count), {by_count}")
     print(
         f"mean brightness (0 black, 1 white): mean {brightness.mean():.3f}, standard deviation {brightness.std():.3f}"
     )

@@ -26,7 +26,10 @@ def summary(
     """The lines: data, steps, noise, what is trained and what is not, devices, and where things go."""
     train, sample = config.train, config.sample
     kind = "latents" if config.data.cached_latents else "pictures"
-    yield f"data: {num_examples:,} {kind} of {config.data.path} ({config.data.split}), {config.data.resolution} px"
+    sizes = len(config.data.buckets) or config.data.bucket_count
+    of_sizes = f", {sizes} sizes" if config.data.buckets else f", at most {sizes} sizes of its area" if sizes else ""
+    about = f"{config.data.resolution} px{of_sizes}"
+    yield f"data: {num_examples:,} {kind} of {config.data.path} ({config.data.split}), {about}"
     epochs = train.steps * train.global_batch_size / num_examples
     parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
     yield f"steps: {train.steps:,} of {train.global_batch_size} examples{parts}, {epochs:.3g} epochs"

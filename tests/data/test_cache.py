@@ -138,7 +138,9 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
         file.name: file.read_bytes() for file in cached.rglob("*.*") if file.is_file()
     }
     assert is_finished(out, moved) and not missing_shards(out, moved, shard_size=10)
-    with pytest.raises(UserError, match=r"has a finished cache with encoder = 0123456789abcdef, but .* give 0; give another"):
+    with pytest.raises(
+        UserError, match=r"has a finished cache with encoder = 0123456789abcdef, but .* give 0; give another"
+    ):
         is_finished(out, dataclasses.replace(CACHE, encoder="0"))
     with pytest.raises(UserError, match="already exists; give another folder for the cache"):
         is_finished(tmp_path, CACHE)
