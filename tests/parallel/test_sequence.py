@@ -72,7 +72,7 @@ def test_pairs_of_layers_are_split_over_the_tensor_axis_by_columns_then_rows(nam
     split = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if _PAIRS.search(where := path_name(path)):
-            split[where] = tuple(spec(where, leaf.shape, {"data": 1, "fsdp": 1, "tensor": 2}))
+            split[where] = tuple(spec(where, leaf.shape, {"data": 1, "fsdp": 1, "tensor": 2}, network.sharding))
     assert split
     for where, axes in split.items():
         if any(each in where for each in whole):

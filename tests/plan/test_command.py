@@ -70,7 +70,7 @@ def test_memory_is_that_of_the_shards(on_cpu: dict[str, Any]) -> None:
     assert 4 * elements / 4 < memory["params"] < 4 * elements / 3
     assert memory["ema_params"] == memory["params"]
     assert memory["opt_state"] == pytest.approx(2 * memory["params"], abs=64)
-    assert memory["batch"] == 2 * (16 * 16 * 3 + 8 * 4 + 6 * 4 + 1)
+    assert memory["batch"] == 2 * (16 * 16 * 3 + 8 * 4 + 6 * 4 + 2)
     parts = ("params", "opt_state", "ema_params", "frozen", "batch", "temporary")
     assert memory["total"] == sum(memory[part] for part in parts)
     assert on_cpu["checkpoint_bytes"] == pytest.approx(4 * 4 * elements, rel=1e-3)

@@ -230,7 +230,7 @@ def test_a_line_half_written_by_a_running_training_is_left_out(tmp_path: pathlib
         ("metrics.jsonl", "nonsense\n", "metrics.jsonl, line 1 is not a step's metrics; resume the training, which"),
         ("samples/step_0.json", "[]", "step_0.json is not a record of samples"),
         ("samples/step_0.json", '{"step": 0}', "(no 'params'); draw it again"),
-        ("samples/step_0.png", "nonsense", "step_0.png is not a readable picture; delete"),
+        ("samples/step_0.png", "nonsense", "step_0.png is not a readable picture; draw it again"),
     ],
 )
 def test_a_malformed_file_is_named_with_the_remedy(

@@ -166,6 +166,7 @@ def test_samples_of_before_their_places_were_kept_are_shown_whole(tmp_path: path
     workdir = _workdir(tmp_path / "a", 0.1, {0: GREY, 100: WIDE})
     for path in (tmp_path / "a" / "samples").glob("*.json"):
         about = json.loads(path.read_text())
+        del about["digest"]  # of before there was one
         for record in about["records"]:
             del record["box"]
         path.write_text(json.dumps(about))

@@ -51,7 +51,9 @@ def _draw(
     config = trained.config.copy_and_resolve_references()
     config.noise.offset_strength, config.sample.start_noise = strength, start
     sampler = make_sampler(trained.pipeline, config, trained.mesh)
-    return draw_pictures(sampler, trained.pipeline, config, trained.params, trained.frozen, prompts, seeds)
+    return draw_pictures(
+        sampler, trained.pipeline, config, trained.params, trained.frozen, prompts, seeds, trained.step
+    )
 
 
 def test_the_files_are_the_pictures(drawn: tuple[pathlib.Path, list[Picture]]) -> None:
