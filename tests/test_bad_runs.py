@@ -175,8 +175,8 @@ RUNS: dict[str, tuple[Change, str]] = {
     **{
         f"the config {text}": (written("config.json", text), rf"config.json is no config \({words}\); restore it")
         for text, words in {
-            "[1]": "it is a list, not an object",
-            "null": "it is a NoneType, .*",
+            "[1]": "a list, not an object",
+            "null": "a null, not an object",
             "[" * 10**5: ".*",
         }.items()
     },

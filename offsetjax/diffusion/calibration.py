@@ -263,7 +263,7 @@ def write_calibration(
         strengths = offset_strengths(calibration, make_process(calibration.schedule), calibration.target_terminal_snr)
     recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
     content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
-    plain = json.loads(json.dumps(content, allow_nan=False, default=np.ndarray.tolist))
+    plain = parse_object(json.dumps(content, allow_nan=False, default=np.ndarray.tolist))
     write_whole(path, json.dumps(signed(plain), indent=1) + "\n")
 
 
