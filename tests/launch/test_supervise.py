@@ -164,7 +164,7 @@ def test_a_run_that_goes_on_already_is_watched(cloud: Cloud) -> None:
     cloud.wait_for(lambda: len(cloud.calls("ssh")) >= before + 2)
     run_file(cloud, "hold").unlink()
     status, err = end_of(process)
-    assert (status, f"watching run {run}" in err, f"run {run} is done" in err) == (0, True, True), err
+    assert (status, f"following run {run}" in err, f"run {run} is done" in err) == (0, True, True), err
     assert cloud.steps("my-tpu.0") == list(range(1, LAST_STEP + 1))
 
 

@@ -329,7 +329,7 @@ def test_a_signal_ends_the_watching_and_the_same_command_goes_on(cloud: Cloud) -
     while watched < 3:
         line = process.stderr.readline()
         assert line, "it ended"
-        watched += "watching run" in line
+        watched += "following run" in line
     for hold in cloud.root.glob("gs/bucket/runs/*/hold"):
         hold.unlink()
     process.communicate(timeout=60)
