@@ -306,7 +306,7 @@ def test_a_training_that_does_not_end_is_killed_on_demand_only(cloud: Cloud) -> 
     cloud.do("train", *TRAINING)
     status, _, err = cloud.run("stop", "--stop_minutes=0")
     assert (status, "still running after 0 min: my-tpu/0 running" in err, "`stop --now`" in err) == (1, True, True)
-    assert "is running, and was told to stop" in cloud.do("status")
+    assert "is running, and was asked to stop" in cloud.do("status")
     cloud.do("stop", "--now")
     assert "ended with exit status 137: killed" in cloud.do("status")
 
