@@ -5,12 +5,15 @@ import signal
 import sys
 from types import FrameType
 
+import offsetjax
+
 
 def main() -> int:
     """Runs the command line; see `cli.main`."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
+    offsetjax.is_program = True
     from offsetjax.cli import main
 
     return main()

@@ -81,6 +81,19 @@ for name in names:
 """)
 
 
+def test_the_command_spends_no_seconds_on_them_where_they_are_installed() -> None:
+    """diffusers would import them; they stay to be found by whatever else runs in the process."""
+    program = f"""
+import importlib.util, sys
+import offsetjax
+offsetjax.is_program = True
+import offsetjax.exporting.export, offsetjax.sampling.sample, offsetjax.training.setup
+assert sys.modules.keys().isdisjoint({sorted(ONLY_IN_TESTS)})
+assert importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+"""
+    run(program, PYTHONPATH=str(ROOT))
+
+
 @pytest.mark.slow
 def test_training_sampling_and_exports_run_without_them(tmp_path: pathlib.Path) -> None:
     data = tiny.build_data(tmp_path)
