@@ -149,11 +149,12 @@ def _loop(
             with clock.waiting_for_data():
                 batch = next(batches)
             instruments.before(step)
-            with jax.transfer_guard("disallow"):
+            with clock.waiting(), jax.transfer_guard("disallow"):
                 state, step_metrics = train_step(state, frozen, batch)
             instruments.after(step, state)
             if last:  # one step ahead of the devices, no more: a stall shows, and to stop is quick
-                guard.look(step - 1, last)
+                with clock.waiting():
+                    guard.look(step - 1, last)
             last = step_metrics
             watchdog.progressed()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
@@ -171,18 +172,16 @@ def _loop(
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
                     _write(metrics, stream, *unwritten, clock)
                     unwritten = None
-                with goodput.spent_on("checkpoint"):
+                with goodput.spent_on("checkpoint"), clock.waiting():
                     saver.save(step, state, {"fingerprint": stream.fingerprint()})  # where the data are is the step
+                    if is_preempted or guard.is_over or step == train.steps:
+                        saver.finish()
                 goodput.saved(step)
                 watchdog.progressed()
             if guard.is_over:
-                saver.finish()
                 raise guard.mistake(step)
             if is_preempted and step < train.steps:
-                saver.finish()
                 raise preemption.stopped(f"after step {step}")
-        with goodput.spent_on("checkpoint"):
-            saver.finish()
         _log.info("time: %s", in_words(goodput.totals()))
         if skipped := int(state.skipped):
             _log.warning("%d steps changed nothing; see the warnings at each", skipped)

@@ -106,6 +106,12 @@ def gather(key: str, value: str) -> list[str]:
     return [value for _, value in _client().key_value_dir_get(key)]
 
 
+def publish(key: str, value: str) -> list[str]:
+    """Gives a value of this process's, and what each process has given last; nobody is waited for."""
+    broadcast(f"{key}/{_index()}", value)
+    return [value for _, value in _client().key_value_dir_get(key)] if _index() == 0 else [value]
+
+
 def is_first() -> bool:
     """Whether this is the process that writes what one of them has to."""
     return jax.process_index() == 0

@@ -52,6 +52,8 @@ def report(workdirs: Sequence[str], out: str, sections: Sequence[Section] = ()) 
         for each, summary in zip(pools, pooled["runs"], strict=True)
     ]
     pictures = _pictures(pools, series, numbers["pools"], sections)
+    if spent := figures.seconds(numbers["runs"]):
+        pictures["seconds"] = png(spent)
     for name, content in pictures.items():
         write_whole(folder / f"{name}.png", content)
     text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)

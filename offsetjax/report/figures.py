@@ -128,3 +128,29 @@ def unconditional_spread(runs: Sequence[Numbers]) -> Figure | None:
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="standard deviation of brightness")
     axes.margins(x=0.1)
     return canvas
+
+
+@style
+def seconds(runs: Sequence[Numbers]) -> Figure | None:
+    """What share of its wall clock each run spent on what: a bar a run, from steps to what is lost."""
+    shown = [run for run in runs if sum(run["seconds"].values()) > 0]
+    if not shown:
+        return None
+    first = [*shown[0]["seconds"]]
+    kinds = ["step", *(kind for kind in first if kind != "step")]  # what a run is for comes first
+    canvas = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(shown)), layout="constrained")
+    axes = canvas.add_subplot()
+    lefts = np.zeros(len(shown))
+    for index, kind in enumerate(kinds):
+        shares = np.array([100 * run["seconds"][kind] / sum(run["seconds"].values()) for run in shown])
+        if shares.any():
+            axes.barh(range(len(shown)), shares, 0.66, lefts, color=colour(index), label=kind)
+            lefts += shares
+    for place, run in enumerate(shown):
+        share = run["seconds"]["step"] / sum(run["seconds"].values())
+        axes.text(1, place, f"{share:.0%}", va="center", color="white", weight="bold")
+    axes.set_yticks(range(len(shown)), [prompt_label(run["name"], 34) for run in shown])
+    axes.tick_params(axis="y", length=0)
+    axes.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, 100), xlabel="% of the wall clock")
+    canvas.legend(loc="outside lower left", ncols=len(kinds))
+    return canvas

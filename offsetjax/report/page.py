@@ -38,7 +38,7 @@ def render(numbers: Numbers, pictures: Pictures, note: str = "") -> str:
         numbers: the summary of `numbers.summarise`, with `conclusions`, plain text, and `pools`, summaries of the runs
             that differ in their seed alone, taken together.
         pictures: PNG bytes by name: headline, swept, brightness, curves, losses, unconditional, and `before_0`,
-            `after_0` … for the grids of each pool; those that are absent are left out.
+            `after_0` … for the grids of each pool, seconds; those that are absent are left out.
         note: text that the caller's sections add under the figure of brightness.
     """
     runs, pools = numbers["runs"], numbers["pools"]
@@ -64,7 +64,7 @@ def render(numbers: Numbers, pictures: Pictures, note: str = "") -> str:
         _section(pictures, "probe", "Brightness of a probe", _PROBE_NOTE + band),
         _grids(pools, pictures),
         "<h2>Runs</h2>" + _runs_table(runs),
-        _seconds_table(runs),
+        _seconds(runs, pictures),
         _section(pictures, "losses", "Loss", _LOSS_NOTE + band),
         _section(pictures, "validation", "Validation loss", _VALIDATION_NOTE + band),
         _differences(numbers),
@@ -186,8 +186,8 @@ def _runs_table(runs: Sequence[Numbers]) -> str:
     return _table(head, rows) + f"<p class='note'>{note}</p>"
 
 
-def _seconds_table(runs: Sequence[Numbers]) -> str:
-    """A row a run: what share of its wall clock went into what."""
+def _seconds(runs: Sequence[Numbers], pictures: Pictures) -> str:
+    """A bar and a row a run: what share of its wall clock went into what."""
     runs = [run for run in runs if run["seconds"]]
     if not runs:
         return ""
@@ -197,7 +197,8 @@ def _seconds_table(runs: Sequence[Numbers]) -> str:
         total = sum(run["seconds"].values())
         shares = (f"{run['seconds'][kind] / total:.1%}" if total else _NONE for kind in kinds)
         rows.append([run["name"], str(timedelta(seconds=round(total))), *shares])
-    return _table(["run", "wall clock", *kinds], rows) + f"<p class='note'>{_SECONDS_NOTE}</p>"
+    table = _table(["run", "wall clock", *kinds], rows) + f"<p class='note'>{_SECONDS_NOTE}</p>"
+    return _figure(pictures, "seconds", "What the wall clock was spent on; in white, the share of steps.") + table
 
 
 def _differences(numbers: Numbers) -> str:

@@ -17,6 +17,7 @@ from offsetjax.config.registries import WRITERS
 from offsetjax.errors import one_line
 from offsetjax.sampling.pictures import Picture
 from offsetjax.training.goodput import Goodput
+from offsetjax.training.pace import Paces
 
 _log = logging.getLogger("offsetjax")
 
@@ -104,13 +105,16 @@ def _opening(opener: OpenWriter, workdir: epath.Path, start_step: int, num_steps
 class StepClock:
     """Seconds a step between two logs, and how much of them was waiting for data; pauses do not count.
 
+    Of several processes the first also says how they compare, see `pace.py`.
+
     With `ideal_seconds`, those of a step whose model FLOPs are all done at the devices' peak, it also gives the share
     of the peak that was reached (MFU, arXiv 2204.02311).
     """
 
     def __init__(self, start_step: int, global_batch_size: int, goodput: Goodput, ideal_seconds: float | None = None):
         self._step, self._batch, self._goodput, self._ideal = start_step, global_batch_size, goodput, ideal_seconds
-        self._began, self._waited = time.monotonic(), 0.0
+        self._began, self._waited, self._elsewhere, self._is_first = time.monotonic(), 0.0, 0.0, True
+        self._paces = Paces()
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -119,6 +123,13 @@ class StepClock:
         with self._goodput.spent_on("data"):
             yield
         self._waited += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time inside is no work of this process: it waits for devices or for storage."""
+        begin = time.monotonic()
+        yield
+        self._elsewhere += time.monotonic() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -131,8 +142,8 @@ class StepClock:
     def lap(self, step: int) -> dict[str, float]:
         """The rates since the last lap."""
         now, steps = time.monotonic(), max(1, step - self._step)
-        seconds, waited = (now - self._began) / steps, self._waited / steps
-        self._began, self._waited, self._step = now, 0.0, step
+        seconds, waited, elsewhere = (now - self._began) / steps, self._waited / steps, self._elsewhere / steps
+        self._began, self._waited, self._elsewhere, self._step = now, 0.0, 0.0, step
         rates = {
             "images_per_second": round(self._batch / seconds, 3),
             "step_seconds": round(seconds, 5),
@@ -140,4 +151,7 @@ class StepClock:
             "goodput": round(self._goodput.share(), 5),
         }
         self._goodput.write(is_last=False)
+        if not self._is_first:  # the first lap has the compilation
+            rates |= self._paces.compare(waited, max(0.0, seconds - waited - elsewhere), seconds)
+        self._is_first = False
         return rates | ({"mfu": round(self._ideal / seconds, 5)} if self._ideal else {})

@@ -1,5 +1,6 @@
 """The real trainer in several processes: what they draw and save together, how they stop, and how they resume."""
 
+import json
 import re
 import shutil
 import signal
@@ -38,6 +39,11 @@ def test_watches_and_saves_of_several_processes(pod: Pod) -> None:
     assert committed(straight) == list(range(SAVED_EVERY, STEPS + 1, SAVED_EVERY))
     assert [line["step"] for line in watched(straight)] == [0, 8, 16]
     assert all(line["validation_plain"] > 0 for line in watched(straight))
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "loss" in line)
+    assert last["slowest_process"] in (0, 1)
+    assert last["own_seconds_most"] >= last["own_seconds_median"] >= 0
+    assert last["data_wait_seconds_most"] >= last["data_wait_seconds"]
 
 
 @pytest.mark.slow

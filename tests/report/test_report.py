@@ -16,11 +16,12 @@ from PIL import Image
 from offsetjax.config import default_config, to_json
 from offsetjax.data import record
 from offsetjax.errors import UserError
-from offsetjax.report import read, report
+from offsetjax.report import figures, read, report
 from offsetjax.report.headline import cells
 from offsetjax.report.section import Reference, Section
 from offsetjax.sampling.pictures import Picture, write_samples
 from offsetjax.sampling.sample import about_samples
+from offsetjax.training.goodput import Goodput
 
 SQUARE, SKI, LOGO = "a town square by torchlight", "a ski slope in the sun", "a line-art logo"
 Brightness = Mapping[str, Sequence[float]]
@@ -113,6 +114,25 @@ def test_the_numbers_are_those_of_the_files(tmp_path: pathlib.Path, data: Callab
     assert run["data"]["brightness"]["mean"] == pytest.approx(0.8 / 3, abs=1e-4)
     assert run["data"]["brightness"]["std"] == pytest.approx(np.std([0, 0.2, 0.6]), abs=1e-4)
     assert "0.100 ± 0.100" in html
+
+
+def test_the_seconds_of_each_run_are_a_bar_of_all_its_wall_clock(tmp_path: pathlib.Path, data: Any) -> None:
+    now = [0.0]
+    workdirs = [_workdir(tmp_path / name, 0.1, {}) for name in ("one", "two")]
+    for workdir, steps in zip(workdirs, (60.0, 20.0), strict=True):
+        goodput = Goodput(workdir, clock=lambda: now[0], now=lambda: now[0])
+        now[0] += 20
+        goodput.resumed(0)
+        now[0] += steps
+        goodput.write()
+    numbers, html = _run(tmp_path, *workdirs)
+    assert (tmp_path / "page_files" / "seconds.png").stat().st_size > 5000
+    assert "in white, the share of steps" in html and "75.0%" in html
+    [axes] = figures.seconds(numbers["runs"]).axes
+    bars = {each.get_label(): [bar.get_width() for bar in each] for each in axes.containers}
+    assert bars == {"step": pytest.approx([75, 50]), "start": pytest.approx([25, 50])}
+    assert [text.get_text() for text in axes.texts] == ["75%", "50%"]
+    assert figures.seconds([{**run, "seconds": {}} for run in numbers["runs"]]) is None
 
 
 def test_the_sentence_about_the_range_follows_the_figures(tmp_path: pathlib.Path, data: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import time
 from collections.abc import Iterator
 
 import jax
@@ -18,7 +19,9 @@ from offsetjax.parallel.finite import all_finite
 from offsetjax.report.conclusions import conclusions
 from offsetjax.report.numbers import summarise
 from offsetjax.report.read import read_runs
+from offsetjax.storage.saving import Saver
 from offsetjax.train import train
+from offsetjax.training.goodput import Goodput, read_goodput
 from offsetjax.training.spikes import followed, no_spikes, spike_ratio
 from offsetjax.training.step import init_state, make_gradient, make_train_step
 from tests.tiny import data_path, quick_compilation, tiny_config
@@ -107,8 +110,13 @@ def test_a_lasting_jump_is_skipped_to_the_end_of_the_run_and_one_that_is_no_numb
 
 
 def test_a_run_that_only_skips_ends_with_its_last_state_and_its_examples(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    finish = Saver.finish
+    monkeypatch.setattr(Saver, "finish", lambda saver: (time.sleep(0.5), finish(saver)))
     data = data_path(tmp_path_factory.getbasetemp())
     config = tiny_config(data, train__steps=40, train__max_skipped_in_a_row=3, checkpoint__every_steps=100)
     config.optimizer.update(learning_rate=1e3, weight_decay=1e3)  # in range: each step multiplies weights by -1e6
@@ -124,6 +132,9 @@ def test_a_run_that_only_skips_ends_with_its_last_state_and_its_examples(
     numbers = warning.partition("its examples are ")[2].partition(" of ")[0]
     assert all(0 <= int(number) < len(open_source(data)) for number in numbers.split(", "))
     assert len(numbers.split(", ")) == 8
+    assert read_goodput(tmp_path)["checkpoint"] > 0.5
+    Goodput(tmp_path).resumed(first + 3)
+    assert read_goodput(tmp_path)["lost"] < 0.5, "the last save is waited for, and kept"
     for which in ("raw", "ema"):  # which refuses others
         trained = load_trained(tmp_path, which=which)
         assert trained.step == first + 3
