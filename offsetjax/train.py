@@ -38,9 +38,10 @@ from offsetjax.training.guard import Guard
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
 from offsetjax.training.objective import Objective, make_objective
-from offsetjax.training.setup import Run, first_state, open_run, open_stream
+from offsetjax.training.setup import Run, first_state, open_run
 from offsetjax.training.starts import write_start
 from offsetjax.training.step import TrainState, TrainStep, make_gradient, make_train_step
+from offsetjax.training.streams import open_stream
 from offsetjax.training.summary import devices_in_words
 
 _log = logging.getLogger("offsetjax")

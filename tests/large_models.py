@@ -15,9 +15,10 @@ from offsetjax.diffusion.process import make_process
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
+from offsetjax.models.frozen import write_tokenizers
 from offsetjax.models.pipeline import build, network_parts
 from offsetjax.models.tokenizer import train_tokenizer
-from offsetjax.models.weights import abstract_params, abstract_trained, initial_trained, write_tokenizers
+from offsetjax.models.weights import abstract_params, abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.storage import checkpoint
 from offsetjax.training.setup import Run, open_run

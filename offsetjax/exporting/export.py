@@ -35,10 +35,11 @@ from offsetjax.formats.single_file import write_single_file
 from offsetjax.formats.tensors import Tensor, inspected, of_array
 from offsetjax.leftovers import unfinished_name
 from offsetjax.models.family import Family
+from offsetjax.models.frozen import carried_of, write_tokenizers
 from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
 from offsetjax.models.task import task_of
 from offsetjax.models.trained import Stored, open_stored
-from offsetjax.models.weights import abstract_params, carried_of, write_tokenizers
+from offsetjax.models.weights import abstract_params
 
 _SUFFIXES = {"single_file": ".safetensors", "lora": ".safetensors", "comfyui_node": ".py"}
 

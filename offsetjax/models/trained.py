@@ -26,21 +26,12 @@ from offsetjax.formats.safetensors import read_metadata
 from offsetjax.formats.tensors import Tensor
 from offsetjax.json_text import parse_object
 from offsetjax.models.family import family_of, open_checkpoint
+from offsetjax.models.frozen import frozen_tensors, load_frozen, read_tokenizers, stored_dtype
 from offsetjax.models.lora import merged_tensors
 from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_parts, network_parts
 from offsetjax.models.resolve import adopt_lora, resolve
 from offsetjax.models.task import task_of
-from offsetjax.models.weights import (
-    abstract_trained,
-    frozen_tensors,
-    initial_trained,
-    load,
-    load_frozen,
-    part_tensors,
-    pretrained_tokenizers,
-    read_tokenizers,
-    stored_dtype,
-)
+from offsetjax.models.weights import abstract_trained, initial_trained, load, part_tensors, pretrained_tokenizers
 from offsetjax.parallel import sharding
 from offsetjax.parallel.finite import all_finite
 from offsetjax.storage import arrays, checkpoint, digests

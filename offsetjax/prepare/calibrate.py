@@ -47,7 +47,7 @@ from offsetjax.prepare.reach import Drawn, octaves, reach_advice, reach_figure, 
 from offsetjax.progress import tracked
 from offsetjax.sampling.reach import drawing
 from offsetjax.training.objective import Batch
-from offsetjax.training.setup import of_squares, open_stream
+from offsetjax.training.streams import of_squares, open_stream
 
 _log = logging.getLogger("offsetjax")
 

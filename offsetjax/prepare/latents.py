@@ -36,7 +36,7 @@ from offsetjax.models.task import task_of
 from offsetjax.models.weights import initial_params
 from offsetjax.parallel.processes import barrier
 from offsetjax.progress import tracked
-from offsetjax.training.setup import Statistics, check_cache, latent_statistics
+from offsetjax.training.streams import Statistics, check_cache, latent_statistics
 
 _log = logging.getLogger("offsetjax")
 _PICTURES_A_DEVICE = 8  # at a time

@@ -8,15 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.models.frozen import stored_dtype
 from offsetjax.models.pipeline import Pipeline, build, for_training, frozen_parts
 from offsetjax.models.task import task_of
-from offsetjax.models.weights import (
-    abstract_params,
-    abstract_trained,
-    new_tokenizers,
-    pretrained_tokenizers,
-    stored_dtype,
-)
+from offsetjax.models.weights import abstract_params, abstract_trained, new_tokenizers, pretrained_tokenizers
 from offsetjax.training.flops import count_flops
 from offsetjax.training.objective import add_position, make_objective
 from offsetjax.training.step import TrainState, init_state

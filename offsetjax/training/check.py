@@ -16,11 +16,13 @@ from offsetjax.data.buckets import square
 from offsetjax.data.source import Source, open_data, seen
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
+from offsetjax.models.frozen import read_tokenizers
 from offsetjax.models.pipeline import Pipeline, build, for_training
 from offsetjax.models.task import task_of
-from offsetjax.models.weights import abstract_trained, read_tokenizers
+from offsetjax.models.weights import abstract_trained
 from offsetjax.parallel import sharding
-from offsetjax.training.setup import open_buckets, reopened, settled
+from offsetjax.training.setup import reopened, settled
+from offsetjax.training.streams import open_buckets
 from offsetjax.training.summary import GIB, free_bytes, state_bytes, summary
 from offsetjax.training.validation import check_apart
 

@@ -25,8 +25,9 @@ from offsetjax.models.task import task_of
 from offsetjax.parallel import sharding
 from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
-from offsetjax.training.setup import Run, of_squares, open_stream
+from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState
+from offsetjax.training.streams import of_squares, open_stream
 from offsetjax.training.validation import check_apart, make_losses, validate
 
 _log = logging.getLogger("offsetjax")

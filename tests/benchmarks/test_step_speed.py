@@ -28,7 +28,8 @@ from offsetjax.models.pipeline import build
 from offsetjax.parallel import sharding
 from offsetjax.storage.checkpoint import open_checkpoints
 from offsetjax.train import jit_train_step, train
-from offsetjax.training.setup import first_state, open_run, open_stream
+from offsetjax.training.setup import first_state, open_run
+from offsetjax.training.streams import open_stream
 from tests.families import narrow_config
 from tests.processes import call
 from tests.tiny import build_data, tiny_config

@@ -15,9 +15,9 @@ import pytest
 from offsetjax.config import to_json
 from offsetjax.errors import UserError
 from offsetjax.models.family import family_of
+from offsetjax.models.frozen import frozen_tensors, read_tokenizers
 from offsetjax.models.pipeline import build, frozen_parts
 from offsetjax.models.trained import read_config
-from offsetjax.models.weights import frozen_tensors, read_tokenizers
 from offsetjax.report.read import _read_samples, read_picture
 from offsetjax.storage import arrays as step_arrays
 from offsetjax.storage import checkpoint, digests, record

@@ -33,7 +33,8 @@ from offsetjax.prepare.latents import encode_data, open_vae
 from offsetjax.train import train
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, model_flops
 from offsetjax.training.flops import count_flops
-from offsetjax.training.setup import open_run, open_stream
+from offsetjax.training.setup import open_run
+from offsetjax.training.streams import open_stream
 from offsetjax.training.validation import make_losses, validate
 from tests.processes import call_together
 from tests.tiny import data_path, quick_compilation, run_config, tiny_config, trained_workdir

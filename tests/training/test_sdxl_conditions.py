@@ -17,7 +17,8 @@ from offsetjax.models.pipeline import join
 from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.training.objective import add_position, diffusion_objective
-from offsetjax.training.setup import Run, open_run, open_stream
+from offsetjax.training.setup import Run, open_run
+from offsetjax.training.streams import open_stream
 from tests import families, tiny
 
 COUNT = len(families.SIZES)

@@ -22,16 +22,17 @@ from offsetjax.data.source import open_source
 from offsetjax.diffusion.noise import offset_noise
 from offsetjax.errors import UserError
 from offsetjax.models.encode import to_unit_range
+from offsetjax.models.frozen import load_frozen, read_tokenizers
 from offsetjax.models.pipeline import Pipeline, build, frozen_parts
 from offsetjax.models.stable_diffusion import SD1
-from offsetjax.models.weights import load_frozen, read_tokenizers
 from offsetjax.parallel.sharding import mesh_of, shardings
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture
 from offsetjax.train import train
 from offsetjax.training.evaluators import open_evaluators, validation_config
-from offsetjax.training.setup import Run, open_stream
+from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState
+from offsetjax.training.streams import open_stream
 from offsetjax.training.validation import check_apart, make_losses, validate
 from tests.tiny import RESOLUTION, data_path, quick_compilation, run_config, tiny_config, trained_workdir
 

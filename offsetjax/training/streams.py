@@ -1,0 +1,116 @@
+"""The batches of a training, and what they must go with: the sizes of its pictures, the cache of its latents.
+
+`data/stream.py` has the batches themselves; what a config and a mesh say of them is here.
+"""
+
+import json
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float, PyTree
+from ml_collections import ConfigDict
+
+from offsetjax.data.buckets import Limits
+from offsetjax.data.sizes import Buckets, make_buckets
+from offsetjax.data.stream import Stream, make_stream
+from offsetjax.errors import UserError
+from offsetjax.models.encode import encoder_checksum, to_unit_range
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.resolve import resolution_unit
+from offsetjax.parallel import sharding
+from offsetjax.parallel.processes import differing
+
+_log = logging.getLogger("offsetjax")
+
+Statistics = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]  # the mean and the deviation of each channel
+
+
+def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None) -> Stream:
+    """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them.
+
+    Raises:
+        UserError: sizes that do not fit, or processes of one mesh whose data differ.
+    """
+    global_batch_size = config.train.global_batch_size
+    batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
+    buckets = open_buckets(config, source)
+    for line in buckets.describe() if buckets else ():
+        _log.info("  %s", line)
+    stream = make_stream(
+        source,
+        seed=config.seed,
+        global_batch_size=global_batch_size,
+        resolution=config.data.resolution,
+        random_flip=config.data.random_flip,
+        tokenize=pipeline.tokens,
+        long_captions=config.encode.long_captions,
+        num_workers=config.data.num_workers,
+        rows=sharding.rows_of_process(batch, global_batch_size) if batch else None,
+        max_bad_fraction=config.data.max_bad_fraction,
+        buckets=buckets,
+    )
+    # Each would train on its own; or, where sizes differ, wait for the others for ever.
+    if mesh and (others := differing(json.dumps(stream.fingerprint(), sort_keys=True))):
+        raise UserError(
+            f"data: {source.label} is not the same for all processes: that of {', '.join(map(str, others))} differs "
+            "from that of process 0; copy the data set again to where it differs, or give one place that all read"
+        )
+    return stream
+
+
+def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
+    """The sizes of the training's pictures, and the batches of each; None where all are cut to one square.
+
+    Raises:
+        UserError: sizes that do not fit the networks or the pictures.
+    """
+    data = config.data
+    if not (data.buckets or data.bucket_count):
+        return None
+    return make_buckets(
+        source,
+        given=data.buckets,
+        count=data.bucket_count,
+        resolution=data.resolution,
+        step=data.bucket_step,
+        unit=resolution_unit(config),
+        limits=Limits(data.max_aspect, data.max_enlargement or float("inf")),
+        batch_size=config.train.global_batch_size,
+        seed=config.seed,
+    )
+
+
+def of_squares(config: ConfigDict) -> ConfigDict:
+    """A copy of the config that takes the central square of every picture, as all but the training itself does."""
+    config = config.copy_and_resolve_references()
+    config.data.buckets, config.data.bucket_count = (), 0
+    return config
+
+
+def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
+    """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures.
+
+    They are the first of the training's order, again and again where there are fewer. Of a cache, those by which its
+    autoencoder was standardised.
+
+    Raises:
+        UserError: it was not.
+    """
+    if config.data.cached_latents:
+        return source.cache.statistics(source.label, f"model.{pipeline.family.autoencoder}.scaling_factor")
+    sampled = of_squares(config)
+    sampled.train.global_batch_size, sampled.data.random_flip = 8, False
+    batches = open_stream(sampled, pipeline, source).iterator(0)
+    encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(vae_params, to_unit_range(pixels))[0])
+    latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])
+    batches.close()
+    return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+
+
+def check_cache(config: ConfigDict, source: Any, pipeline: Pipeline, vae_params: PyTree) -> None:
+    """Raises a UserError where the data are latents that this autoencoder would not make of their pictures."""
+    if config.data.cached_latents:
+        source.cache.check(source.label, config.data, encoder_checksum(pipeline.autoencoder, vae_params))
