@@ -12,11 +12,12 @@ in an order that spreads them: batch i of k_s stands at the place (i + u) / k_s 
 size that has fewer examples than a batch gets one batch every few epochs, and a size of many no runs that chance would
 not give.
 
-The position is one integer, the number of the batch; every host computes the same plan without talking.
+The position is one integer, the number of the batch; every host computes the same plan without talking. A permutation
+is a table where that is small, and for many examples a Feistel network, of which any place is computed by itself: what
+a plan holds of hundreds of millions of examples are its groups.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,21 +57,19 @@ class BatchPlan:
     def batch(self, number: int) -> Batch:
         """The batch of that number, from 0 on."""
         epoch = self.epoch_of(number)
-        size, before = self._order(epoch)[number - self.batches_before(epoch)]
-        count, all_ = self.batch_sizes[size], len(self.groups[size])
-        begin = (epoch * all_ // count + before) * count
-        places = np.arange(begin, begin + count)
-        cycles, places = np.divmod(places, all_)
+        size, before = self._place(epoch, number)
+        count, group = self.batch_sizes[size], self.groups[size]
+        begin = (epoch * len(group) // count + before) * count
+        cycles, places = np.divmod(np.arange(begin, begin + count), len(group))
         examples = np.empty(count, np.int64)
         for cycle in np.unique(cycles):
             mine = cycles == cycle
-            examples[mine] = self.groups[size][self._permutation(size, int(cycle))[places[mine]]]
+            examples[mine] = group[permuted(self.seed, size, int(cycle), len(group), places[mine])]
         return Batch(size, examples)
 
     def size_of(self, number: int) -> int:
         """The place of a batch's size, without its examples."""
-        epoch = self.epoch_of(number)
-        return self._order(epoch)[number - self.batches_before(epoch)][0]
+        return self._place(self.epoch_of(number), number)[0]
 
     def batches_before(self, epoch: int) -> int:
         """How many batches there are before an epoch: its first batch's number."""
@@ -99,8 +98,11 @@ class BatchPlan:
             for group, count in zip(self.groups, self.batch_sizes, strict=True)
         )
 
-    def _order(self, epoch: int) -> Sequence[tuple[int, int]]:
-        return _order(self.seed, epoch, self._counts(epoch))
+    def _place(self, epoch: int, number: int) -> tuple[int, int]:
+        """A batch's size, and how many batches of that size stand before it in its epoch."""
+        sizes, before = _order(self.seed, epoch, self._counts(epoch))
+        place = number - self.batches_before(epoch)
+        return int(sizes[place]), int(before[place])
 
     def _counts(self, epoch: int) -> tuple[int, ...]:
         return tuple(
@@ -108,21 +110,47 @@ class BatchPlan:
             for group, count in zip(self.groups, self.batch_sizes, strict=True)
         )
 
-    def _permutation(self, size: int, cycle: int) -> Int[np.ndarray, " n"]:
-        return _permutation(self.seed, size, cycle, len(self.groups[size]))
-
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
     """For each batch of an epoch its size, and how many batches of that size stand before it in the epoch."""
     sizes = np.repeat(np.arange(len(counts)), counts)
     within = np.concatenate([np.arange(count) for count in counts]).astype(np.int64)
     offsets = np.random.default_rng((seed, 0, epoch)).random(len(sizes))
     order = np.argsort((within + offsets) / np.asarray(counts)[sizes], kind="stable")
-    return tuple(zip(sizes[order].tolist(), within[order].tolist(), strict=True))
+    return sizes[order].astype(np.int16), within[order].astype(np.int32)
 
 
-@functools.lru_cache(maxsize=32)
-def _permutation(seed: int, size: int, cycle: int, count: int) -> Int[np.ndarray, " n"]:
-    dtype = np.int32 if count < 2**31 else np.int64
-    return np.random.default_rng((seed, 1, size, cycle)).permutation(np.arange(count, dtype=dtype))
+_TABLE = 2**16  # examples of a size up to which its permutations are tables
+_ROUNDS = 6
+
+
+def permuted(seed: int, size: int, cycle: int, count: int, places: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+    """The values at some places of a permutation of `range(count)`, which is that of (seed, size, cycle)."""
+    if count <= _TABLE:
+        return _table(seed, size, cycle, count)[places]
+    half = np.uint64((count - 1).bit_length() + 1 >> 1)  # bits: the network permutes a square of up to 4 x count
+    keys = np.random.default_rng((seed, 1, size, cycle)).integers(0, 2**64, _ROUNDS, np.uint64)
+    mask = np.uint64((1 << int(half)) - 1)
+    values = places.astype(np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():  # who lands beyond the count walks on along his cycle, which comes back
+        values[outside] = _feistel(values[outside], keys, half, mask)
+        outside = values >= count
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, mask: np.uint64) -> np.ndarray:
+    """A bijection on whole numbers of twice `half` bits (Luby and Rackoff 1988), mixed as splitmix64 does."""
+    left, right = values >> half, values & mask
+    for key in keys:
+        mixed = right + key
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+    return (left << half) | right
+
+
+@functools.lru_cache(maxsize=128)  # of at most 256 KiB each
+def _table(seed: int, size: int, cycle: int, count: int) -> Int[np.ndarray, " n"]:
+    return np.random.default_rng((seed, 1, size, cycle)).permutation(np.arange(count, dtype=np.int32))

@@ -28,6 +28,9 @@ from offsetjax.errors import UserError
 from offsetjax.progress import tracked
 
 _log = logging.getLogger("offsetjax")
+_CHUNK = 2**20  # pictures, of many millions, that are looked at together
+_NAMED = 8  # of the pictures that cannot be read
+_NEAR = 1.15  # sides of squares that differ by less are the same: sizes are rounded to steps
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,12 @@ class Buckets:
     Attributes:
         assignment: what becomes of each picture of the source.
         plan: which examples each batch holds; its groups are in the order of `assignment.sizes`.
+        notes: what a user should know of them.
     """
 
     assignment: Assignment
     plan: BatchPlan
+    notes: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -49,20 +54,25 @@ class Buckets:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides on the batches beside the seed: the sizes, and which pictures each has."""
-        digest = hashlib.sha256(self.assignment.bucket.astype("<i8").tobytes()).hexdigest()
-        return {"sizes": [str(size) for size in self.sizes], "pictures_of_sizes": digest}
+        digest = hashlib.sha256()
+        for begin in range(0, len(self.assignment.bucket), _CHUNK):
+            digest.update(self.assignment.bucket[begin : begin + _CHUNK].astype("<i8").tobytes())
+        return {"sizes": [str(size) for size in self.sizes], "pictures_of_sizes": digest.hexdigest()}
 
     def describe(self) -> Iterator[str]:
         """A line for each size, and one for what is dropped and cropped."""
-        counts, total = self.assignment.counts, len(self.assignment.bucket)
-        for size, count, batch in zip(self.sizes, counts.tolist(), self.plan.batch_sizes, strict=True):
-            yield f"{size}: {count:,} pictures, {count / batch:,.1f} batches an epoch"
-        kept = self.assignment.bucket >= 0
-        lost = float(self.assignment.loss[kept].mean())
-        extreme, small = int(self.assignment.is_extreme.sum()), int(self.assignment.is_small.sum())
+        found = self.assignment
+        counts, total = found.counts, len(found.bucket)
+        for size, count, lost, batch in zip(
+            self.sizes, counts.tolist(), found.losses.tolist(), self.plan.batch_sizes, strict=True
+        ):
+            few = ", less than one of each" * (0 < count < batch)
+            yield f"{size}: {count:,} pictures, {lost:.1%} cropped, {count / batch:,.1f} batches an epoch{few}"
+        extreme, small, unread = (int(each.sum()) for each in (found.is_extreme, found.is_small, found.is_unreadable))
+        unreadable = f", {unread:,} that cannot be read" * (unread > 0)
         yield (
-            f"{int(kept.sum()):,} of {total:,} pictures, {lost:.1%} of their pixels cropped; left out: {extreme:,} for "
-            f"their shape, {small:,} for their size"
+            f"{counts.sum():,} of {total:,} pictures, {counts @ found.losses / counts.sum():.1%} of their pixels "
+            f"cropped; left out: {extreme:,} for their shape, {small:,} for their size{unreadable}"
         )
 
 
@@ -77,6 +87,7 @@ def make_buckets(
     limits: Limits,
     batch_size: int,
     seed: int,
+    max_bad_fraction: float = 0.0,
 ) -> Buckets:
     """The sizes of a training, which pictures each has, and its batches.
 
@@ -87,6 +98,7 @@ def make_buckets(
         unit: what all sides must be a multiple of.
         batch_size: examples a batch, over all processes.
         seed: of the order.
+        max_bad_fraction: of the pictures, those that may be left out where their sizes cannot be read.
 
     Raises:
         UserError: sizes that the networks cannot take, no picture that fits any, or a source without sizes.
@@ -96,27 +108,79 @@ def make_buckets(
     if not given and step % unit:
         raise UserError(f"config: data.bucket_step = {step} must be a multiple of {unit}, by which networks halve it")
     sizes = measured(source)  # of data without a note, minutes
+    notes = list(_unreadable(source, sizes, max_bad_fraction))
     if not given:
         taken = _chosen(sizes, count, resolution, step, limits)
     assignment = assign(sizes[:, 0], sizes[:, 1], taken, limits)
-    groups = tuple(np.flatnonzero(assignment.bucket == place) for place in range(len(taken)))
+    groups = tuple(np.flatnonzero(assignment.bucket == place).astype(np.int32) for place in range(len(taken)))
     if given and (empty := [str(size) for size, group in zip(assignment.sizes, groups, strict=True) if not len(group)]):
         raise UserError(
             f"data: no picture of {source.label} goes to {', '.join(empty)} of data.buckets, which would never make a "
             "batch; leave it out"
         )
-    return Buckets(assignment, BatchPlan(groups, (batch_size,) * len(groups), seed))
+    notes += _other_area(assignment, resolution)
+    return Buckets(assignment, BatchPlan(groups, (batch_size,) * len(groups), seed), tuple(notes))
+
+
+def _unreadable(source: Source, sizes: Int[np.ndarray, "n 2"], max_bad_fraction: float) -> Iterator[str]:
+    """Names pictures whose size is not known; refuses them where they are more than may be left out."""
+    bad = np.flatnonzero(sizes[:, 0] == 0).tolist()
+    if len(bad) > max_bad_fraction * len(sizes):
+        others = f" (and {len(bad) - 1} more are like it)" * (len(bad) > 1)
+        raise UserError(f"{_problem(source, bad[0])}{others}, or raise data.max_bad_fraction = {max_bad_fraction:g}")
+    for index in bad[:_NAMED]:
+        yield f"{_problem(source, index)}; it is left out"
+    if len(bad) > _NAMED:
+        yield f"data: {len(bad) - _NAMED} more pictures cannot be read, and are left out"
+
+
+def _other_area(assignment: Assignment, resolution: int) -> Iterator[str]:
+    """Where the sizes have another area than `data.resolution` says, by which noise is scaled and pictures drawn."""
+    if not assignment.counts.sum():
+        return
+    pixels = np.array([size.pixels for size in assignment.sizes])
+    side = float(np.sqrt(pixels @ assignment.counts / assignment.counts.sum()))
+    if not _NEAR > side / resolution > 1 / _NEAR:
+        yield (
+            f"data: the sizes of data.buckets have the area of a square of {side:.0f} pixels, but data.resolution = "
+            f"{resolution}, by which pictures are drawn and noise is described; set it to about {side:.0f}"
+        )
+
+
+def _problem(source: Source, index: int) -> UserError:
+    """Why the size of a picture cannot be read."""
+    try:
+        source[index].size()  # type: ignore[attr-defined]
+    except UnreadableImage as error:
+        return unreadable(source, index, error)
+    except UserError as error:
+        return error
+    return UserError(f"data: record {index} of {source.label} could not be read; try again")
 
 
 def _chosen(sizes: Int[np.ndarray, "n 2"], count: int, resolution: int, step: int, limits: Limits) -> tuple[Size, ...]:
-    aspects = sizes[:, 0] / sizes[:, 1]
-    aspects = aspects[np.maximum(aspects, 1 / aspects) <= limits.max_aspect]
-    if not len(aspects):
+    distinct, times = _distinct(sizes)
+    aspects = distinct[:, 0] / distinct[:, 1]
+    is_taken = np.maximum(aspects, 1 / aspects) <= limits.max_aspect
+    if not is_taken.any():
         raise UserError(f"data: every picture is longer than data.max_aspect = {limits.max_aspect:g} allows; raise it")
-    chosen = chosen_sizes(aspects, candidate_sizes(resolution**2, step, limits.max_aspect), count)
+    candidates = candidate_sizes(resolution**2, step, limits.max_aspect)
+    chosen = chosen_sizes(aspects[is_taken], candidates, count, times[is_taken])
     # One that no picture is nearest to would be compiled for nothing.
-    used = np.unique(assign(sizes[:, 0], sizes[:, 1], chosen, limits).bucket)
+    used = np.unique(assign(distinct[:, 0], distinct[:, 1], chosen, limits).bucket)
     return tuple(size for place, size in enumerate(chosen) if place in used) or chosen  # of none, the plan says so
+
+
+def _distinct(sizes: Int[np.ndarray, "n 2"]) -> tuple[Int[np.ndarray, "m 2"], Int[np.ndarray, " m"]]:
+    """The sizes that there are, but for those that are not known, and how many pictures have each."""
+    keys, times = np.empty(0, np.int64), np.empty(0, np.int64)
+    for begin in range(0, len(sizes), _CHUNK):
+        part = sizes[begin : begin + _CHUNK].astype(np.int64)
+        part = part[part[:, 0] > 0]
+        found, counts = np.unique(part[:, 0] << 32 | part[:, 1], return_counts=True)
+        keys, places = np.unique(np.concatenate([keys, found]), return_inverse=True)
+        times = np.bincount(places, np.concatenate([times, counts]), len(keys)).astype(np.int64)
+    return np.stack([keys >> 32, keys & 0xFFFFFFFF], 1), times
 
 
 def cropped_by_count(sizes: Int[np.ndarray, "n 2"], counts: Sequence[int], resolution: int, step: int) -> list[float]:
@@ -139,11 +203,20 @@ def cropped_by_count(sizes: Int[np.ndarray, "n 2"], counts: Sequence[int], resol
 def measured(source: Source) -> Int[np.ndarray, "n 2"]:
     """Width and height of each picture of a source, in pixels: its own `sizes()`, or else from each of its records.
 
+    They are 0 for one that cannot be read. What was measured last is remembered: data without a note of its sizes takes
+    minutes, and a start asks twice.
+
     Raises:
-        UserError: the source's records have no sizes, or one cannot be read.
+        UserError: the source's records have no sizes.
     """
-    own = getattr(source, "sizes", None)
-    return own() if own else sizes_of(source)
+    global _latest
+    if _latest is None or _latest[0] is not source:
+        own = getattr(source, "sizes", None)
+        _latest = source, own() if own else sizes_of(source)
+    return _latest[1]
+
+
+_latest: tuple[Source, Int[np.ndarray, "n 2"]] | None = None
 
 
 def sizes_of(source: Source) -> Int[np.ndarray, "n 2"]:
@@ -152,15 +225,27 @@ def sizes_of(source: Source) -> Int[np.ndarray, "n 2"]:
     Raises:
         UserError: as for `measured`.
     """
-    if not hasattr(source[0], "size"):
-        raise UserError(f"data: {source.label} does not say how large its pictures are, which data.buckets needs")
 
     def size(index: int) -> Size:
         try:
-            return source[index].size()  # type: ignore[attr-defined]
-        except UnreadableImage as error:
-            raise unreadable(source, index, error) from error
+            record = source[index]
+        except UserError:  # a damaged record
+            return _UNKNOWN
+        if not hasattr(record, "size"):
+            raise UserError(f"data: {source.label} does not say how large its pictures are, which data.buckets needs")
+        try:
+            return record.size()
+        except UnreadableImage:
+            return _UNKNOWN
 
+    found = np.empty((len(source), 2), np.int32)
     with ThreadPoolExecutor() as pool:
-        found = tracked(pool.map(size, range(len(source))), "Reading the sizes of pictures", len(source))
-        return np.array(list(found), np.int64).reshape(-1, 2)
+        begins = range(0, len(source), _AT_ONCE)
+        for begin in tracked(begins, "Reading the sizes of pictures", len(begins)):
+            end = min(begin + _AT_ONCE, len(source))
+            found[begin:end] = list(pool.map(size, range(begin, end)))
+    return found
+
+
+_UNKNOWN = Size(0, 0)
+_AT_ONCE = 256  # pictures that are asked for together

@@ -153,7 +153,7 @@ def _noted_sizes(rows: Rows) -> Int[np.ndarray, "n 2"] | None:
         with np.load(io.BytesIO(content)) as stored:
             by_split = {split: stored[split] for split in stored.files}
         parts = [_of_part(each, by_split, splits) for each in rows.ranges]
-        sizes = np.concatenate([part for part in parts if part is not None]).astype(np.int64)
+        sizes = np.concatenate([part for part in parts if part is not None]).astype(np.int32)
         if sizes.shape != (len(rows), 2) or sizes.min() < 1:
             raise ValueError(f"sizes of the shape {sizes.shape} for {len(rows)} pictures")
     except Exception as error:  # NumPy, zipfile and zlib raise many kinds for bytes that have changed

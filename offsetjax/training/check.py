@@ -72,6 +72,8 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
         found.of(lambda: _check_room(resolved, pipeline, folder))
         if not found.wrong:
             found.notes += task_of(resolved).advice(pipeline, resolved)
+            buckets = open_buckets(resolved, source)
+            found.notes += buckets.notes if buckets else ()
             return [], found.notes, list(summary(resolved, pipeline, len(source), mesh, workdir))
     return found.wrong, found.notes, []
 

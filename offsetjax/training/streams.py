@@ -39,6 +39,8 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
     buckets = open_buckets(config, source)
     for line in buckets.describe() if buckets else ():
         _log.info("  %s", line)
+    for line in buckets.notes if buckets else ():
+        _log.warning("%s", line)
     stream = make_stream(
         source,
         seed=config.seed,
@@ -80,6 +82,7 @@ def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
         limits=Limits(data.max_aspect, data.max_enlargement or float("inf")),
         batch_size=config.train.global_batch_size,
         seed=config.seed,
+        max_bad_fraction=data.max_bad_fraction,
     )
 
 

@@ -1,8 +1,10 @@
 """Pictures of several sizes: which size each has, batches of one size each, and a training from them."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,11 +14,13 @@ from PIL import Image
 
 from offsetjax.data.buckets import Limits, Size
 from offsetjax.data.build import build
+from offsetjax.data.record import Picture
 from offsetjax.data.shards import SIZES_FILE
 from offsetjax.data.sizes import Buckets, cropped_by_count, make_buckets, measured, sizes_of
 from offsetjax.data.source import Source, open_source
 from offsetjax.data.stream import make_stream
 from offsetjax.errors import UserError
+from offsetjax.progress import heard_by
 from offsetjax.train import train
 from tests import tiny
 
@@ -78,7 +82,7 @@ def test_a_damaged_note_of_sizes_is_named(folder: pathlib.Path, source: Source, 
     for place in places:  # zlib, zipfile and NumPy each raise an error of their own; a few bytes do not matter
         note.write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
         try:
-            assert measured(opened).tolist() == measured(source).tolist()
+            assert opened.sizes().tolist() == measured(source).tolist()  # type: ignore[attr-defined]
         except UserError as error:
             named.append(str(error))
     assert len(named) > len(places) // 3
@@ -87,6 +91,53 @@ def test_a_damaged_note_of_sizes_is_named(folder: pathlib.Path, source: Source, 
         measured(open_source(copy))
     note.unlink()
     assert len(measured(open_source(copy))) == COUNT
+
+
+@dataclasses.dataclass
+class Headers:
+    """A source of which only the headers are read: 200 pictures, of which some have none."""
+
+    bad: tuple[int, ...]
+    label: str = "headers"
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> Picture:
+        if index == 7:
+            raise UserError("data: record 7 of headers cannot be read: damaged")
+        return Picture(b"no picture" if index in self.bad else np.zeros((16, 24, 3), np.uint8), "", f"{index}.png")
+
+
+def test_a_picture_without_a_header_is_left_out_and_named() -> None:
+    steps = list[int]()
+    with heard_by(lambda: steps.append(1)):
+        buckets = buckets_of(Headers(bad=(3,)), given=("24x16",), resolution=20, max_bad_fraction=0.01)  # type: ignore[arg-type]
+    assert steps, "a watchdog hears of it"
+    assert np.flatnonzero(buckets.assignment.is_unreadable).tolist() == [3, 7]
+    assert {3, 7}.isdisjoint(buckets.plan.groups[0].tolist()) and len(buckets.plan.groups[0]) == 198
+    first, second = buckets.notes
+    assert "record 3 (3.png) of headers is no picture" in first and first.endswith("; it is left out")
+    assert second.startswith("data: record 7 of headers cannot be read")
+    assert list(buckets.describe())[-1].endswith("0 for their size, 2 that cannot be read")
+    with pytest.raises(
+        UserError, match=r"record 3 .* is no picture.*\(and 2 more .*or raise data\.max_bad_fraction = 0\.01"
+    ):
+        buckets_of(Headers(bad=(3, 9)), given=("24x16",), max_bad_fraction=0.01)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="record 7 of headers cannot be read"):
+        buckets_of(Headers(bad=()), given=("24x16",))  # type: ignore[arg-type]
+
+
+def test_sizes_of_another_area_than_the_resolution_are_noted(source: Source) -> None:
+    assert buckets_of(source, given=("16x16", "24x16"), resolution=18).notes == ()
+    [note] = buckets_of(source, given=("32x32", "48x24")).notes
+    assert re.search(r"area of a square of 3\d pixels, but data\.resolution = 16, .*; set it to about 3\d$", note)
+
+
+def test_what_was_measured_is_not_measured_again() -> None:
+    source = Headers(bad=())
+    assert measured(source) is measured(source)  # type: ignore[arg-type]
+    assert measured(Headers(bad=(3,))) is not measured(source)  # type: ignore[arg-type]
 
 
 def test_sizes_are_chosen_for_the_pictures_and_slivers_are_left_out(source: Source) -> None:
