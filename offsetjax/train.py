@@ -21,7 +21,7 @@ from offsetjax.config import Origin
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_data
 from offsetjax.data.stream import Stream, check_replaced
-from offsetjax.errors import Status
+from offsetjax.errors import Status, UserError
 from offsetjax.files import written_to
 from offsetjax.models.pipeline import for_training
 from offsetjax.parallel import fsdp, processes, sharding
@@ -32,14 +32,17 @@ from offsetjax.parallel.watchdog import Watchdog
 from offsetjax.storage import checkpoint
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.storage.saving import Saver
+from offsetjax.training import rollback
 from offsetjax.training.evaluators import Evaluator, open_evaluators
 from offsetjax.training.goodput import Goodput, in_words
 from offsetjax.training.guard import Guard
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
 from offsetjax.training.objective import Objective, make_objective
-from offsetjax.training.setup import Run, first_state, open_run
+from offsetjax.training.rollback import RollBack
+from offsetjax.training.setup import Run, open_run
 from offsetjax.training.starts import write_start
+from offsetjax.training.states import SKIPPED, first_state
 from offsetjax.training.step import TrainState, TrainStep, make_gradient, make_train_step
 from offsetjax.training.streams import open_stream
 from offsetjax.training.summary import devices_in_words
@@ -73,27 +76,33 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
         watchdog.progressed()
         stream = open_stream(config, run.pipeline, source, run.mesh)
         with compilation_cache(workdir), _open_checkpoints(run) as manager:
-            state, state_shardings = first_state(run, manager, stream)
+            rolled_back = rollback.read(run.workdir)
+            state, state_shardings, in_a_row = first_state(run, manager, stream, rolled_back)
             watchdog.progressed()
             if int(state.step) >= config.train.steps:
                 _log.info("%s has its %d steps; raise train.steps to continue", workdir, config.train.steps)
                 return
             write_start(run.workdir, int(state.step), devices_in_words(run.mesh), origin)
             evaluators = open_evaluators(run, source)
-            saver = Saver(
-                manager,
-                lock,
-                checkpoint.size_of(state),
-                every_steps=config.checkpoint.every_steps,
-                every_minutes=config.checkpoint.every_minutes,
-            )
             train_step = jit_train_step(run, state_shardings)
-            _loop(run, state, train_step, stream, saver, evaluators, preemption, watchdog, goodput)
+            loop = partial(_loop, run, train_step, stream, manager, evaluators, preemption, watchdog, goodput)
+            bytes_saved = checkpoint.size_of(state)
+            goes_back = loop(state, _open_saver(run, manager, lock, bytes_saved), in_a_row, rolled_back)
+            if goes_back:
+                rollback.write(run.workdir, goes_back)
+                goodput.begins_again()
+                state, _, in_a_row = first_state(run, manager, stream, goes_back)
+                loop(state, _open_saver(run, manager, lock, bytes_saved), in_a_row, goes_back)
 
 
 def _open_checkpoints(run: Run) -> CheckpointManager:
     kept = run.config.checkpoint
     return checkpoint.open_checkpoints(run.workdir, kept.max_to_keep, kept.keep_every_steps)
+
+
+def _open_saver(run: Run, manager: CheckpointManager, lock: WorkdirLock, state_bytes: int) -> Saver:
+    saved = run.config.checkpoint
+    return Saver(manager, lock, state_bytes, every_steps=saved.every_steps, every_minutes=saved.every_minutes)
 
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
@@ -120,26 +129,38 @@ def place(objective: Objective, dtypes: Mapping[str, Any], run: Run, state_shard
 
 def _loop(
     run: Run,
-    state: TrainState,
     train_step: TrainStep,
     stream: Stream,
-    saver: Saver,
+    manager: CheckpointManager,
     evaluators: Sequence[Evaluator],
     preemption: Preemption,
     watchdog: Watchdog,
     goodput: Goodput,
-) -> None:
+    state: TrainState,
+    saver: Saver,
+    skipped_in_a_row: int,
+    rolled_back: RollBack,
+) -> RollBack | None:
+    """Trains to the end; or gives to where the run has to go back, which it does once."""
     train, frozen = run.config.train, run.step_frozen
     start = int(state.step)
     ideal = ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel())
     clock = StepClock(start, train.global_batch_size, goodput, ideal)
-    host_batches = stream.iterator(start)
+    host_batches = rolled_back.batches(stream, start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
     instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1, stream.num_sizes)
     metrics = open_metrics(train.writers, run.workdir, start, train.steps)
-    guard = Guard(stream, int(state.skipped), train.max_skipped_in_a_row, train.max_spike)
+    guard = Guard(
+        *(stream, rolled_back),
+        step=start,
+        skipped=int(state.skipped),
+        in_a_row=skipped_in_a_row,
+        most_in_a_row=train.max_skipped_in_a_row,
+        max_spike=train.max_spike,
+    )
     unwritten: tuple[int, Any] | None = None
     last: Any = None
+    wrong: UserError | None = None
     goodput.resumed(start)
     try:
         if preemption.reached():
@@ -159,7 +180,7 @@ def _loop(
             last = step_metrics
             watchdog.progressed()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
-                _write(metrics, stream, *unwritten, clock)
+                wrong = _write(metrics, stream, *unwritten, clock)
                 unwritten = None
             if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
                 unwritten = (step, step_metrics)
@@ -169,18 +190,28 @@ def _loop(
             is_preempted, is_due = preemption.reached(), saver.is_due(step)
             if step == train.steps:
                 guard.look(step, last)
-            if is_preempted or is_due or guard.is_over or step == train.steps:
+            is_over = guard.is_over  # by the steps before this one: a run that resumes here finds the same
+            if is_over and train.roll_back and not rolled_back:
+                saver.finish()
+                if goes_back := rollback.before(manager.all_steps(), guard.first_in_a_row, step):
+                    _log.warning("%s; the run goes back to step %d, and reads on", guard.found(), goes_back.to)
+                    return goes_back
+            if is_over:
+                wrong = guard.mistake(step)
+            if is_preempted or is_due or wrong or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
-                    _write(metrics, stream, *unwritten, clock)
+                    wrong = _write(metrics, stream, *unwritten, clock) or wrong
                     unwritten = None
+                guard.look(step, last)
+                data = {"fingerprint": stream.fingerprint(), SKIPPED: 0 if is_over else guard.in_a_row}
                 with goodput.spent_on("checkpoint"), clock.waiting():
-                    saver.save(step, state, {"fingerprint": stream.fingerprint()})  # where the data are is the step
-                    if is_preempted or guard.is_over or step == train.steps:
+                    saver.save(step, state, data | rolled_back.noted(step))  # where the data are is the step
+                    if is_preempted or wrong or step == train.steps:
                         saver.finish()
                 goodput.saved(step)
                 watchdog.progressed()
-            if guard.is_over:
-                raise guard.mistake(step)
+            if wrong:
+                raise wrong
             if is_preempted and step < train.steps:
                 raise preemption.stopped(f"after step {step}")
         _log.info("time: %s", in_words(goodput.totals()))
@@ -190,6 +221,7 @@ def _loop(
             _log.warning("%d times a record that cannot be read was left out; see data.max_bad_fraction", replaced)
         if cut := int(state.truncated):
             _log.warning("%d captions were longer than the text encoders read, and cut; see encode.long_captions", cut)
+        return None
     finally:
         host_batches.close()
         metrics.close()
@@ -197,10 +229,15 @@ def _loop(
         goodput.write()
 
 
-def _write(metrics: Metrics, stream: Stream, step: int, values: Any, clock: StepClock) -> None:
+def _write(metrics: Metrics, stream: Stream, step: int, values: Any, clock: StepClock) -> UserError | None:
+    """Logs a step; gives why the run has to end with it, where too many records could not be read."""
     values = {name: value.item() for name, value in jax.device_get(values).items()}
     metrics.scalars(step, {**values, **clock.lap(step)})
-    check_replaced(stream, int(values["records_replaced"]), step * stream.global_batch_size)
+    try:
+        check_replaced(stream, int(values["records_replaced"]), step * stream.global_batch_size)
+    except UserError as error:
+        return error
+    return None
 
 
 def _evaluate(

@@ -35,6 +35,10 @@ def _training(values: Values) -> Wrongs:
         f"train.profile_steps = {values['train.profile_steps']} goes beyond train.steps = {values['train.steps']}",
     )
     yield (
+        values["train.roll_back"] and not values["train.max_skipped_in_a_row"],
+        "train.roll_back goes back after train.max_skipped_in_a_row steps, which is 0: never; set one of them",
+    )
+    yield (
         [values[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")].count(-1) > 1,
         "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (all devices that are left)",
     )

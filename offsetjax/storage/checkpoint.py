@@ -155,12 +155,13 @@ def restore(manager: ocp.CheckpointManager, like: PyTree, step: int | None = Non
 
 
 def restore_newest(
-    manager: ocp.CheckpointManager, like: PyTree, check: Callable[[dict[str, Any]], None]
+    manager: ocp.CheckpointManager, like: PyTree, check: Callable[[int, dict[str, Any]], None]
 ) -> tuple[PyTree, dict[str, Any]]:
     """The newest state that can be read, and its data position; newer ones are set aside, with a warning.
 
     Args:
-        check: is called with the data position before the state is read, and raises where that does not fit.
+        check: is called with a step and its data position before the state is read, and raises where that does not
+            fit: an UnreadableError where an older step may.
 
     Raises:
         UserError: there is none, or what `check` raises.
@@ -173,7 +174,7 @@ def restore_newest(
         try:
             data = read_data(manager, step)
             expected = data.pop("checksums")
-            check(data)
+            check(step, data)
             state = _read_state(manager, step, like, expected)
         except UnreadableError as error:
             unreadable[step] = str(error)

@@ -52,7 +52,11 @@ class Goodput:
         self._file, self._clock = epath.Path(workdir) / _FILE, clock
         self._thread, self._kind, self._at, self._written = threading.get_ident(), "start", clock(), 0.0
         self._starts: list[Start] = []
-        self._mine: Start = {"began": now(), "seconds": dict.fromkeys(KINDS, 0.0), "marks": {}}
+        self._now = now
+        self._mine = self._new()
+
+    def _new(self) -> Start:
+        return {"began": self._now(), "seconds": dict.fromkeys(KINDS, 0.0), "marks": {}}
 
     def __enter__(self) -> "Goodput":
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
@@ -66,6 +70,11 @@ class Goodput:
         starts = [_cut(start, step) for start in _read(self._file)]
         self._starts = [*map(_with_few_marks, starts[:-1]), *starts[-1:]]
         self._turn("step")
+
+    def begins_again(self) -> None:
+        """Of a run that goes back to a step by itself: what comes now counts as another start."""
+        self.write()
+        self._mine, self._kind = self._new(), "start"
 
     @contextlib.contextmanager
     def spent_on(self, kind: str) -> Iterator[None]:

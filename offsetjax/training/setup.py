@@ -15,11 +15,9 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
-from orbax.checkpoint import CheckpointManager
 
 from offsetjax.config import assign, default_config, flatten, is_explicit, may_change_on_resume, validate
 from offsetjax.data.source import captions
-from offsetjax.data.stream import Stream, check_fingerprint
 from offsetjax.diffusion.calibration import FILLED, fill
 from offsetjax.errors import UserError
 from offsetjax.formats.names import flax_tensors, torch_tensors
@@ -32,11 +30,9 @@ from offsetjax.models.task import task_of
 from offsetjax.models.trained import read_config, write_config
 from offsetjax.models.weights import (
     abstract_params,
-    abstract_trained,
     carried_tensors,
     check_initial,
     initial_tensors,
-    initial_trained,
     left_out_tensors,
     new_tokenizers,
     on_host,
@@ -44,11 +40,9 @@ from offsetjax.models.weights import (
 )
 from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
-from offsetjax.storage import checkpoint, digests, record
+from offsetjax.storage import digests, record
 from offsetjax.storage.lock import WorkdirLock
-from offsetjax.training.step import TrainState, init_state
 from offsetjax.training.streams import check_cache, latent_statistics, open_buckets
-from offsetjax.training.summary import summary
 
 _log = logging.getLogger("offsetjax")
 
@@ -148,23 +142,6 @@ def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
     return on_host(flax_tensors(tensors, abstract_params(pipeline.autoencoder), pipeline.family.autoencoder))
 
 
-def refuse_to_begin_again(workdir: epath.Path, every_steps: int) -> None:
-    """Refuses to begin at step 0 what has saved steps that are not there any more.
-
-    Args:
-        every_steps: a checkpoint was written; the first may have been on its way.
-
-    Raises:
-        UserError: its log, or its record of saves, says so.
-    """
-    saved, logged = record.newest_saved(workdir), record.steps_made(workdir)
-    if made := saved or (logged if logged >= 2 * every_steps else 0):
-        raise UserError(
-            f"checkpoint: {workdir}/checkpoints has no step, but {workdir} was trained to step {made}; restore it from "
-            "a copy, or give another --workdir"
-        )
-
-
 def _reopen(config: ConfigDict, workdir: epath.Path, lock: WorkdirLock | None) -> ConfigDict:
     config = reopened(config, workdir)
     if jax.process_index() == 0:
@@ -233,37 +210,3 @@ def _tokenizers(config: ConfigDict, source: Any) -> dict[str, Any]:
     if (pretrained := pretrained_tokenizers(config)) is not None:
         return pretrained
     return new_tokenizers(config, captions(source))
-
-
-def first_state(run: Run, manager: CheckpointManager, stream: Stream) -> tuple[TrainState, PyTree]:
-    """The newest checkpoint's state, or the one before the first step; and its shardings."""
-    config, pipeline = run.config, run.pipeline
-    like = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
-    shardings = sharding.shardings(run.mesh, pipeline.sharding, like)
-    for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
-        _log.info("%s", line)
-    for line in task_of(config).advice(pipeline, config):
-        _log.warning("%s", line)
-    if manager.all_steps():
-
-        def check(data: dict[str, Any]) -> None:
-            check_fingerprint(data["fingerprint"], stream.fingerprint())
-
-        state, _ = checkpoint.restore_newest(manager, checkpoint.abstract(like, shardings), check)
-        _log.info("resuming %s at step %d", run.workdir, int(state.step))
-        return state, shardings
-    refuse_to_begin_again(run.workdir, config.checkpoint.every_steps)
-    checkpoint.check_room(run.workdir, checkpoint.size_of(like))
-    for row in sharding.placed(run.mesh, pipeline.sharding, like.params):
-        held = f"{row.elements_per_device / 1e6:.2f} of {row.elements / 1e6:.2f} M on a device"
-        _log.info("  %d arrays of %s: %s", row.arrays, row.pattern, held)
-        if row.undivided:
-            whole = f"{len(row.undivided)} large ones whole: {row.undivided[0]}, …"
-            _log.warning("  mesh.fsdp = %d divides no axis of %s", run.mesh.shape["fsdp"], whole)
-    warmup, steps = config.optimizer.warmup_steps, config.train.steps
-    if warmup > steps:
-        _log.warning("optimizer.warmup_steps = %d is cut to train.steps = %d", warmup, steps)
-    params = initial_trained(config, pipeline, shardings.params)
-    # Donated: the first state holds the parameters once, whatever their size.
-    begin = jax.jit(lambda params: init_state(params, config), out_shardings=shardings, donate_argnums=0)
-    return begin(params), shardings

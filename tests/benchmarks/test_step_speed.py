@@ -28,7 +28,8 @@ from offsetjax.models.pipeline import build
 from offsetjax.parallel import sharding
 from offsetjax.storage.checkpoint import open_checkpoints
 from offsetjax.train import jit_train_step, train
-from offsetjax.training.setup import first_state, open_run
+from offsetjax.training.setup import open_run
+from offsetjax.training.states import first_state
 from offsetjax.training.streams import open_stream
 from tests.families import narrow_config
 from tests.processes import call
@@ -159,7 +160,7 @@ def _bare(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], float]:
     batch = next(on_devices(host_batches, where, config.train.global_batch_size))
     host_batches.close()
     with open_checkpoints(workdir, 1) as manager:
-        state, shardings = first_state(run, manager, stream)
+        state, shardings, _ = first_state(run, manager, stream)
     step = jit_train_step(run, shardings)
 
     def laps() -> float:

@@ -36,7 +36,7 @@ for start in (0, 4):
         record = JsonLines(epath.Path(place), start, 8)
         with checkpoint.open_checkpoints(place, 2) as manager:
             if start:
-                restored, data = checkpoint.restore_newest(manager, like, lambda data: None)
+                restored, data = checkpoint.restore_newest(manager, like, lambda step, data: None)
                 assert (int(restored["step"]), data["next_batch"]) == (4, 4)
                 np.testing.assert_array_equal(restored["params"]["kernel"], np.arange(6.0) * 4)
             for step in range(start + 1, start + 5):

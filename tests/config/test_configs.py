@@ -28,7 +28,8 @@ from offsetjax.models.family import family_of
 from offsetjax.models.resolve import resolve
 from offsetjax.models.weights import on_host, part_tensors
 from offsetjax.storage import checkpoint
-from offsetjax.training.setup import Run, first_state, open_run
+from offsetjax.training.setup import Run, open_run
+from offsetjax.training.states import first_state
 from offsetjax.training.step import TrainState
 from offsetjax.training.streams import open_stream
 from tests import families, tiny

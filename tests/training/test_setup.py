@@ -11,7 +11,8 @@ from offsetjax.models.autoencoder import Autoencoder
 from offsetjax.models.encode import to_unit_range
 from offsetjax.models.pipeline import build
 from offsetjax.storage.checkpoint import open_checkpoints
-from offsetjax.training.setup import first_state, open_run
+from offsetjax.training.setup import open_run
+from offsetjax.training.states import first_state
 from offsetjax.training.streams import open_stream
 from tests.tiny import build_data, tiny_config
 

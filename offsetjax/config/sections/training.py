@@ -89,6 +89,15 @@ TRAIN = Section(
             change=Change.FREELY,
         ),
         Field(
+            "roll_back",
+            bool,
+            False,
+            ANY,
+            "whether instead a run goes back, once, to its newest checkpoint of before these steps, and leaves out the "
+            "batches that it has read since",
+            change=Change.FREELY,
+        ),
+        Field(
             "max_spike",
             float,
             0.0,
