@@ -20,8 +20,8 @@ _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "OFFSETJAX_", "CUDA_VISIBLE")  
 
 
 def trace(error: BaseException) -> str:
-    """An exception's stack trace, and those of the exceptions it came from."""
-    return "".join(traceback.format_exception(error))
+    """An exception's stack trace, and those of the exceptions it came from, as a terminal may show them."""
+    return log.printable("".join(traceback.format_exception(error)), keeps_lines=True)
 
 
 def write_report(error: BaseException, arguments: Sequence[str], folder: str = "") -> str:

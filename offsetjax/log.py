@@ -25,15 +25,35 @@ _stopped: set[int] = set()  # descriptors whose readers have
 last_lines: collections.deque[str] = collections.deque(maxlen=200)  # for the report of a fault
 
 
+def printable(text: str, keeps_lines: bool = False) -> str:
+    """A text as a terminal may show it: names and messages from outside may hold what would steer one.
+
+    Args:
+        keeps_lines: whether ends of lines stay; else they are escaped too.
+    """
+    kept = "\n\t" if keeps_lines else "\t"
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape", "surrogatepass").decode()
+        for each in text
+    )
+
+
 def say(text: str) -> None:
     """Prints a line on standard error, after `offsetjax: `; never raises, and never waits for long."""
+    text = printable(text)
     last_lines.append(text)
     write(f"offsetjax: {text}\n")
 
 
-def show(*lines: str) -> None:
-    """Prints lines on standard output, which a command was asked for; `has_lost_output` tells whether one was lost."""
-    print(*lines, sep="\n", flush=True)
+def show(*lines: str, is_exact: bool = False) -> None:
+    """Prints lines on standard output, which a command was asked for; `has_lost_output` tells whether one was lost.
+
+    Args:
+        is_exact: of lines that a program reads; else what would steer a terminal is escaped.
+    """
+    print(*(line if is_exact else printable(line, keeps_lines=True) for line in lines), sep="\n", flush=True)
 
 
 def write(text: str, to: TextIO | None = None) -> None:
@@ -69,7 +89,7 @@ class Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):
-            line = self.format(record)
+            line = printable(self.format(record), keeps_lines=True)
             last_lines.append(line)
             write(line + "\n")
 

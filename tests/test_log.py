@@ -1,6 +1,7 @@
 """Nothing that is printed can hurt: to closed pipes, lost terminals, full disks and readers that have stopped."""
 
 import contextlib
+import logging
 import os
 import pty
 import signal
@@ -12,6 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from offsetjax import log
+from offsetjax.commands.explain import explain
+from offsetjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,6 +220,27 @@ def test_who_has_lost_its_parent_ends(tmp_path: Path) -> None:
     assert (tmp_path / "ready.saved").exists()
     while Path(f"/proc/{child}").exists() and time.monotonic() < end:
         time.sleep(0.05)
+
+
+def test_what_comes_from_outside_steers_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b]0;title\x07\x9b2J\u202e.png"
+    escaped = r"a\x1b]0;title\x07\x9b2J\u202e.png"
+    logger = logging.Logger("outside")
+    logger.addHandler(log.Handler())
+    logger.warning("record 3 (%s) of data is no picture", name)
+    log.say(f"error: record 3 ({name}\nof data) is no picture")
+    log.show(f"{name}  good", "two\nlines")
+    assert explain(UserError(f"model: {name} is missing")) == 2
+    assert explain(ZeroDivisionError(name)) == 70
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err and "\x9b" not in out + err and "\u202e" not in out + err
+    assert f"W 0 record 3 ({escaped}) of data is no picture\n" in err
+    assert f"offsetjax: error: record 3 ({escaped}\\nof data) is no picture\n" in err
+    assert f"offsetjax: error: model: {escaped} is missing\n" in err
+    assert "Traceback" in err or "ZeroDivisionError" in err
+    assert out == f"{escaped}  good\ntwo\nlines\n"
+    log.show(name, is_exact=True)
+    assert capfd.readouterr().out == f"{name}\n"
 
 
 def test_a_reader_that_has_gone_ends_no_command(tmp_path: Path) -> None:

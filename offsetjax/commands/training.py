@@ -92,7 +92,7 @@ def _show_check(config: Any, workdir: str) -> None:
         log.show(f"note: {note}")
     if wrong:
         for mistake in wrong[:-1]:
-            log.say(f"offsetjax: error: {mistake}")
+            log.say(f"error: {mistake}")
         raise UserError(wrong[-1])
     log.show(*lines, "nothing is wrong; nothing was written")
 
@@ -117,7 +117,7 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.prepare.sweep import listing
 
-    log.show(*listing(options.config, options.workdir, overrides(rest)))
+    log.show(*listing(options.config, options.workdir, overrides(rest)), is_exact=True)
     if log.has_lost_output():
         raise StorageError("sweep: its list cannot be written to standard output; see where that goes")
 

@@ -28,7 +28,8 @@ from offsetjax.data.captions import (
     same_name,
 )
 from offsetjax.data.items import MAX_PICTURE_BYTES, Dropped, Item, Listing, digest_of, writable
-from offsetjax.errors import UserError
+from offsetjax.errors import Status, UserError, kind_of
+from offsetjax.storage.retry import retried
 
 # What is taken for a picture; those that Pillow cannot read are dropped with that reason, not silently passed over.
 SUFFIXES = frozenset(
@@ -77,7 +78,7 @@ def walk(root: pathlib.Path, follow_links: bool = False) -> Found:
 
 
 def _walk(folder: pathlib.Path, name: str, home: str, above: set[str], follow_links: bool, found: Found) -> None:
-    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+    for entry in retried(lambda: sorted(os.scandir(folder), key=lambda each: each.name), str(folder)):
         here = f"{name}/{entry.name}" if name else entry.name
         if entry.name.startswith(".") or entry.name in _SYSTEM:
             found.passes(here, "hidden, or the system's own")
@@ -88,7 +89,7 @@ def _walk(folder: pathlib.Path, name: str, home: str, above: set[str], follow_li
             found.passes(here, "links that lead out (--follow_links reads them)" if is_there else "links to nothing")
             continue
         try:
-            status = entry.stat()
+            status = retried(entry.stat, entry.path)
         except OSError:
             found.passes(here, "links to nothing")
             continue
@@ -137,6 +138,9 @@ class Folder:
         entry = self.entries[index]
         if entry.reason:
             raise Dropped(entry.reason)
+        return retried(lambda: self._read(entry), str(entry.path))
+
+    def _read(self, entry: Entry) -> Item:
         try:
             captions = entry.captions
             if isinstance(captions, pathlib.Path):
@@ -147,6 +151,8 @@ class Folder:
                 raise Dropped(f"a file of more than {MAX_PICTURE_BYTES} bytes: {size}")
             return Item(entry.name, entry.path.read_bytes(), captions)
         except OSError as error:
+            if kind_of(error) == Status.TRANSIENT:
+                raise
             raise Dropped(f"cannot be read: {error.strerror}") from error
 
 
@@ -162,6 +168,7 @@ def list_folder(
 
     Raises:
         UserError: no folder, or no pictures in it.
+        TransientError: it could not be read, which may pass.
     """
     root = pathlib.Path(images_dir)
     if not root.is_dir():
@@ -200,7 +207,7 @@ def _metadata(root: pathlib.Path, found: Found) -> tuple[dict[str, Row | Dropped
         if path.name.lower() not in METADATA:
             continue
         folder = pathlib.PurePosixPath(place).parent
-        for row in read_metadata(path, place):
+        for row in retried(lambda path=path, place=place: list(read_metadata(path, place)), str(path)):  # type: ignore[misc]
             if not isinstance(row, Row):
                 dropped.append(row)
                 continue

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from offsetjax import log
+
 MAX_PICTURE_BYTES = 2**28
 MAX_CAPTION_BYTES = 2**16
 
@@ -83,7 +85,7 @@ def writable(text: str) -> bool:
 
 def shown(text: str) -> str:
     """A name or a caption as a terminal may print it: what would steer the terminal, or is no text, is escaped."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape", "replace").decode() for each in text)
+    return log.printable(text)
 
 
 def digest_of(parts: Iterable[str]) -> str:

@@ -3,8 +3,8 @@
 The safetensors library maps whole files into memory and writes from memory. Models here are larger than what a host can
 spare, and lie on buckets too: tensors are read by ranges of bytes, and written one after the other.
 
-An export has a checksum for each tensor (`crc32`), with which one that is read whole is compared. A range of
-its rows is not, as where several hosts share it; `verify_file` compares all.
+An export has a checksum for each tensor (`crc32`), with which one is compared when it is read. Where a part alone is
+asked for, as by one of several hosts that share it, the whole is read once more before the first.
 """
 
 import errno
@@ -109,7 +109,7 @@ def open_file(path: epath.PathLike, where: str) -> tuple[dict[str, Tensor], dict
     """The tensors of one safetensors file by name, and the metadata of its header but for the checksums.
 
     Raises:
-        UserError: it is missing, damaged or none of this format; and when a tensor is read whole, that it has changed.
+        UserError: it is missing, damaged or none of this format; and when a tensor is read, that it has changed.
     """
     opened = _open(path, where)
     tensors = {entry.name: Tensor(entry.shape, entry.dtype, _reader(opened, entry)) for entry in opened.entries}
@@ -128,13 +128,7 @@ def verify_file(path: epath.PathLike, where: str) -> int | None:
     opened = _open(path, where)
     if opened.sums is None:
         return None
-    damaged = []
-    for entry in opened.entries:
-        crc = crc32.begin(entry)
-        for begin in range(entry.begin, entry.end, _PIECE_BYTES):
-            crc = zlib.crc32(opened.read(begin, min(begin + _PIECE_BYTES, entry.end)).data, crc)
-        if crc != opened.sums[entry.name]:
-            damaged.append(entry.name)
+    damaged = [entry.name for entry in opened.entries if opened.crc_of(entry) != opened.sums[entry.name]]
     if damaged:
         raise opened.file.changed(damaged)
     return len(opened.entries)
@@ -158,6 +152,13 @@ class _Opened:
     def read(self, begin: int, end: int) -> np.ndarray:
         """The bytes from `begin` to before `end`, counted as an entry's are."""
         return self.file.read(self.start + begin, self.start + end)
+
+    def crc_of(self, entry: Entry) -> int:
+        """The CRC-32 of a tensor as it is now, read in pieces."""
+        crc = crc32.begin(entry)
+        for begin in range(entry.begin, entry.end, _PIECE_BYTES):
+            crc = zlib.crc32(self.read(begin, min(begin + _PIECE_BYTES, entry.end)).data, crc)
+        return crc
 
 
 def _open(path: epath.PathLike, where: str) -> _Opened:
@@ -204,10 +205,12 @@ def read_metadata(path: epath.PathLike, where: str) -> dict[str, str]:
 def _reader(opened: _Opened, entry: Entry) -> Callable[[Index], np.ndarray]:
     """Reads the rows of the first axis that an index asks for, and cuts the other axes in memory.
 
-    All rows are compared with the tensor's checksum, if there is one; some of them cannot be.
+    The tensor is compared with its checksum, if there is one; before the first of its parts, as a whole.
     """
+    is_compared = opened.sums is None
 
     def read(index: Index) -> np.ndarray:
+        nonlocal is_compared
         ranges = whole_ranges(index, entry.shape)
         wanted = tuple(part.stop - part.start for part in ranges)
         if 0 in wanted:
@@ -215,9 +218,12 @@ def _reader(opened: _Opened, entry: Entry) -> Callable[[Index], np.ndarray]:
         first, *others = ranges or (slice(0, 1),)
         row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         data = opened.read(entry.begin + first.start * row_bytes, entry.begin + first.stop * row_bytes)
-        sums, is_whole = opened.sums, len(data) == entry.end - entry.begin
-        if sums and is_whole and zlib.crc32(data.data, crc32.begin(entry)) != sums[entry.name]:
-            raise opened.file.changed([entry.name])
+        is_whole = len(data) == entry.end - entry.begin
+        if opened.sums is not None and (is_whole or not is_compared):
+            crc = zlib.crc32(data.data, crc32.begin(entry)) if is_whole else opened.crc_of(entry)
+            if crc != opened.sums[entry.name]:
+                raise opened.file.changed([entry.name])
+            is_compared = True
         whole_rows = data.view(entry.dtype).reshape((*wanted[:1], *entry.shape[1:]))
         return whole_rows if whole_rows.shape == wanted else whole_rows[(slice(None), *others)].copy()
 

@@ -1,6 +1,7 @@
 """The arrays of a checkpoint one by one: what export reads, and what `offsetjax checkpoint verify` compares.
 
-Nothing else of the checkpoint is read; what is read whole is compared with its checksum from when it was written.
+Nothing else of the checkpoint is read; an array is compared with its checksum from when it was written, also where only
+a part of it is asked for: it is then read once more, as a whole, before the first.
 """
 
 from typing import Any
@@ -58,12 +59,13 @@ class _Arrays:
         self._manager, self._step = manager, step
         self._folder = manager.directory / str(step) / STATE
         self._context = tensorstore.Context()  # the database's index is read once
+        self._compared = set[str]()
         self.checksums: dict[str, int] = read_data(manager, step)["checksums"]
         metadata = tried(manager, step, lambda: parse_object((self._folder / "_METADATA").read_bytes()))
         self._driver = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
 
     def read(self, keys: list[str], index: tuple[Any, ...] = (), shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """An array, or a part of it; one that is read whole is compared with its checksum.
+        """An array, or a part of it, compared with its checksum.
 
         Args:
             shape: that of the whole array, if known.
@@ -82,6 +84,11 @@ class _Arrays:
             array = stored[(*index, ...)].read().result()
             if array.shape == stored.shape:
                 checksums.check_array(array, self.checksums[name], name)
+            elif name not in self._compared:  # a part has no checksum of its own
+                checksums.check_rows(
+                    lambda rows: stored[rows].read().result(), stored.shape, self.checksums[name], name
+                )
+            self._compared.add(name)
             return array
 
         return tried(self._manager, self._step, fetch)

@@ -9,7 +9,8 @@ and O. Kaser, "Strongly universal string hashing is fast", arXiv 1202.4961), aga
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, PyTree, UInt32
 
 _MULTIPLIER = 0x9E3779B1
 _BLOCK = 1 << 20  # words at a time: their multipliers stay in a core's cache
+_ROWS_ELEMENTS = 1 << 24  # of an array that is read by parts, at a time
 
 
 def of_tree(tree: PyTree) -> dict[str, int]:
@@ -49,6 +51,18 @@ def check_array(array: np.ndarray, expected: int, name: str) -> None:
     _compare(name, of_array(array), expected)
 
 
+def check_rows(read: Callable[[slice], np.ndarray], shape: tuple[int, ...], expected: int, name: str) -> None:
+    """The same for one that is too large to be read at once.
+
+    Args:
+        read: gives a range of the first axis.
+    """
+    row = math.prod(shape[1:])
+    count = max(1, _ROWS_ELEMENTS // max(1, row))
+    parts = (slice(first, min(first + count, shape[0])) for first in range(0, shape[0], count))
+    _compare(name, sum(of_array(read(part), part.start * row) for part in parts) % 2**32, expected)
+
+
 def _compare(name: str, found: int, expected: int) -> None:
     if found != expected:
         raise ValueError(f"{name} is damaged: its checksum is {found:08x}, not {expected:08x}")
@@ -67,13 +81,17 @@ def _of_device_array(array: Array) -> UInt32[Array, ""]:
     return (bits.astype(jnp.uint32) * multipliers).sum(dtype=jnp.uint32)
 
 
-def of_array(array: np.ndarray) -> int:
-    """The checksum of an array on the host."""
+def of_array(array: np.ndarray, start: int = 0) -> int:
+    """The checksum of an array on the host, or what a part of one adds to it.
+
+    Args:
+        start: the place of the part's first element in the whole; all parts together are the whole, in its order.
+    """
     words = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
     steps = np.arange(min(_BLOCK, len(words)), dtype=np.uint32) * np.uint32(_MULTIPLIER)
     total = 0
     for begin in range(0, len(words), _BLOCK):
         block = words[begin : begin + _BLOCK].astype(np.uint32, copy=False)
-        first = np.uint32(begin * _MULTIPLIER % 2**32)
+        first = np.uint32((start + begin) * _MULTIPLIER % 2**32)
         total += int(np.dot(block, (steps[: len(block)] + first) | np.uint32(1)))
     return total % 2**32

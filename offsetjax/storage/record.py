@@ -41,9 +41,9 @@ def note_saved(manager: ocp.CheckpointManager) -> None:
             write_whole(workdir / _SAVED, json.dumps(digests.signed({"step": step})) + "\n")
 
 
-def forget_saved(workdir: epath.PathLike) -> None:
-    """Of a work directory that begins anew, with nothing left of a run before."""
-    (epath.Path(workdir) / _SAVED).unlink(missing_ok=True)
+def has_saved(workdir: epath.PathLike) -> bool:
+    """Whether a run has ever saved a step there, even where the note of which cannot be read."""
+    return any((epath.Path(workdir) / name).exists() for name in ("checkpoints", _SAVED))
 
 
 def steps_made(workdir: epath.PathLike) -> int:

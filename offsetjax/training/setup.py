@@ -108,7 +108,6 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
         workdir.mkdir(parents=True, exist_ok=True)
         if lock:
             lock.acquire()
-        record.forget_saved(workdir)
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
     barrier("the work directory is written")
@@ -123,7 +122,7 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     """
     if (workdir / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
-    if record.steps_made(workdir):
+    if record.steps_made(workdir) or record.has_saved(workdir):
         raise UserError(
             f"workdir: {workdir} has been trained but has no config.json; restore it, or give another --workdir"
         )

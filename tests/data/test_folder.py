@@ -1,10 +1,12 @@
 """One walk with one rule: what lies in a folder is read, dropped with a reason, or passed over and counted."""
 
+import errno
 import json
 import os
 import pathlib
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,7 +14,8 @@ from PIL import Image
 from offsetjax.data.captions import TextLines
 from offsetjax.data.folder import list_folder
 from offsetjax.data.items import Dropped, Listing, shown
-from offsetjax.errors import UserError
+from offsetjax.errors import TransientError, UserError
+from offsetjax.storage import retry
 
 
 def picture(file: pathlib.Path, caption: str | bytes | None = None, suffix: str = ".txt") -> None:
@@ -247,6 +250,50 @@ def test_one_that_is_spoilt_is_dropped_by_name_and_the_others_are_kept(
     found = read(listing) | dict(listing.dropped)
     assert reason in found[name] and "\n" not in found[name]
     assert found["whole.png"] == ("whole",)
+
+
+@pytest.mark.parametrize("name", ["read_bytes", "open", "stat"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENODEV])
+def test_a_lost_mount_is_waited_for_and_drops_no_picture(
+    root: pathlib.Path, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "WAITS", (0.0, 0.0))
+    (root / "b.txt").write_text("B")
+    picture(root / "b.png")
+    listing, act, failures = list_folder(root), getattr(pathlib.Path, name), [number] * 2
+
+    def failing(path: pathlib.Path, *arguments: Any, **options: Any) -> Any:
+        if failures and path.suffix in (".png", ".txt"):
+            raise OSError(failures.pop(), os.strerror(number), str(path))
+        return act(path, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, name, failing)
+    assert read(listing) == {"a.png": ("A",), "b.png": ("B",)}
+    failures += [number] * 99
+    with pytest.raises(TransientError, match=r"\.(png|txt): .*; tried 3 times in 0 s; it may pass by itself"):
+        read(listing)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_folder_that_cannot_be_listed_for_a_moment_is_listed_whole(
+    root: pathlib.Path, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "WAITS", (0.0, 0.0))
+    picture(root / "below" / "b.png", "B")
+    scandir, failures = os.scandir, [1] * times
+
+    def failing(path: Any) -> Any:
+        if str(path).endswith("below") and failures:
+            failures.pop()
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    if times < 3:
+        assert read(list_folder(root)) == {"a.png": ("A",), "below/b.png": ("B",)}
+    else:
+        with pytest.raises(TransientError, match=r"below: .*; tried 3 times"):
+            list_folder(root)
 
 
 def test_what_was_found_beside_is_named(root: pathlib.Path) -> None:

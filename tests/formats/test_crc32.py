@@ -107,13 +107,33 @@ def test_what_the_header_says_of_a_tensor_is_compared_too(old: bytes, new: bytes
         verify_file(file, "here")
 
 
-def test_rows_are_read_uncompared_and_the_whole_is_not(file: pathlib.Path) -> None:
-    flip(file, "half")
+@pytest.mark.parametrize("index", [(slice(2, 5), slice(1, 3)), (slice(12, 13),), (slice(None), slice(1, 3))])
+def test_a_part_of_a_tensor_is_compared_as_the_whole(
+    file: pathlib.Path, index: tuple[slice, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PIECE_BYTES", 50)
     half = open_file(file, "here")[0]["half"]
-    np.testing.assert_array_equal(half.read((slice(2, 5), slice(1, 3))), ARRAYS["half"][2:5, 1:3])
-    assert half.read((slice(12, 13),)).shape == (1, 6), "nothing says what these rows were"
+    for _ in range(2):
+        np.testing.assert_array_equal(half.read(index), ARRAYS["half"][index])
+    flip(file, "half")
     with pytest.raises(UserError, match="half differs"):
-        half.read((slice(None), slice(1, 3)))  # every row is read for that
+        open_file(file, "here")[0]["half"].read(index)
+
+
+def test_the_whole_is_read_once_for_all_of_its_parts(file: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, half = [], open_file(file, "here")[0]["half"]
+    monkeypatch.setattr(module._File, "read", _counted(module._File.read, read))
+    for row in range(13):
+        half.read((slice(row, row + 1),))
+    assert sum(read) == 2 * ARRAYS["half"].nbytes
+
+
+def _counted(function: Any, read: list[int]) -> Any:
+    def count(file: Any, start: int, stop: int) -> Any:
+        read.append(stop - start)
+        return function(file, start, stop)
+
+    return count
 
 
 def test_a_long_tensor_is_compared_in_pieces(file: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,8 +124,15 @@ def _read_tensors(manager: ocp.CheckpointManager) -> bool:
     return _bytes(jax.tree.map(lambda tensor: tensor(), tensors)) == _bytes(_state(4)["dense"])
 
 
+def _read_rows(manager: ocp.CheckpointManager) -> bool:
+    """The first row of each array, as an export of a sharded or a fused tensor reads."""
+    tensors = arrays.open_part(manager, "dense", _like()["dense"])
+    rows = jax.tree.map(lambda tensor: tensor.read((slice(0, 1),)), tensors)
+    return _bytes(rows) == _bytes(jax.tree.map(lambda array: array[:1], _state(4)["dense"]))
+
+
 # As a training, a sampling and an export read; true if they read what was written.
-READERS = {"resume": _resume, "part": _read_part, "tensors": _read_tensors}
+READERS = {"resume": _resume, "part": _read_part, "tensors": _read_tensors, "rows": _read_rows}
 
 
 @pytest.mark.parametrize("reader", READERS)

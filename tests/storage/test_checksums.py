@@ -45,6 +45,20 @@ def test_every_single_bit_counts() -> None:
         assert checksums.of_array(hurt) != whole
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64, 1000])
+def test_an_array_that_is_read_by_rows_has_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.random.default_rng(0).normal(size=(64, 7, 3)).astype(np.float32)
+    monkeypatch.setattr(checksums, "_ROWS_ELEMENTS", rows * 21)
+    monkeypatch.setattr(checksums, "_BLOCK", 50)
+    expected, seen = checksums.of_array(array), []
+    checksums.check_rows(lambda part: seen.append(part) or array[part], array.shape, expected, "a")
+    assert len(seen) == -(-64 // rows)
+    hurt = array.copy()
+    hurt[63, 6, 2] += 1
+    with pytest.raises(ValueError, match="a is damaged"):
+        checksums.check_rows(hurt.__getitem__, array.shape, expected, "a")
+
+
 def test_exchanged_words_and_zeroes_are_seen() -> None:
     array = np.random.default_rng(0).normal(size=4096).astype(np.float32)
     whole = checksums.of_array(array)

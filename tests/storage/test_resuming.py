@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 
 from offsetjax.cli import main
 from offsetjax.errors import StorageError, TransientError, UserError
 from offsetjax.storage import checkpoint, digests, record, retry
 from offsetjax.train import train
+from offsetjax.training.setup import settled
+from offsetjax.training.states import refuse_to_begin_again
 from tests import tiny
 from tests.launch.pod import steps_of
 
@@ -117,6 +120,25 @@ def test_a_run_without_its_checkpoints_never_begins_again(base: Path, run: Path,
     with pytest.raises(UserError, match=r"has been trained but has no config\.json"):
         _resume(base, run)
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_saved_json_alone_tells_of_a_run_that_must_not_begin_again(is_readable: bool, tmp_path: Path) -> None:
+    """The config, the checkpoints and the log are gone: a partial copy, or a bucket's rule that ages files out."""
+    run = tmp_path / "run"
+    run.mkdir()
+    text = json.dumps(digests.signed({"step": 500}))
+    (run / "saved.json").write_text(text if is_readable else text[:9])
+    with pytest.raises(UserError, match=r"has been trained but has no config\.json; restore it"):
+        settled(tiny.tiny_config(), epath.Path(run), source=None)
+
+
+def test_steps_before_the_first_checkpoint_are_made_again_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
+    refuse_to_begin_again(epath.Path(tmp_path), every_steps=5)
+    assert "has no checkpoint yet: its 9 steps so far are made again" in caplog.text
 
 
 def test_every_step_that_cannot_be_read_is_named_and_none_is_to_be_moved(base: Path, run: Path) -> None:

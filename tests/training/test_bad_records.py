@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from offsetjax.errors import UserError
+from offsetjax.storage.checkpoint import newest_step
 from offsetjax.train import train
 from tests import tiny
 from tests.data.test_stream import NOISE, ODD, encoded, write_split
@@ -51,3 +52,5 @@ def test_a_run_leaves_bad_records_out_and_counts_them_alike_after_a_resume(
         assert run(bad_set, tmp_path / "run", 0.05) == whole
         with pytest.raises(UserError, match=r"records of .* could not be read in \d+ examples, more than data\.max_ba"):
             run(bad_set, tmp_path / "few", 0.01)
+        assert newest_step(tmp_path / "few") > 0, "what was trained is saved first"
+        assert run(bad_set, tmp_path / "few", 0.05) == whole, "and is resumed with another limit"
