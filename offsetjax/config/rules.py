@@ -75,11 +75,6 @@ def _sizes(values: Values) -> Wrongs:
     ):
         what = "data.bucket_count" if path == "data.bucket_step" else "data.buckets or data.bucket_count"
         yield values[path] != defaults[path] and not needed, f"{path} cannot apply without {what}"
-    yield (
-        (given or count) and values["data.cached_latents"],
-        "data.buckets and data.bucket_count cannot apply with data.cached_latents, which are of one size; train from "
-        "the pictures",
-    )
 
 
 def _model(values: Values) -> Wrongs:

@@ -56,16 +56,29 @@ class BatchPlan:
 
     def batch(self, number: int) -> Batch:
         """The batch of that number, from 0 on."""
+        size, begin = self._begin(number)
+        return Batch(size, self._examples(size, begin, self.batch_sizes[size]))
+
+    def following(self, number: int, place: int, count: int) -> Batch:
+        """So many examples of a batch's size from a place in it on, over its end too: what may stand in for others."""
+        size, begin = self._begin(number)
+        return Batch(size, self._examples(size, begin + place, count))
+
+    def _begin(self, number: int) -> tuple[int, int]:
+        """A batch's size, and its first place in the endless sequence of that size."""
         epoch = self.epoch_of(number)
         size, before = self._place(epoch, number)
-        count, group = self.batch_sizes[size], self.groups[size]
-        begin = (epoch * len(group) // count + before) * count
+        count = self.batch_sizes[size]
+        return size, (epoch * len(self.groups[size]) // count + before) * count
+
+    def _examples(self, size: int, begin: int, count: int) -> Int[np.ndarray, " b"]:
+        group = self.groups[size]
         cycles, places = np.divmod(np.arange(begin, begin + count), len(group))
         examples = np.empty(count, np.int64)
         for cycle in np.unique(cycles):
             mine = cycles == cycle
             examples[mine] = group[permuted(self.seed, size, int(cycle), len(group), places[mine])]
-        return Batch(size, examples)
+        return examples
 
     def size_of(self, number: int) -> int:
         """The place of a batch's size, without its examples."""

@@ -85,6 +85,11 @@ class Assignment:
         """How many pictures each size has."""
         return np.array([np.count_nonzero(self.bucket == place) for place in range(len(self.sizes))])
 
+    def size_of(self, picture: int) -> Size | None:
+        """The size of a picture, by its number; None of one that is dropped."""
+        place = int(self.bucket[picture])
+        return self.sizes[place] if place >= 0 else None
+
     @property
     def losses(self) -> Float[np.ndarray, " k"]:
         """The mean share of a picture of each size that is cropped; 0 where there is none."""

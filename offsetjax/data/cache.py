@@ -6,10 +6,15 @@ those of the picture mirrored; `time_ids` and the `brightness` of the cropped pi
 `caption` and `name`. The splits are those of the pictures, whole and in their order, so that `train[:90%]` means the
 same records of both.
 
+Of pictures of several sizes the last two axes are one, and `latent_size` has their lengths; one that fits none of the
+sizes keeps its place, with no latents. `sizes.npz` has the sizes of the whole pictures, as in their own data set, so
+that the batches that are planned for both are the same.
+
 `latents.json` says what a cache was made of, and is its first file; `dataset_info.json` is the last. Between them whole
 shards appear, under names that identify their records: what was interrupted continues with the missing ones.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +23,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from jaxtyping import Float16, Int
 from ml_collections import ConfigDict
 
-from offsetjax.data.shards import INFO, shard_paths, write_info, write_shard
+from offsetjax.data.shards import INFO, SIZES_FILE, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
 from offsetjax.files import unfinished, write_whole
 from offsetjax.json_text import parse_object
@@ -39,11 +45,13 @@ class Cache:
         encoder: the checksum of the autoencoder's weights that latents depend on.
         scaling_factor: that the autoencoder had; latents are kept without it.
         latent_mean, latent_std: of each channel, where the autoencoder was standardised on the data; else empty.
-        latent_shape: channels, height and width.
-        resolution: of the cropped pictures.
+        latent_shape: channels, height and width; of several sizes the channels alone.
+        resolution: of the cropped pictures; of several sizes, that of which they were chosen.
         random_flip: whether mirror images are there.
         source: the data set of the pictures.
         num_examples, num_bytes: of its splits, by their names.
+        sizes: of the cropped pictures, as `data.buckets` has them, where they are several.
+        max_aspect, max_enlargement: of those that were left out of them.
     """
 
     encoder: str
@@ -56,6 +64,9 @@ class Cache:
     source: str
     num_examples: Mapping[str, int]
     num_bytes: Mapping[str, int]
+    sizes: Sequence[str] = ()
+    max_aspect: float = 0.0
+    max_enlargement: float = 0.0
 
     def to_json(self) -> str:
         """The text of `latents.json`."""
@@ -68,7 +79,10 @@ class Cache:
 
     def features(self) -> tfds.features.FeaturesDict:
         """What a record holds."""
-        shape = (1 + self.random_flip, 2, *self.latent_shape)
+        shape: tuple[int | None, ...] = (1 + self.random_flip, 2, *self.latent_shape)
+        # Without tensorflow TFDS reads arrays of which one length is not known, no more.
+        several = {"latent_size": tfds.features.Tensor(shape=(2,), dtype=np.int32)} if self.sizes else {}
+        shape += (None,) if self.sizes else ()
         return tfds.features.FeaturesDict(
             {
                 "moments": tfds.features.Tensor(shape=shape, dtype=np.float16, encoding=tfds.features.Encoding.BYTES),
@@ -76,16 +90,33 @@ class Cache:
                 "brightness": np.float32,
                 "caption": tfds.features.Text(),
                 "name": tfds.features.Text(),
+                **several,
             }
         )
 
-    def check(self, path: str, data: ConfigDict, encoder: str) -> None:
+    def fields(self, moments: Float16[np.ndarray, "v 2 c h w"] | None) -> dict[str, np.ndarray]:
+        """The fields of a record that have its latents; of several sizes there may be none."""
+        if not self.sizes:
+            assert moments is not None
+            return {"moments": moments}
+        if moments is None:
+            moments = np.zeros((1 + self.random_flip, 2, *self.latent_shape, 0, 0), np.float16)
+        size = np.array(moments.shape[3:], np.int32)
+        return {"moments": moments.reshape(*moments.shape[:3], -1), "latent_size": size}
+
+    def moments(self, row: Mapping[str, Any]) -> Float16[np.ndarray, "v 2 c h w"]:
+        """The latents of a record."""
+        found = row["moments"]
+        return found.reshape(*found.shape[:3], *row["latent_size"].tolist()) if self.sizes else found
+
+    def check(self, path: str, data: ConfigDict, encoder: str, sizes: Sequence[str] = ()) -> None:
         """Compares it with a training.
 
         Args:
             path: of the cache, for the message.
             data: the section of the training's config.
             encoder: the checksum of its autoencoder's weights.
+            sizes: of its pictures, where they are several.
 
         Raises:
             UserError: the training's latents would be others.
@@ -96,6 +127,7 @@ class Cache:
                 f"data: {path} has latents of pictures of {self.resolution} px, but data.resolution = "
                 f"{data.resolution}; set it to {self.resolution}, {again}"
             )
+        self._check_sizes(path, data, sizes, again)
         if data.random_flip and not self.random_flip:
             raise UserError(f"data: {path} has no mirror images; set data.random_flip=False, {again}")
         if encoder != self.encoder:
@@ -103,6 +135,20 @@ class Cache:
                 f"data: {path} has latents of another autoencoder, with the checksum {self.encoder}; that of the "
                 f"config has {encoder}: give the model that the pictures were encoded with, {again}"
             )
+
+    def _check_sizes(self, path: str, data: ConfigDict, sizes: Sequence[str], again: str) -> None:
+        if set(self.sizes) != set(sizes):
+            given = f", but the config gives {', '.join(sizes)}" if sizes else ""
+            raise UserError(
+                f"data: {path} has latents of the sizes {', '.join(self.sizes)}{given}; set "
+                f"data.buckets={tuple(self.sizes)!r}, {again}"
+            )
+        for name in ("max_aspect", "max_enlargement") if self.sizes else ():
+            if data[name] != (of_cache := getattr(self, name)):
+                raise UserError(
+                    f"data: {path} was encoded with data.{name} = {of_cache:g}, but the config has {data[name]:g}; set "
+                    f"it back, {again}"
+                )
 
     def statistics(self, path: str, scale: str) -> tuple[np.ndarray, np.ndarray]:
         """The mean and the deviation of each channel, by which its autoencoder was standardised.
@@ -171,9 +217,17 @@ def is_finished(out: epath.PathLike, cache: Cache) -> bool:
     return finished
 
 
-def begin(out: epath.PathLike, cache: Cache) -> None:
-    """Writes what a cache is made of, before any of its shards, where it is not there yet."""
+def begin(out: epath.PathLike, cache: Cache, sizes: Mapping[str, Int[np.ndarray, "n 2"]] | None = None) -> None:
+    """Writes what a cache is made of, before any of its shards, where it is not there yet.
+
+    Args:
+        sizes: of the whole pictures of each split, where they are of several.
+    """
     if not is_begun(out):
+        if sizes:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **{split: each.astype(np.int32) for split, each in sizes.items()})  # type: ignore[arg-type]
+            write_whole(_folder(out) / SIZES_FILE, buffer.getvalue())
         write_whole(_folder(out) / DESCRIPTION, cache.to_json())
 
 
@@ -206,13 +260,15 @@ def _folder(out: epath.PathLike) -> epath.Path:
 
 def _is_free(out: epath.Path) -> bool:
     """Whether nothing is there, or only what `begin` leaves when it is interrupted."""
+    first = (DESCRIPTION, SIZES_FILE)
+    beginnings = {SIZES_FILE, *(unfinished(_folder(out) / name).name for name in first)}
     place = out
-    for name in (_NAME, _VERSION, unfinished(_folder(out) / DESCRIPTION).name):
+    for names in ({_NAME}, {_VERSION}, beginnings):
         if not place.exists():
             return True
-        if not place.is_dir() or any(entry.name != name for entry in place.iterdir()):
+        if not place.is_dir() or any(entry.name not in names for entry in place.iterdir()):
             return False
-        place = place / name
+        place = place / next(iter(names))
     return True
 
 

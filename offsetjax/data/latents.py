@@ -4,10 +4,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
+from offsetjax.data.buckets import Size
 from offsetjax.data.cache import Cache, read_cache
 from offsetjax.data.record import Latents
+from offsetjax.data.shards import SIZES_FILE
 from offsetjax.data.source import Source, split_names
-from offsetjax.data.tfds import Rows, open_rows, text, version_folder
+from offsetjax.data.tfds import Rows, noted_sizes, open_rows, text, version_folder
 from offsetjax.errors import UserError
 
 
@@ -27,8 +32,26 @@ class CachedLatents:
 
     def __getitem__(self, index: int) -> Latents:
         row = self.rows[index]
-        about = text(row["caption"]), text(row["name"])
-        return Latents(row["moments"], row["time_ids"], float(row["brightness"]), *about)
+        about, time_ids = (text(row["caption"]), text(row["name"])), row["time_ids"]
+        size = Size(int(time_ids[5]), int(time_ids[4])) if self.cache.sizes else None
+        return Latents(self.cache.moments(row), time_ids, float(row["brightness"]), *about, size)
+
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """Width and height of each whole picture, 0 of one that could not be read.
+
+        Raises:
+            UserError: they are latents of squares, or the note of the sizes is damaged or gone.
+        """
+        if not self.cache.sizes:
+            raise UserError(
+                f"data: {self.label} has latents of squares of {self.cache.resolution} px; leave out data.buckets and "
+                "data.bucket_count, or encode the pictures again with `offsetjax data encode`"
+            )
+        if (sizes := noted_sizes(self.rows)) is None:
+            raise UserError(
+                f"data: {self.label} has no {SIZES_FILE}; restore it from a copy, or encode the pictures again"
+            )
+        return sizes
 
     def fingerprint(self) -> dict[str, Any]:
         """With what distinguishes these latents from others, as the files of caches are as large whatever they show."""

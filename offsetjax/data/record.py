@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, UInt8
 
 from offsetjax.data.buckets import Size
-from offsetjax.data.images import cropped, decode, picture_size, resize_and_crop, time_ids
+from offsetjax.data.images import UnreadableImage, cropped, decode, picture_size, resize_and_crop, time_ids
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Latents:
         views: mean and log-variance of the posterior, not scaled, of each view.
         time_ids: of the picture's crop.
         mean_brightness: of the cropped picture, which its latents do not show.
+        size: of the cropped picture, in a cache of several; 0x0 where it has no latents.
     """
 
     views: Float16[np.ndarray, "v 2 c h w"]
@@ -74,10 +75,16 @@ class Latents:
     mean_brightness: float
     caption: str
     name: str = ""
+    size: Size | None = None
 
     def view(self, size: Size, is_mirrored: bool) -> dict[str, np.ndarray]:
-        """`moments` of one view, and `time_ids`; the size is that of the cache."""
-        del size
+        """`moments` of one view, and `time_ids`.
+
+        Raises:
+            UnreadableImage: there are none, or of another size.
+        """
+        if self.size and self.size != size:
+            raise UnreadableImage(f"its latents are of {self.size} pixels, not of {size}")
         return {"moments": self.views[-1 if is_mirrored else 0], "time_ids": self.time_ids}
 
     def brightness(self, size: Size) -> float:

@@ -208,6 +208,12 @@ class _Planned(grain.MapDataset):
             latest = self._latest = number, self._plan.batch(number)
         return int(latest[1].examples[place]), self._sizes[latest[1].size]
 
+    def following(self, index: int) -> Iterator[_Sized]:
+        """The example of a place, and those of its size that follow it."""
+        yield self[index]
+        batch = self._plan.following(*divmod(index, self._global_batch_size), _MOST_TRIES)
+        yield from ((int(example), self._sizes[batch.size]) for example in batch.examples[1:])
+
 
 class _Rows(grain.MapDataset):
     """The examples of one process: its i-th, of b a batch, is row r[i % b] of batch i // b."""
@@ -244,6 +250,8 @@ class _Following:
     place: int
 
     def __iter__(self) -> Iterator[_Sized]:
+        if isinstance(self.order, _Planned):
+            return self.order.following(self.place)
         return (self.order[place] for place in range(self.place, self.place + _MOST_TRIES))
 
 
@@ -287,15 +295,13 @@ def _sized(size: Size, index: int) -> _Sized:
 
 
 def _shown(source: Source, may_be_bad: bool, is_mirrored: bool, following: Iterable[_Sized]) -> dict[str, Any]:
-    """The first example of an order that can be read, and why those before it cannot; its size is that of the first."""
+    """The first example of an order that can be read, and why those before it cannot."""
     end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
     problems: list[str] = []
-    of_batch: Size | None = None
     for index, size in following:
-        of_batch = of_batch or size
         try:
             record = source[index]
-            fields = seen(source, index, record, of_batch, is_mirrored)
+            fields = seen(source, index, record, size, is_mirrored)
         except UserError as error:
             if not may_be_bad:
                 raise

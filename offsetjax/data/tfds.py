@@ -94,7 +94,7 @@ class TfdsPictures:
         Raises:
             UserError: the note is damaged, or a picture cannot be read.
         """
-        sizes = _noted_sizes(self.rows)
+        sizes = noted_sizes(self.rows)
         if sizes is None:
             sizes = sizes_of(self)
         return sizes[list(self.order)] if self.order else sizes
@@ -142,8 +142,12 @@ def _order(folder: epath.Path, rows: Rows) -> tuple[int, ...]:
         raise UserError(f"data: {file} is damaged ({one_line(error)}); build the data set again") from error
 
 
-def _noted_sizes(rows: Rows) -> Int[np.ndarray, "n 2"] | None:
-    """Width and height of each row's picture from `sizes.npz`; None where there is none."""
+def noted_sizes(rows: Rows) -> Int[np.ndarray, "n 2"] | None:
+    """Width and height of each row's picture from `sizes.npz`; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     folder = epath.Path(rows.path)
     file = folder / SIZES_FILE
     if not file.exists():
@@ -154,7 +158,7 @@ def _noted_sizes(rows: Rows) -> Int[np.ndarray, "n 2"] | None:
             by_split = {split: stored[split] for split in stored.files}
         parts = [_of_part(each, by_split, splits) for each in rows.ranges]
         sizes = np.concatenate([part for part in parts if part is not None]).astype(np.int32)
-        if sizes.shape != (len(rows), 2) or sizes.min() < 1:
+        if sizes.shape != (len(rows), 2) or sizes.min() < 0:
             raise ValueError(f"sizes of the shape {sizes.shape} for {len(rows)} pictures")
     except Exception as error:  # NumPy, zipfile and zlib raise many kinds for bytes that have changed
         raise UserError(f"data: {file} is damaged ({one_line(error)}); build the data set again") from error

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,9 @@ from ml_collections import ConfigDict
 
 from offsetjax.config.checks import validate
 from offsetjax.data import cache as caches
-from offsetjax.data.buckets import square
+from offsetjax.data.buckets import Size, assign, square
 from offsetjax.data.cache import Cache, Shard
+from offsetjax.data.sizes import measured
 from offsetjax.data.source import Source, describe, open_data, seen, split_names
 from offsetjax.errors import UserError
 from offsetjax.models.encode import encode_moments, encoder_checksum
@@ -36,7 +37,7 @@ from offsetjax.models.task import task_of
 from offsetjax.models.weights import initial_params
 from offsetjax.parallel.processes import barrier
 from offsetjax.progress import tracked
-from offsetjax.training.streams import Statistics, check_cache, latent_statistics
+from offsetjax.training.streams import Statistics, check_cache, latent_statistics, limits_of, open_buckets
 
 _log = logging.getLogger("offsetjax")
 _PICTURES_A_DEVICE = 8  # at a time
@@ -61,20 +62,22 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         )
     if config.data.cached_latents:
         raise UserError("data: `data encode` reads pictures: give their data.path, and data.cached_latents=False")
-    if config.data.buckets or config.data.bucket_count:
-        raise UserError(
-            "data: `data encode` makes latents of one size; leave out data.buckets and data.bucket_count, or train "
-            "from the pictures"
-        )
-    config, pipeline, params, statistics = open_vae(config, open_data(config.data))
+    of_training = open_data(config.data)
+    config, pipeline, params, statistics = open_vae(config, of_training)
     sources = _whole_splits(config)
-    cache = _describe(config, pipeline.autoencoder, params, statistics, sources)
+    buckets = open_buckets(config, of_training)  # a training's; what else its splits hold goes to the same sizes
+    sizes = buckets.sizes if buckets else ()
+    for line in (*buckets.describe(), *buckets.notes) if buckets else ():
+        _log.info("  %s", line)
+    cache = _describe(config, pipeline.autoencoder, params, statistics, sources, sizes)
+    whole = {split: measured(source) for split, source in sources.items()} if sizes else {}
+    placed = {split: assign(each[:, 0], each[:, 1], sizes, limits_of(config.data)) for split, each in whole.items()}
     finished = caches.is_finished(out, cache)
     shards = caches.missing_shards(out, cache, shard_size)
     barrier("the cache is looked at")  # the first process must not write before the others have looked
     is_first = jax.process_index() == 0
     if is_first:
-        caches.begin(out, cache)
+        caches.begin(out, cache, whole)
     barrier("the cache is begun")
     if not _is_shown(lambda: caches.is_begun(out)):
         raise UserError(
@@ -88,7 +91,9 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
     encode = _jit_encode(pipeline.autoencoder, params, cache.random_flip)
     own = shards[jax.process_index() :: jax.process_count()]
     for number, shard in enumerate(own, start=1):
-        records = _records(sources[shard.split], shard, cache.resolution, encode)
+        of_split = placed.get(shard.split)
+        size_of = of_split.size_of if of_split else partial(_square, cache.resolution)
+        records = _records(sources[shard.split], shard, size_of, encode, cache)
         description = f"Encoding pictures, part {number} of {len(own)}"
         shard.write(tracked(records, description, shard.last - shard.first, is_first), cache)
     barrier("the latents are written")
@@ -139,7 +144,12 @@ def _whole_splits(config: ConfigDict) -> dict[str, Source]:
 
 
 def _describe(
-    config: ConfigDict, vae: Any, params: PyTree, statistics: Statistics | None, sources: dict[str, Source]
+    config: ConfigDict,
+    vae: Any,
+    params: PyTree,
+    statistics: Statistics | None,
+    sources: dict[str, Source],
+    sizes: Sequence[Size],
 ) -> Cache:
     mean, std = statistics or (np.array([]), np.array([]))
     side = config.data.resolution // vae.downscale
@@ -148,13 +158,20 @@ def _describe(
         scaling_factor=vae.scaling_factor,
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
-        latent_shape=(vae.latent_channels, side, side),
+        latent_shape=(vae.latent_channels,) if sizes else (vae.latent_channels, side, side),
         resolution=config.data.resolution,
         random_flip=config.data.random_flip,
         source=config.data.path,
         num_examples={split: len(source) for split, source in sources.items()},
         num_bytes={split: int(source.fingerprint().get("num_bytes", 0)) for split, source in sources.items()},
+        sizes=[str(size) for size in sizes],
+        max_aspect=config.data.max_aspect if sizes else 0.0,
+        max_enlargement=config.data.max_enlargement if sizes else 0.0,
     )
+
+
+def _square(resolution: int, index: int) -> Size:
+    return square(resolution)
 
 
 def _jit_encode(vae: Any, params: PyTree, random_flip: bool) -> Encode:
@@ -173,17 +190,52 @@ def _jit_encode(vae: Any, params: PyTree, random_flip: bool) -> Encode:
     return partial(on_devices, params)
 
 
-def _records(source: Source, shard: Shard, resolution: int, encode: Encode) -> Iterator[dict[str, Any]]:
-    """The records of a shard in their order, a batch for the devices at a time."""
-    size = _PICTURES_A_DEVICE * jax.local_device_count()
-    # The last picture fills up the last batch: there is one program, of one shape.
-    indices = np.pad(np.arange(shard.first, shard.last), (0, (shard.first - shard.last) % size), mode="edge")
-    pictures = grain.MapDataset.source(indices).map(partial(_picture, source, resolution))
-    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * size)
-    batches = pictures.to_iter_dataset(options).batch(size)
+def _records(
+    source: Source, shard: Shard, size_of: Callable[[int], Size | None], encode: Encode, cache: Cache
+) -> Iterator[dict[str, Any]]:
+    """The records of a shard in their order: a batch for the devices at a time or, where it has several sizes, at its
+    end, for a batch has one."""
+    by_size: dict[Size | None, list[int]] = {}
+    for index in range(shard.first, shard.last):
+        by_size.setdefault(size_of(index), []).append(index)
+    if len(by_size) == 1 and None not in by_size:
+        [(size, indices)] = by_size.items()
+        assert size is not None
+        return _of_size(source, indices, size, encode, cache)
+    found: dict[int, dict[str, Any]] = {index: _left_out(source, index, cache) for index in by_size.pop(None, [])}
+    return _sorted(source, by_size, encode, cache, found)
+
+
+def _sorted(
+    source: Source, by_size: Mapping[Any, list[int]], encode: Encode, cache: Cache, found: dict[int, dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    for size, indices in by_size.items():
+        found |= zip(indices, _of_size(source, indices, size, encode, cache), strict=True)
+    yield from (found.pop(index) for index in sorted(found))
+
+
+def _of_size(
+    source: Source, numbers: Sequence[int], size: Size, encode: Encode, cache: Cache
+) -> Iterator[dict[str, Any]]:
+    """The records of these numbers, which have one size."""
+    count = _PICTURES_A_DEVICE * jax.local_device_count()
+    # The last picture fills up the last batch: there is one program of a size, of one shape.
+    indices = np.pad(np.array(numbers), (0, -len(numbers) % count), mode="edge")
+    pictures = grain.MapDataset.source(indices).map(partial(_picture, source, size))
+    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * count)
+    batches = pictures.to_iter_dataset(options).batch(count)
     begun = ((batch, encode(batch["pixels"])) for batch in batches)
-    records = (record for batch, moments in _one_ahead(begun) for record in _to_records(batch, moments, source))
-    return itertools.islice(records, shard.last - shard.first)
+    records = (record for batch, moments in _one_ahead(begun) for record in _to_records(batch, moments, source, cache))
+    return itertools.islice(records, len(numbers))
+
+
+def _left_out(source: Source, index: int, cache: Cache) -> dict[str, Any]:
+    """A record without latents, of a picture that fits none of the sizes or cannot be read."""
+    try:
+        about = {"caption": source[index].caption, "name": source[index].name}
+    except UserError:
+        about = {"caption": "", "name": ""}
+    return {**cache.fields(None), "time_ids": np.zeros(6, np.float32), "brightness": np.float32(0), **about}
 
 
 def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -191,15 +243,15 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
     return (item for item, _ in itertools.pairwise(itertools.chain(items, (None,))))
 
 
-def _picture(source: Source, resolution: int, index: int) -> dict[str, Any]:
+def _picture(source: Source, size: Size, index: int) -> dict[str, Any]:
     record = source[index]
-    fields = seen(source, index, record, square(resolution))
+    fields = seen(source, index, record, size)
     about = {"caption": record.caption, "name": record.name, "index": index}
     return {**fields, **about, "brightness": np.float32(fields["pixels"].mean() / 255)}
 
 
 def _to_records(
-    batch: dict[str, Any], encoded: Float[Array, "b v 2 c h w"], source: Source
+    batch: dict[str, Any], encoded: Float[Array, "b v 2 c h w"], source: Source, cache: Cache
 ) -> Iterator[dict[str, Any]]:
     moments = np.asarray(encoded)
     for place, index in enumerate(batch["index"]):
@@ -209,4 +261,4 @@ def _to_records(
                 "model.pretrained"
             )
         about = {name: batch[name][place] for name in ("time_ids", "brightness", "caption", "name")}
-        yield {"moments": moments[place], **about}
+        yield {**cache.fields(moments[place]), **about}

@@ -79,11 +79,16 @@ def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
         resolution=data.resolution,
         step=data.bucket_step,
         unit=resolution_unit(config),
-        limits=Limits(data.max_aspect, data.max_enlargement or float("inf")),
+        limits=limits_of(data),
         batch_size=config.train.global_batch_size,
         seed=config.seed,
         max_bad_fraction=data.max_bad_fraction,
     )
+
+
+def limits_of(data: ConfigDict) -> Limits:
+    """The limits of the section `data` of a config."""
+    return Limits(data.max_aspect, data.max_enlargement or float("inf"))
 
 
 def of_squares(config: ConfigDict) -> ConfigDict:
@@ -116,4 +121,6 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
 def check_cache(config: ConfigDict, source: Any, pipeline: Pipeline, vae_params: PyTree) -> None:
     """Raises a UserError where the data are latents that this autoencoder would not make of their pictures."""
     if config.data.cached_latents:
-        source.cache.check(source.label, config.data, encoder_checksum(pipeline.autoencoder, vae_params))
+        buckets = open_buckets(config, source)
+        sizes = [str(size) for size in buckets.sizes] if buckets else []
+        source.cache.check(source.label, config.data, encoder_checksum(pipeline.autoencoder, vae_params), sizes)

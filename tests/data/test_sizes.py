@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from offsetjax.data.buckets import Limits, Size
-from offsetjax.data.build import build
 from offsetjax.data.record import Picture
 from offsetjax.data.shards import SIZES_FILE
 from offsetjax.data.sizes import Buckets, cropped_by_count, make_buckets, measured, sizes_of
@@ -23,26 +21,14 @@ from offsetjax.errors import UserError
 from offsetjax.progress import heard_by
 from offsetjax.train import train
 from tests import tiny
+from tests.data.shapes import COUNT, SIZES, pictures_of_shapes
 
-SIZES = ((16, 16), (24, 16), (16, 24), (32, 16), (48, 32), (8, 8), (100, 10))  # width, height
-COUNT, BATCH = 35, 4
+BATCH = 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A data set whose picture i has the size i % 7, and its number as the red of its left half."""
-    pictures = tmp_path_factory.mktemp("shapes") / "pictures"
-    pictures.mkdir()
-    lines = []
-    for number in range(COUNT):
-        width, height = SIZES[number % len(SIZES)]
-        pixels = np.zeros((height, width, 3), np.uint8)
-        pixels[:, : width // 2] = (7 * number + 1, 0, 0)
-        Image.fromarray(pixels).save(pictures / f"{number:02}.png")
-        lines.append(json.dumps({"file_name": f"{number:02}.png", "text": str(number)}))
-    (pictures / "metadata.jsonl").write_text("\n".join(lines))
-    build(pictures, pictures.parent / "data", shard_size=10)
-    return pictures.parent / "data"
+    return pictures_of_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

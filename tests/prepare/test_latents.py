@@ -20,12 +20,16 @@ from PIL import Image
 from offsetjax.cli import main
 from offsetjax.commands.explain import explain
 from offsetjax.data.brightness import data_brightness
+from offsetjax.data.buckets import Size
 from offsetjax.data.cache import Shard
-from offsetjax.data.source import Source, open_source
+from offsetjax.data.images import UnreadableImage
+from offsetjax.data.sizes import measured
+from offsetjax.data.source import Source, captions, open_source
 from offsetjax.errors import UserError
 from offsetjax.models.encode import encode_batch, to_unit_range
 from offsetjax.models.pipeline import build, step_parts
 from offsetjax.models.trained import load_trained
+from offsetjax.models.weights import initial_params, new_tokenizers
 from offsetjax.plan.program import architecture, make_program
 from offsetjax.prepare import latents
 from offsetjax.prepare.calibrate import measure
@@ -33,9 +37,12 @@ from offsetjax.prepare.latents import encode_data, open_vae
 from offsetjax.train import train
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, model_flops
 from offsetjax.training.flops import count_flops
+from offsetjax.training.objective import add_position, make_objective
 from offsetjax.training.setup import open_run
-from offsetjax.training.streams import open_stream
+from offsetjax.training.streams import check_cache, open_buckets, open_stream
 from offsetjax.training.validation import make_losses, validate
+from tests.data.shapes import COUNT as SHAPES
+from tests.data.shapes import pictures_of_shapes
 from tests.processes import call_together
 from tests.tiny import data_path, quick_compilation, run_config, tiny_config, trained_workdir
 
@@ -161,6 +168,92 @@ def test_validation_and_calibration_agree(base: pathlib.Path, cache: pathlib.Pat
         np.testing.assert_allclose(read, seen, rtol=5e-3, atol=2e-3 * np.abs(seen).max())
 
 
+SEVERAL = {"data__buckets": ("16x16", "24x16", "16x24"), "data__max_aspect": 2.0}
+
+
+@pytest.fixture(scope="module")
+def of_shapes(base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The latents of pictures of several sizes, of which five are left out for their shape."""
+    out = tmp_path_factory.mktemp("latents") / "shapes"
+    encode_data(tiny_config(pictures_of_shapes(base), **SEVERAL), out, shard_size=12)
+    return out
+
+
+def test_latents_of_several_sizes_come_in_the_batches_of_their_pictures(
+    base: pathlib.Path, of_shapes: pathlib.Path
+) -> None:
+    from_pictures = tiny_config(pictures_of_shapes(base), **SEVERAL)
+    from_cache = tiny_config(of_shapes, data__cached_latents=True, **SEVERAL)
+    opened = open_source(pictures_of_shapes(base)), open_source(of_shapes, cached_latents=True)
+    pipeline = build(from_pictures, new_tokenizers(from_pictures, captions(opened[0])))
+    params = {part: initial_params(from_pictures, part, model) for part, model in pipeline.parts.items()}
+    trained, frozen = {"unet": params.pop("unet")}, params
+    encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(frozen["vae"], to_unit_range(pixels)))
+    losses = [jax.jit(make_objective(pipeline, each)) for each in (from_pictures, from_cache)]
+    shapes: set[tuple[int, ...]] = set()
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(contextlib.closing(open_stream(each, pipeline, source).iterator()))
+            for each, source in zip((from_pictures, from_cache), opened, strict=True)
+        ]
+        for _ in range(8):
+            seen, read = (next(stream) for stream in streams)
+            np.testing.assert_array_equal(seen["index"], read["index"])
+            np.testing.assert_array_equal(seen["time_ids"], read["time_ids"])
+            np.testing.assert_allclose(read["moments"][:, 0], encode(seen["pixels"])[0], rtol=2**-10, atol=1e-5)
+            if seen["pixels"].shape == (8, 16, 24, 3) and seen["pixels"].shape not in shapes:  # one program is enough
+                found = [
+                    loss(
+                        trained, frozen, add_position({k: v for k, v in batch.items() if k != "index"}, 8), jnp.int32(3)
+                    )
+                    for loss, batch in zip(losses, (seen, read), strict=True)
+                ]
+                np.testing.assert_allclose(*found, rtol=2e-3)
+            shapes.add(seen["pixels"].shape)
+    assert shapes == {(8, 24, 16, 3), (8, 16, 16, 3), (8, 16, 24, 3)}
+
+
+def test_a_cache_of_several_sizes_keeps_what_fits_none_in_its_place(
+    base: pathlib.Path, of_shapes: pathlib.Path
+) -> None:
+    source = open_source(of_shapes, cached_latents=True)
+    np.testing.assert_array_equal(measured(source), measured(open_source(pictures_of_shapes(base))))
+    sizes = [source[index].size for index in range(SHAPES)]
+    assert [index for index, size in enumerate(sizes) if size == (0, 0)] == list(range(6, SHAPES, 7))  # 100x10
+    assert source[0].views.shape == (2, 2, 4, 8, 8) and source[3].views.shape == (2, 2, 4, 8, 12)
+    assert source[6].views.size == 0 and source[6].caption == "6"
+    with pytest.raises(UnreadableImage, match="its latents are of 16x16 pixels, not of 24x16"):
+        source[0].view(Size(24, 16), False)
+    part = open_source(of_shapes, "train[8:15]", cached_latents=True)
+    np.testing.assert_array_equal(measured(part), measured(source)[8:15])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {},
+            r"has latents of the sizes 16x24, 16x16, 24x16; set data\.buckets=\('16x24', '16x16', '24x16'\), or encode",
+        ),
+        ({"data__buckets": ("16x16",)}, "has latents of the sizes 16x24, .*, but the config gives 16x16; set"),
+        ({**SEVERAL, "data__max_enlargement": 9.0}, r"encoded with data\.max_enlargement = 0, but the config has 9"),
+    ],
+)
+def test_a_cache_of_other_sizes_is_refused(of_shapes: pathlib.Path, changes: dict[str, Any], message: str) -> None:
+    config = tiny_config(of_shapes, data__cached_latents=True, **changes)
+    source = open_source(of_shapes, cached_latents=True)
+    pipeline = build(config)
+    with pytest.raises(UserError, match=message) as refused:
+        check_cache(config, source, pipeline, initial_params(config, "vae", pipeline.autoencoder))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cache_of_squares_has_no_other_sizes(cache: pathlib.Path) -> None:
+    config = tiny_config(cache, data__cached_latents=True, data__buckets=("16x16",))
+    with pytest.raises(UserError, match=r"has latents of squares of 16 px; leave out data\.buckets"):
+        open_buckets(config, open_source(cache, cached_latents=True))
+
+
 def test_standardised_latents_bring_their_statistics(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     changes = {"model__vae__scaling_factor": 0.0, "data__random_flip": False}
     config = tiny_config(data_path(base), **changes)
@@ -214,7 +307,7 @@ def test_a_run_that_is_reopened_takes_no_latents_of_another_autoencoder(
     ("override", "message"),
     [
         ("task=autoencoder", "task = 'autoencoder' trains what encodes"),
-        ("data.bucket_count=3", "makes latents of one size; leave out data.buckets and data.bucket_count"),
+        ("data.buckets=('16x15',)", "16x15 must be multiples of 2"),
         ("data.cached_latents=True", "reads pictures: give their data.path"),
         ("data.split=test", "has no split 'test'"),
         ("data.split=all", "the splits that 'all' stands for"),
