@@ -19,7 +19,7 @@ a plan holds of hundreds of millions of examples are its groups.
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -32,6 +32,27 @@ class Batch(NamedTuple):
 
     size: int
     examples: Int[np.ndarray, " b"]
+
+
+class Plan(Protocol):
+    """Which examples each batch holds, by its number.
+
+    Attributes:
+        groups: the examples of each size, an array each.
+        batch_sizes: examples a batch of each size, over all hosts.
+    """
+
+    @property
+    def groups(self) -> tuple[Int[np.ndarray, " n"], ...]: ...
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]: ...
+
+    def batch(self, number: int) -> Batch:
+        """The batch of that number, from 0 on."""
+
+    def following(self, number: int, place: int, count: int) -> Batch:
+        """So many examples of a batch's size from a place in it on, over its end too: what may stand in for others."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,7 @@ class BatchPlan:
         return Batch(size, self._examples(size, begin, self.batch_sizes[size]))
 
     def following(self, number: int, place: int, count: int) -> Batch:
-        """So many examples of a batch's size from a place in it on, over its end too: what may stand in for others."""
+        """See `Plan.following`."""
         size, begin = self._begin(number)
         return Batch(size, self._examples(size, begin + place, count))
 
@@ -122,6 +143,41 @@ class BatchPlan:
             (epoch + 1) * len(group) // count - epoch * len(group) // count
             for group, count in zip(self.groups, self.batch_sizes, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class EachOnce:
+    """Batches that show each example once, one size after the other; the last of each size begins again to be full.
+
+    Attributes:
+        groups: the examples of each size, an array each, in their order.
+        batch_sizes: examples a batch of each size, over all hosts.
+    """
+
+    groups: tuple[Int[np.ndarray, " n"], ...]
+    batch_sizes: tuple[int, ...]
+
+    def batches(self) -> list[tuple[int, int]]:
+        """Of each batch its size, and how many of its examples have not been shown yet."""
+        return [
+            (size, min(count, len(group) - first))
+            for size, (group, count) in enumerate(zip(self.groups, self.batch_sizes, strict=True))
+            for first in range(0, len(group), count)
+        ]
+
+    def batch(self, number: int) -> Batch:
+        """The batch of that number; beyond the last one they begin again."""
+        return self.following(number, 0, 0)
+
+    def following(self, number: int, place: int, count: int) -> Batch:
+        """See `Plan.following`."""
+        batches = self.batches()
+        number %= len(batches)
+        size, _ = batches[number]
+        before = sum(each == size for each, _ in batches[:number])
+        first = before * self.batch_sizes[size] + place
+        places = np.arange(first, first + (count or self.batch_sizes[size])) % len(self.groups[size])
+        return Batch(size, self.groups[size][places])
 
 
 @functools.lru_cache(maxsize=4)

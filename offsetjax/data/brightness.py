@@ -1,13 +1,13 @@
 """The brightness of pictures, 0 black and 1 white: of a data set, of what a model draws, and how far they are apart."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import wasserstein_distance
 
-from offsetjax.data.buckets import square
+from offsetjax.data.buckets import Size, square
 from offsetjax.data.images import UnreadableImage
 from offsetjax.data.source import Source, unreadable
 from offsetjax.errors import UserError
@@ -20,20 +20,24 @@ MEASURED_AT_MOST = 2048
 
 
 def data_brightness(
-    source: Source, resolution: int, at_most: int = MEASURED_AT_MOST, may_be_bad: bool = False
+    source: Source,
+    resolution: int,
+    at_most: int = MEASURED_AT_MOST,
+    may_be_bad: bool = False,
+    size_of: Callable[[int], Size | None] | None = None,
 ) -> Float[np.ndarray, " n"]:
     """The brightness of a data set's pictures, cropped as for training; of `at_most`, evenly spaced, where more.
 
     Args:
         may_be_bad: records that cannot be read are left out, where one can.
+        size_of: the size that a picture is brought to, by its number, None where it is left out; by default squares.
 
     Raises:
         UserError: a record that cannot be read.
     """
+    sizes = {index: size_of(index) if size_of else square(resolution) for index in evenly_spaced(source, at_most)}
 
-    size = square(resolution)
-
-    def measure(index: int) -> float | UserError:
+    def measure(index: int, size: Size) -> float | UserError:
         try:
             return source[index].brightness(size)
         except UnreadableImage as error:
@@ -42,7 +46,8 @@ def data_brightness(
             return error
 
     with ThreadPoolExecutor() as pool:  # decoding a picture lets other threads run
-        found = list(pool.map(measure, evenly_spaced(source, at_most)))
+        taken = [(index, size) for index, size in sizes.items() if size]
+        found = list(pool.map(measure, *zip(*taken, strict=True))) if taken else []
     bad = [each for each in found if isinstance(each, UserError)]
     if bad and (not may_be_bad or len(bad) == len(found)):
         raise bad[0]

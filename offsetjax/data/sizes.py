@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from offsetjax.data.batches import BatchPlan
+from offsetjax.data.batches import BatchPlan, EachOnce, Plan
 from offsetjax.data.buckets import (
     Assignment,
     Limits,
@@ -44,7 +44,7 @@ class Buckets:
     """
 
     assignment: Assignment
-    plan: BatchPlan
+    plan: Plan
     notes: tuple[str, ...] = ()
 
     @property
@@ -120,6 +120,30 @@ def make_buckets(
         )
     notes += _other_area(assignment, resolution)
     return Buckets(assignment, BatchPlan(groups, (batch_size,) * len(groups), seed), tuple(notes))
+
+
+def once_each(
+    source: Source, sizes: Sequence[Size], limits: Limits, batch_size: int, at_most: int
+) -> tuple[Buckets, EachOnce]:
+    """Batches that show up to `at_most` pictures of a source once, each at the one of these sizes that suits it.
+
+    Which pictures these are, where there are more, depends on nothing else.
+
+    Raises:
+        UserError: none fits any of the sizes.
+    """
+    found = measured(source)
+    assignment = assign(found[:, 0], found[:, 1], sizes, limits)
+    fitting = np.flatnonzero(assignment.bucket >= 0)
+    if not len(fitting):
+        raise UserError(
+            f"data: no picture of {source.label} fits any of the sizes {', '.join(map(str, sizes))}; see "
+            "data.max_aspect and data.max_enlargement"
+        )
+    taken = np.random.default_rng(0).permutation(fitting)[:at_most]
+    groups = tuple(taken[assignment.bucket[taken] == place] for place in range(len(assignment.sizes)))
+    plan = EachOnce(groups, (batch_size,) * len(groups))
+    return Buckets(assignment, plan), plan
 
 
 def _unreadable(source: Source, sizes: Int[np.ndarray, "n 2"], max_bad_fraction: float) -> Iterator[str]:

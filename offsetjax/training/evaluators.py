@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.data.brightness import compare, data_brightness
+from offsetjax.data.sizes import once_each
 from offsetjax.data.source import Source, open_data
 from offsetjax.models.pipeline import for_training
 from offsetjax.models.task import task_of
@@ -27,7 +29,7 @@ from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState
-from offsetjax.training.streams import of_squares, open_stream
+from offsetjax.training.streams import limits_of, of_squares, open_buckets, open_stream
 from offsetjax.training.validation import check_apart, make_losses, validate
 
 _log = logging.getLogger("offsetjax")
@@ -108,7 +110,12 @@ def _sample(run: Run, sampler: Sampler) -> Evaluate:
 def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
     probe, data = run.config.probe, run.config.data
     may_be_bad = data.max_bad_fraction > 0  # training counts them, and ends where they are too many
-    measured = functools.cache(lambda: data_brightness(source, data.resolution, may_be_bad=may_be_bad))
+
+    @functools.cache
+    def measured() -> Float[np.ndarray, " n"]:
+        buckets = open_buckets(run.config, source)
+        size_of = buckets.assignment.size_of if buckets else None
+        return data_brightness(source, data.resolution, may_be_bad=may_be_bad, size_of=size_of)
 
     def evaluate(state: TrainState, step: int) -> Evaluation:
         pictures = _draw(run, sampler, state, step, probe.prompts, probe.seeds_per_prompt)
@@ -122,8 +129,8 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
 
 
 def validation_config(config: ConfigDict) -> ConfigDict:
-    """The config of a validation's batches: the same pictures in every run, as squares whatever sizes are trained."""
-    config = of_squares(config)  # few pictures fill no batch of each size
+    """The config of a validation's batches: the same pictures in every run, each once whatever sizes are trained."""
+    config = of_squares(config)  # their sizes are given
     config.seed, config.data.random_flip = 0, False
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     config.train.accumulate_steps = 1
@@ -134,7 +141,12 @@ def _validation(run: Run, source: Source) -> Evaluate:
     config = validation_config(run.config)
     held_out = open_data(config.data, config.validation.split)
     check_apart(source, held_out)
-    stream = open_stream(config, run.pipeline, held_out, run.mesh)
+    trained = open_buckets(run.config, source)
+    buckets = None
+    if trained:  # at their sizes, so that no others are compiled for, and the losses are of what is trained
+        most, batch_size = config.validation.num_examples, config.train.global_batch_size
+        buckets, _ = once_each(held_out, trained.sizes, limits_of(config.data), batch_size, most)
+    stream = open_stream(config, run.pipeline, held_out, run.mesh, buckets)
     frozen = sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen)
     replicated = NamedSharding(run.mesh, P())
     # Kernels and loops as in training, so that what fits there fits here; the latents are exact.

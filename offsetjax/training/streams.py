@@ -28,19 +28,24 @@ _log = logging.getLogger("offsetjax")
 Statistics = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]  # the mean and the deviation of each channel
 
 
-def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None) -> Stream:
+def open_stream(
+    config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None, buckets: Buckets | None = None
+) -> Stream:
     """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them.
+
+    Args:
+        buckets: in place of those that the config gives.
 
     Raises:
         UserError: sizes that do not fit, or processes of one mesh whose data differ.
     """
     global_batch_size = config.train.global_batch_size
     batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
-    buckets = open_buckets(config, source)
-    for line in buckets.describe() if buckets else ():
-        _log.info("  %s", line)
-    for line in buckets.notes if buckets else ():
-        _log.warning("%s", line)
+    if buckets is None and (buckets := open_buckets(config, source)):
+        for line in buckets.describe():
+            _log.info("  %s", line)
+        for line in buckets.notes:
+            _log.warning("%s", line)
     stream = make_stream(
         source,
         seed=config.seed,

@@ -6,6 +6,7 @@ every step and in every run.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.data.batches import EachOnce
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import Source
 from offsetjax.data.stream import Stream
@@ -92,24 +94,44 @@ def validate(
 ) -> dict[str, float]:
     """The mean of each noise, over pictures and timesteps, and at each timestep: `validation_plain`, `…_t999`.
 
+    Of pictures of several sizes also the mean over those of each, `validation_plain_1152x896`.
+
     Args:
         step: after which the training's noise is as strong as `noise.anneal` says.
     """
-    count = num_examples(config, stream)
+    counts = _counts(config, stream)
     host_batches = stream.iterator()
     try:
         batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.global_batch_size, ahead=0)
-        numbers = range(-(-count // stream.global_batch_size))
-        given = [(jnp.int32(number), jnp.int32(count), jnp.int32(step)) for number in numbers]
-        sums = [losses(params, frozen, next(batches), *each) for each in given]
+        # Examples have their draws by their place, of which those up to the end that is given count.
+        ends = [number * stream.global_batch_size + count for number, (_, count) in enumerate(counts)]
+        given = [(jnp.int32(number), jnp.int32(end), jnp.int32(step)) for number, end in enumerate(ends)]
+        sums = jax.device_get([losses(params, frozen, next(batches), *each) for each in given])
     finally:
         host_batches.close()
-    total = jax.tree.map(lambda *values: sum(values) / count, *jax.device_get(sums))
+
+    def mean(of_size: str | None = None) -> dict[str, Any]:
+        chosen = [place for place, (size, _) in enumerate(counts) if of_size in (None, size)]
+        count = sum(counts[place][1] for place in chosen)
+        return jax.tree.map(lambda *values: sum(values) / count, *(sums[place] for place in chosen))
+
+    total = mean()
     named = {f"validation_{name}": float(values.mean()) for name, values in total.items()}
     for name, values in total.items():
         each = zip(config.validation.timesteps, values, strict=True)
         named |= {f"validation_{name}_t{timestep}": float(value) for timestep, value in each}
+    sizes = dict.fromkeys(size for size, _ in counts)
+    for size in sizes if len(sizes) > 1 else ():
+        named |= {f"validation_{name}_{size}": float(values.mean()) for name, values in mean(size).items()}
     return named
+
+
+def _counts(config: ConfigDict, stream: Stream) -> list[tuple[str, int]]:
+    """Of each batch, its size and how many of its examples count."""
+    if stream.buckets and isinstance(stream.buckets.plan, EachOnce):
+        return [(str(stream.buckets.sizes[size]), count) for size, count in stream.buckets.plan.batches()]
+    total, size = num_examples(config, stream), stream.global_batch_size
+    return [("", min(size, total - first)) for first in range(0, total, size)]
 
 
 def num_examples(config: ConfigDict, stream: Stream) -> int:

@@ -32,7 +32,7 @@ from offsetjax.models.trained import load_trained
 from offsetjax.models.weights import initial_params, new_tokenizers
 from offsetjax.plan.program import architecture, make_program
 from offsetjax.prepare import latents
-from offsetjax.prepare.calibrate import measure
+from offsetjax.prepare.calibrate import calibrate, measure
 from offsetjax.prepare.latents import encode_data, open_vae
 from offsetjax.train import train
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, model_flops
@@ -246,6 +246,11 @@ def test_a_cache_of_other_sizes_is_refused(of_shapes: pathlib.Path, changes: dic
     with pytest.raises(UserError, match=message) as refused:
         check_cache(config, source, pipeline, initial_params(config, "vae", pipeline.autoencoder))
     assert "\n" not in str(refused.value)
+
+
+def test_a_cache_of_several_sizes_is_not_calibrated(of_shapes: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="has latents of several sizes, and a calibration is of squares; give the pict"):
+        calibrate(tiny_config(of_shapes, data__cached_latents=True, **SEVERAL), tmp_path / "found.json")
 
 
 def test_a_cache_of_squares_has_no_other_sizes(cache: pathlib.Path) -> None:

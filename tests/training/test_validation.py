@@ -18,6 +18,8 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.data.brightness import compare, data_brightness
+from offsetjax.data.buckets import Limits, Size
+from offsetjax.data.sizes import once_each
 from offsetjax.data.source import open_source
 from offsetjax.diffusion.noise import offset_noise
 from offsetjax.errors import UserError
@@ -34,6 +36,7 @@ from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState
 from offsetjax.training.streams import open_stream
 from offsetjax.training.validation import check_apart, make_losses, validate
+from tests.data.shapes import pictures_of_shapes
 from tests.tiny import RESOLUTION, data_path, quick_compilation, run_config, tiny_config, trained_workdir
 
 TIMESTEPS = (100, 999)
@@ -240,12 +243,40 @@ def test_a_run_that_dies_while_it_looks_looks_again_when_it_resumes(
     assert [line["step"] for line in lines if "validation_plain" in line][-1] == 2
 
 
-def test_a_validation_is_of_the_same_squares_whatever_sizes_are_trained() -> None:
+def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base: pathlib.Path) -> None:
+    config = tiny_config(pictures_of_shapes(base), validation__timesteps=(5,), validation__num_examples=11)
+    config = validation_config(config)
+    config.train.global_batch_size = 4
+    source, limits = open_source(config.data.path), Limits(max_aspect=2.0)
+    sizes = (Size(16, 16), Size(24, 16), Size(16, 24))
+    buckets, plan = once_each(source, sizes, limits, 4, 11)
+    shown = np.concatenate(plan.groups)
+    assert len(set(shown.tolist())) == 11 and 6 not in shown % 7  # 100x10
+    assert [count for _, count in plan.batches()] == [
+        count for group in plan.groups for count in (4,) * (len(group) // 4) + (len(group) % 4,) * (len(group) % 4 > 0)
+    ]
+    again, _ = once_each(source, sizes, limits, 8, 11)
+    np.testing.assert_array_equal(shown, np.concatenate(again.plan.groups))
+
+    def sums(params: Any, frozen: Any, batch: Any, number: Any, end: Any, step: Any) -> dict[str, Any]:
+        pixels = np.asarray(batch["pixels"])
+        values, places = pixels[:, pixels.shape[1] // 2, 0, 0].astype(float), int(number) * 4 + np.arange(4)
+        return {"plain": np.array([values[places < int(end)].sum()])}
+
+    stream = open_stream(config, build(config), source, None, buckets)
+    found = validate(sums, config, stream, mesh_of(data=1, fsdp=1), None, None)
+    assert found["validation_plain"] == found["validation_plain_t5"] == pytest.approx((7 * shown + 1).mean())
+    for size, group in zip(buckets.sizes, plan.groups, strict=True):
+        assert found[f"validation_plain_{size}"] == pytest.approx((7 * group + 1).mean())
+    with pytest.raises(UserError, match=r"no picture of .* fits any of the sizes 16x16; see"):
+        once_each(source, (Size(16, 16),), Limits(max_enlargement=0.1), 4, 11)
+
+
+def test_validations_compare_whatever_sizes_are_trained() -> None:
     changes: dict[str, Any] = {"data__buckets": ("16x16", "24x16"), "seed": 7, "train__accumulate_steps": 2}
     assert validation_config(tiny_config(**changes)).data == validation_config(tiny_config(data__bucket_count=3)).data
     found = validation_config(tiny_config(**changes))
     assert (found.data.buckets, found.data.bucket_count, found.data.random_flip, found.seed) == ((), 0, False, 0)
-    assert (found.train.global_batch_size, found.train.accumulate_steps) == (4, 1)
 
 
 def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
