@@ -79,8 +79,8 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         raise UserError(f"calibrate: {source.label} has one picture; a variance needs two or more")
     if config.data.cached_latents and source.cache.sizes:  # type: ignore[attr-defined]
         raise UserError(
-            f"calibrate: {source.label} has latents of several sizes, and a calibration is of squares; give the pictures "
-            "that they were made of, with data.cached_latents=False"
+            f"calibrate: {source.label} has latents of several sizes, and a calibration is of squares; give the "
+            "pictures that they were made of, with data.cached_latents=False"
         )
     config, pipeline, params, _ = open_vae(config, source)
     modes = measure(config, pipeline, params, source, mesh)
