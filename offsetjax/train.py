@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
 from offsetjax.config import Origin
+from offsetjax.data.buckets import Size
 from offsetjax.data.devices import on_devices
 from offsetjax.data.source import open_data
 from offsetjax.data.stream import Stream, check_replaced
@@ -33,12 +34,14 @@ from offsetjax.storage import checkpoint
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.storage.saving import Saver
 from offsetjax.training import rollback
+from offsetjax.training.abstract import abstract_batch
 from offsetjax.training.evaluators import Evaluator, open_evaluators
 from offsetjax.training.goodput import Goodput, in_words
 from offsetjax.training.guard import Guard
-from offsetjax.training.instruments import Instruments, compilation_cache, ideal_seconds
+from offsetjax.training.instruments import Instruments, compilation_cache, ideal_of_sizes
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
 from offsetjax.training.objective import Objective, make_objective
+from offsetjax.training.programs import SizeLosses, compiled_ahead
 from offsetjax.training.rollback import RollBack
 from offsetjax.training.setup import Run, open_run
 from offsetjax.training.starts import write_start
@@ -85,6 +88,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
             write_start(run.workdir, int(state.step), devices_in_words(run.mesh), origin)
             evaluators = open_evaluators(run, source)
             train_step = jit_train_step(run, state_shardings)
+            if _is_ahead(config, stream):
+                batches = {size: abstract_batch(config, run.pipeline, size) for size in stream.sizes}
+                with goodput.spent_on("compile"):
+                    at_once = config.train.compile_ahead
+                    train_step = compiled_ahead(
+                        train_step, state, run.step_frozen, batches, at_once, watchdog.progressed
+                    )
             loop = partial(_loop, run, train_step, stream, manager, evaluators, preemption, watchdog, goodput)
             bytes_saved = checkpoint.size_of(state)
             goes_back = loop(state, _open_saver(run, manager, lock, bytes_saved), in_a_row, rolled_back)
@@ -144,11 +154,17 @@ def _loop(
     """Trains to the end; or gives to where the run has to go back, which it does once."""
     train, frozen = run.config.train, run.step_frozen
     start = int(state.step)
-    ideal = ideal_seconds(run.config, run.pipeline, run.mesh.devices.ravel())
-    clock = StepClock(start, train.global_batch_size, goodput, ideal)
+
+    def size_of(step: int) -> Size:
+        return stream.size_of(rolled_back.batch_of(step))
+
+    ideal = ideal_of_sizes(run.config, run.pipeline, run.mesh.devices.ravel(), stream.sizes)
+    clock = StepClock(start, train.global_batch_size, goodput, (lambda step: ideal[size_of(step)]) if ideal else None)
+    size_losses = SizeLosses(size_of) if len(stream.sizes) > 1 else None
     host_batches = rolled_back.batches(stream, start)
     batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
-    instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1, stream.num_sizes)
+    to_compile = 0 if _is_ahead(run.config, stream) else len(stream.sizes)
+    instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1, to_compile)
     metrics = open_metrics(train.writers, run.workdir, start, train.steps)
     guard = Guard(
         *(stream, rolled_back),
@@ -174,13 +190,15 @@ def _loop(
             with clock.waiting(), jax.transfer_guard("disallow"):
                 state, step_metrics = train_step(state, frozen, batch)
             instruments.after(step, state)
+            if size_losses:
+                size_losses.add(step, step_metrics["loss"])
             if last:  # one step ahead of the devices, no more: a stall shows, and to stop is quick
                 with clock.waiting():
                     guard.look(step - 1, last)
             last = step_metrics
             watchdog.progressed()
             if unwritten:  # a step late: the devices are at work on the next one while these are fetched
-                wrong = _write(metrics, stream, *unwritten, clock)
+                wrong = _write(metrics, stream, *unwritten, clock, size_losses)
                 unwritten = None
             if step % train.log_every_steps == 0 or step in (start + 1, train.steps):
                 unwritten = (step, step_metrics)
@@ -200,7 +218,7 @@ def _loop(
                 wrong = guard.mistake(step)
             if is_preempted or is_due or wrong or step == train.steps:
                 if unwritten:  # a save waits for the step anyway, and who resumes after it never sees this step again
-                    wrong = _write(metrics, stream, *unwritten, clock) or wrong
+                    wrong = _write(metrics, stream, *unwritten, clock, size_losses) or wrong
                     unwritten = None
                 guard.look(step, last)
                 data = {"fingerprint": stream.fingerprint(), SKIPPED: 0 if is_over else guard.in_a_row}
@@ -229,10 +247,18 @@ def _loop(
         goodput.write()
 
 
-def _write(metrics: Metrics, stream: Stream, step: int, values: Any, clock: StepClock) -> UserError | None:
+def _is_ahead(config: ConfigDict, stream: Stream) -> bool:
+    """Whether the steps for all sizes are compiled before the first."""
+    return len(stream.sizes) > 1 and config.train.compile_ahead > 0
+
+
+def _write(
+    metrics: Metrics, stream: Stream, step: int, values: Any, clock: StepClock, size_losses: SizeLosses | None
+) -> UserError | None:
     """Logs a step; gives why the run has to end with it, where too many records could not be read."""
     values = {name: value.item() for name, value in jax.device_get(values).items()}
-    metrics.scalars(step, {**values, **clock.lap(step)})
+    by_size = size_losses.means(step) if size_losses else {}
+    metrics.scalars(step, {**values, **by_size, **clock.lap(step)})
     try:
         check_replaced(stream, int(values["records_replaced"]), step * stream.global_batch_size)
     except UserError as error:

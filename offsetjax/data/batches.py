@@ -51,6 +51,9 @@ class Plan(Protocol):
     def batch(self, number: int) -> Batch:
         """The batch of that number, from 0 on."""
 
+    def size_of(self, number: int) -> int:
+        """The place of a batch's size, without its examples."""
+
     def following(self, number: int, place: int, count: int) -> Batch:
         """So many examples of a batch's size from a place in it on, over its end too: what may stand in for others."""
 
@@ -102,7 +105,7 @@ class BatchPlan:
         return examples
 
     def size_of(self, number: int) -> int:
-        """The place of a batch's size, without its examples."""
+        """See `Plan.size_of`."""
         return self._place(self.epoch_of(number), number)[0]
 
     def batches_before(self, epoch: int) -> int:
@@ -168,6 +171,10 @@ class EachOnce:
     def batch(self, number: int) -> Batch:
         """The batch of that number; beyond the last one they begin again."""
         return self.following(number, 0, 0)
+
+    def size_of(self, number: int) -> int:
+        """See `Plan.size_of`."""
+        return self.following(number, 0, 0).size
 
     def following(self, number: int, place: int, count: int) -> Batch:
         """See `Plan.following`."""

@@ -64,9 +64,16 @@ class Stream:
     buckets: Buckets | None = None  # None: squares of `resolution`
 
     @property
-    def num_sizes(self) -> int:
-        """How many sizes its batches have: as many programs are compiled."""
-        return sum(len(group) > 0 for group in self.buckets.plan.groups) if self.buckets else 1
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes that its batches have: as many programs are compiled."""
+        if not self.buckets:
+            return (square(self.resolution),)
+        pairs = zip(self.buckets.sizes, self.buckets.plan.groups, strict=True)
+        return tuple(size for size, group in pairs if len(group))
+
+    def size_of(self, number: int) -> Size:
+        """The size of a batch."""
+        return self.buckets.sizes[self.buckets.plan.size_of(number)] if self.buckets else square(self.resolution)
 
     def iterator(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
         """The batches of this process from number `start_batch` on; close it when done.

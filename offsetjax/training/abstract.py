@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.data.buckets import Size, square
 from offsetjax.models.frozen import stored_dtype
 from offsetjax.models.pipeline import Pipeline, build, for_training, frozen_parts
 from offsetjax.models.task import task_of
@@ -41,13 +42,13 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]
     return frozen
 
 
-def abstract_batch(config: ConfigDict, pipeline: Pipeline) -> Mapping[str, Any]:
-    """A global batch, as `data.devices` hands it to the step."""
-    count, side = config.train.global_batch_size, config.data.resolution
-    pictures = {"pixels": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8)}
+def abstract_batch(config: ConfigDict, pipeline: Pipeline, size: Size | None = None) -> Mapping[str, Any]:
+    """A global batch, as `data.devices` hands it to the step; of squares where no size is given."""
+    count, (width, height) = config.train.global_batch_size, size or square(config.data.resolution)
+    pictures = {"pixels": jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)}
     if config.data.cached_latents:
         vae = pipeline.autoencoder
-        latent = (vae.latent_channels, side // vae.downscale, side // vae.downscale)
+        latent = (vae.latent_channels, height // vae.downscale, width // vae.downscale)
         pictures = {"moments": jax.ShapeDtypeStruct((count, 2, *latent), jnp.float16)}
     return {
         **pictures,
@@ -61,7 +62,7 @@ def abstract_batch(config: ConfigDict, pipeline: Pipeline) -> Mapping[str, Any]:
     }
 
 
-def model_flops(config: ConfigDict, pipeline: Pipeline) -> int:
+def model_flops(config: ConfigDict, pipeline: Pipeline, size: Size | None = None) -> int:
     """Matrix FLOPs of a step's forward and backward pass, over all devices together; nothing is computed twice."""
     config = config.copy_and_resolve_references()
     config.model.update(attention="xla", remat="none", scan_layers="always")  # loops are traced the fastest
@@ -73,5 +74,5 @@ def model_flops(config: ConfigDict, pipeline: Pipeline) -> int:
         return jax.grad(lambda params: objective(params, frozen, batch, step).mean())(params)
 
     state = abstract_state(config, pipeline)
-    batch = abstract_batch(config, pipeline)
+    batch = abstract_batch(config, pipeline, size)
     return count_flops(gradient, state.params, abstract_frozen(config, pipeline), batch, state.step)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.data.buckets import Size
 from offsetjax.leftovers import temporary_prefix
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.parallel.chips import chip_of
@@ -46,7 +47,7 @@ class Instruments:
     """Measures a training from its first step to its last.
 
     It logs how long the step takes to compile, and warns where that happens more often than there are sizes of
-    pictures. It logs the memory after the first step, and traces `train.profile_steps`.
+    pictures to be compiled yet. It logs the memory after the first step, and traces `train.profile_steps`.
     """
 
     def __init__(
@@ -102,13 +103,25 @@ class Instruments:
             )
 
 
-def ideal_seconds(config: ConfigDict, pipeline: Pipeline, devices: Any) -> float | None:
+def ideal_seconds(config: ConfigDict, pipeline: Pipeline, devices: Any, size: Size | None = None) -> float | None:
     """How long a step would take if its devices did the model's matrix products at their peak, and nothing else.
 
-    None where a device's peak is not known.
+    None where a device's peak is not known. Of one size of pictures where there are several.
     """
     chip = chip_of(devices[0].device_kind)
-    return model_flops(config, pipeline) / (chip.peak_flops * len(devices)) if chip else None
+    return model_flops(config, pipeline, size) / (chip.peak_flops * len(devices)) if chip else None
+
+
+def ideal_of_sizes(
+    config: ConfigDict, pipeline: Pipeline, devices: Any, sizes: Sequence[Size]
+) -> dict[Size, float] | None:
+    """The same for each size; one and its mirror image take as many FLOPs, which are counted once."""
+    found: dict[tuple[int, ...], float | None] = {}
+    for size in sizes:
+        if (sides := tuple(sorted(size))) not in found:
+            found[sides] = ideal_seconds(config, pipeline, devices, size)
+    known = {size: ideal for size in sizes if (ideal := found[tuple(sorted(size))]) is not None}
+    return known if len(known) == len(sizes) else None
 
 
 def _log_memory(devices: Sequence[Any]) -> None:

@@ -108,10 +108,16 @@ class StepClock:
     Of several processes the first also says how they compare, see `pace.py`.
 
     With `ideal_seconds`, those of a step whose model FLOPs are all done at the devices' peak, it also gives the share
-    of the peak that was reached (MFU, arXiv 2204.02311).
+    of the peak that was reached (MFU, arXiv 2204.02311). Of steps that differ each is a function of the step.
     """
 
-    def __init__(self, start_step: int, global_batch_size: int, goodput: Goodput, ideal_seconds: float | None = None):
+    def __init__(
+        self,
+        start_step: int,
+        global_batch_size: int | Callable[[int], int],
+        goodput: Goodput,
+        ideal_seconds: float | Callable[[int], float] | None = None,
+    ):
         self._step, self._batch, self._goodput, self._ideal = start_step, global_batch_size, goodput, ideal_seconds
         self._began, self._waited, self._elsewhere, self._is_first = time.monotonic(), 0.0, 0.0, True
         self._paces = Paces()
@@ -142,10 +148,11 @@ class StepClock:
     def lap(self, step: int) -> dict[str, float]:
         """The rates since the last lap."""
         now, steps = time.monotonic(), max(1, step - self._step)
+        batch, ideal = (self._mean(each, step) for each in (self._batch, self._ideal))
         seconds, waited, elsewhere = (now - self._began) / steps, self._waited / steps, self._elsewhere / steps
         self._began, self._waited, self._elsewhere, self._step = now, 0.0, 0.0, step
         rates = {
-            "images_per_second": round(self._batch / seconds, 3),
+            "images_per_second": round(batch / seconds, 3),
             "step_seconds": round(seconds, 5),
             "data_wait_seconds": round(waited, 5),
             "goodput": round(self._goodput.share(), 5),
@@ -154,4 +161,9 @@ class StepClock:
         if not self._is_first:  # the first lap has the compilation
             rates |= self._paces.compare(waited, max(0.0, seconds - waited - elsewhere), seconds)
         self._is_first = False
-        return rates | ({"mfu": round(self._ideal / seconds, 5)} if self._ideal else {})
+        return rates | ({"mfu": round(ideal / seconds, 5)} if ideal else {})
+
+    def _mean(self, value: Any, step: int) -> float:
+        """The mean of a value over the steps since the last lap, up to this one."""
+        steps = range(min(self._step, step - 1) + 1, step + 1)
+        return sum(map(value, steps)) / len(steps) if callable(value) else value or 0.0

@@ -216,7 +216,9 @@ def test_a_training_of_several_sizes_resumes_bit_for_bit(
     }
     with tiny.quick_compilation(tmp_path), caplog.at_level("INFO", "offsetjax"):
         train(tiny.tiny_config(folder, **changes), tmp_path / "whole")
-        assert "24x16: " in caplog.text and "for size 2 of 2" in caplog.text
+        assert "24x16: " in caplog.text
+        assert re.search(r"the step for (16x16|24x16) was \w.* s \(2 of 2\)\n.*the steps for all 2 sizes", caplog.text)
+        assert "the step was compiled" not in caplog.text  # in the midst
         train(tiny.tiny_config(folder, **{**changes, "train__steps": 4}), tmp_path / "parts")
         train(tiny.tiny_config(folder, **changes), tmp_path / "parts")
         with pytest.raises(UserError, match=r"data\.buckets = .* was begun with"):
@@ -224,3 +226,10 @@ def test_a_training_of_several_sizes_resumes_bit_for_bit(
     found = losses(tmp_path / "whole")
     assert len(found) == 8 and np.isfinite(found).all()
     assert losses(tmp_path / "parts") == found
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:  # each step is logged, so that each mean is of one
+        [of_size] = [line[name] for name in ("loss_16x16", "loss_24x16") if name in line]
+        assert of_size == line["loss"] == line["loss_of_sizes"]
+    assert {name for line in lines for name in line if name.startswith("loss_")} == {
+        *("loss_16x16", "loss_24x16", "loss_of_sizes")
+    }

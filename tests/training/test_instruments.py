@@ -160,6 +160,13 @@ def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch, tmp_path:
     clock = StepClock(0, 8, Goodput(tmp_path), ideal_seconds=0.3)
     now[0] = 4.0
     assert clock.lap(2)["mfu"] == pytest.approx(0.15)  # two steps of 2 s
+    now[0] = 0.0
+    clock = StepClock(0, lambda step: 8 * step, Goodput(tmp_path), ideal_seconds=lambda step: 0.1 * step)
+    now[0] = 6.0
+    first = clock.lap(3)
+    assert (first["mfu"], first["images_per_second"]) == pytest.approx((0.1, 8.0))  # 8 + 16 + 24 in 6 s
+    now[0] = 7.0
+    assert clock.lap(4)["images_per_second"] == pytest.approx(32.0)
 
 
 def test_model_flops_are_proportional_to_the_batch_and_three_times_a_forward_pass() -> None:

@@ -68,6 +68,15 @@ TRAIN = Section(
             "parts that a batch is computed in, one after the other, to save memory",
             elsewhere={"gradient_accumulation_steps": "kohya, diffusers, OneTrainer"},
         ),
+        Field(
+            "compile_ahead",
+            int,
+            4,
+            count(0, 64),
+            "where there are several sizes of pictures, how many are compiled at a time before the first step; 0: each "
+            "when it comes",
+            change=Change.FREELY,
+        ),
         Field("log_every_steps", int, 50, count(1), "how often losses are written", "steps", change=Change.FREELY),
         Field(
             "writers",
