@@ -89,7 +89,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
             evaluators = open_evaluators(run, source)
             train_step = jit_train_step(run, state_shardings)
             if _is_ahead(config, stream):
-                batches = {size: abstract_batch(config, run.pipeline, size) for size in stream.sizes}
+                sizes = stream.batch_sizes
+                batches = {size: abstract_batch(config, run.pipeline, size, sizes[size]) for size in sizes}
                 with goodput.spent_on("compile"):
                     at_once = config.train.compile_ahead
                     train_step = compiled_ahead(
@@ -158,11 +159,17 @@ def _loop(
     def size_of(step: int) -> Size:
         return stream.size_of(rolled_back.batch_of(step))
 
-    ideal = ideal_of_sizes(run.config, run.pipeline, run.mesh.devices.ravel(), stream.sizes)
-    clock = StepClock(start, train.global_batch_size, goodput, (lambda step: ideal[size_of(step)]) if ideal else None)
+    def count_of(step: int) -> int:
+        return stream.batch_sizes[size_of(step)]
+
+    def ideal_of(step: int) -> float:
+        return ideal[size_of(step)] if ideal else 0.0
+
+    ideal = ideal_of_sizes(run.config, run.pipeline, run.mesh.devices.ravel(), stream.batch_sizes)
+    clock = StepClock(start, count_of, goodput, ideal_of)
     size_losses = SizeLosses(size_of) if len(stream.sizes) > 1 else None
     host_batches = rolled_back.batches(stream, start)
-    batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), train.global_batch_size)
+    batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), stream.whole_size)
     to_compile = 0 if _is_ahead(run.config, stream) else len(stream.sizes)
     instruments = Instruments(run.workdir, train.profile_steps, run.mesh.local_devices, start + 1, to_compile)
     metrics = open_metrics(train.writers, run.workdir, start, train.steps)
@@ -260,7 +267,7 @@ def _write(
     by_size = size_losses.means(step) if size_losses else {}
     metrics.scalars(step, {**values, **by_size, **clock.lap(step)})
     try:
-        check_replaced(stream, int(values["records_replaced"]), step * stream.global_batch_size)
+        check_replaced(stream, int(values["records_replaced"]), stream.examples_before(step))
     except UserError as error:
         return error
     return None

@@ -70,11 +70,16 @@ def _sizes(values: Values) -> Wrongs:
     defaults = dict(flatten(default_config()))
     for path, needed in (
         ("data.bucket_step", count),
+        ("data.equal_tokens", given or count),
         ("data.max_aspect", given or count),
         ("data.max_enlargement", given or count),
     ):
         what = "data.bucket_count" if path == "data.bucket_step" else "data.buckets or data.bucket_count"
         yield values[path] != defaults[path] and not needed, f"{path} cannot apply without {what}"
+    yield (
+        values["data.equal_tokens"] and values["timesteps.stratified"],
+        "timesteps.stratified cannot apply with data.equal_tokens, whose batches differ; set one of them back",
+    )
 
 
 def _model(values: Values) -> Wrongs:

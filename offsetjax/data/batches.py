@@ -112,6 +112,16 @@ class BatchPlan:
         """How many batches there are before an epoch: its first batch's number."""
         return sum(epoch * len(group) // count for group, count in zip(self.groups, self.batch_sizes, strict=True))
 
+    def examples_before(self, number: int) -> int:
+        """How many examples the batches before that one have."""
+        epoch = self.epoch_of(number)
+        whole = sum(
+            epoch * len(group) // count * count for group, count in zip(self.groups, self.batch_sizes, strict=True)
+        )
+        sizes, _ = _order(self.seed, epoch, self._counts(epoch))
+        of_epoch = np.bincount(sizes[: number - self.batches_before(epoch)], minlength=len(self.groups))
+        return whole + int(of_epoch @ np.asarray(self.batch_sizes))
+
     def epoch_of(self, number: int) -> int:
         """The epoch that a batch is in.
 

@@ -1,7 +1,8 @@
 """Host batches to global arrays on the devices, ahead of their use."""
 
+import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,23 +16,27 @@ HOST_FIELDS = ("index",)
 
 
 def on_devices(
-    batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding, global_batch_size: int, ahead: int = 2
+    batches: Iterator[dict[str, Any]], sharding: NamedSharding, whole_size: int | Callable[[int], int], ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
     """The batches as global arrays, `ahead` of them on their way.
 
     Args:
         batches: of each batch the rows that this process holds (`sharding.rows_of_process`).
+        whole_size: how many examples a batch has over all processes, which may depend on how many are of this one.
     """
-    rows = rows_of_process(sharding, global_batch_size)
+    rows_of = functools.cache(functools.partial(rows_of_process, sharding))
 
-    def whole(field: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            first, last, _ = index[0].indices(global_batch_size)
-            return field[rows.index(first) :][: last - first]
+    def put(batch: dict[str, Any]) -> dict[str, jax.Array]:
+        size = whole_size(len(batch["index"])) if callable(whole_size) else whole_size
+        rows = rows_of(size)
 
-        return jax.make_array_from_callback((global_batch_size, *field.shape[1:]), sharding, part)
+        def whole(field: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                first, last, _ = index[0].indices(size)
+                return field[rows.index(first) :][: last - first]
 
-    def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+            return jax.make_array_from_callback((size, *field.shape[1:]), sharding, part)
+
         return {name: jax.tree.map(whole, field) for name, field in batch.items() if name not in HOST_FIELDS}
 
     queue: deque[dict[str, jax.Array]] = deque()

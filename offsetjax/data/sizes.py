@@ -57,7 +57,11 @@ class Buckets:
         digest = hashlib.sha256()
         for begin in range(0, len(self.assignment.bucket), _CHUNK):
             digest.update(self.assignment.bucket[begin : begin + _CHUNK].astype("<i8").tobytes())
-        return {"sizes": [str(size) for size in self.sizes], "pictures_of_sizes": digest.hexdigest()}
+        return {
+            "sizes": [str(size) for size in self.sizes],
+            "pictures_of_sizes": digest.hexdigest(),
+            "batch_sizes": list(self.plan.batch_sizes),
+        }
 
     def describe(self) -> Iterator[str]:
         """A line for each size, and one for what is dropped and cropped."""
@@ -67,12 +71,14 @@ class Buckets:
             self.sizes, counts.tolist(), found.losses.tolist(), self.plan.batch_sizes, strict=True
         ):
             few = ", less than one of each" * (0 < count < batch)
-            yield f"{size}: {count:,} pictures, {lost:.1%} cropped, {count / batch:,.1f} batches an epoch{few}"
+            yield f"{size}: {count:,} pictures, {lost:.1%} cropped, {count / batch:,.1f} batches of {batch}{few}"
         extreme, small, unread = (int(each.sum()) for each in (found.is_extreme, found.is_small, found.is_unreadable))
         unreadable = f", {unread:,} that cannot be read" * (unread > 0)
+        batches = (counts / self.plan.batch_sizes).sum()
         yield (
             f"{counts.sum():,} of {total:,} pictures, {counts @ found.losses / counts.sum():.1%} of their pixels "
-            f"cropped; left out: {extreme:,} for their shape, {small:,} for their size{unreadable}"
+            f"cropped, {batches:,.1f} batches an epoch; left out: {extreme:,} for their shape, {small:,} for their "
+            f"size{unreadable}"
         )
 
 
@@ -88,6 +94,7 @@ def make_buckets(
     batch_size: int,
     seed: int,
     max_bad_fraction: float = 0.0,
+    equal_tokens: int = 0,
 ) -> Buckets:
     """The sizes of a training, which pictures each has, and its batches.
 
@@ -99,6 +106,8 @@ def make_buckets(
         batch_size: examples a batch, over all processes.
         seed: of the order.
         max_bad_fraction: of the pictures, those that may be left out where their sizes cannot be read.
+        equal_tokens: 0, or what the batches of all sizes are a multiple of, as many as have together as many pixels as
+            `batch_size` squares of `resolution`.
 
     Raises:
         UserError: sizes that the networks cannot take, no picture that fits any, or a source without sizes.
@@ -118,8 +127,15 @@ def make_buckets(
             f"data: no picture of {source.label} goes to {', '.join(empty)} of data.buckets, which would never make a "
             "batch; leave it out"
         )
-    notes += _other_area(assignment, resolution)
-    return Buckets(assignment, BatchPlan(groups, (batch_size,) * len(groups), seed), tuple(notes))
+    notes += () if equal_tokens else _other_area(assignment, resolution)
+    batch_sizes = tuple(_batch_size(size, batch_size, resolution, equal_tokens) for size in assignment.sizes)
+    return Buckets(assignment, BatchPlan(groups, batch_sizes, seed), tuple(notes))
+
+
+def _batch_size(size: Size, batch_size: int, resolution: int, equal_tokens: int) -> int:
+    if not equal_tokens:
+        return batch_size
+    return max(1, round(batch_size * resolution**2 / size.pixels / equal_tokens)) * equal_tokens
 
 
 def once_each(

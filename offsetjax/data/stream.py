@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from offsetjax.data.batches import Batch
+from offsetjax.data.batches import Batch, BatchPlan, Plan
 from offsetjax.data.buckets import Size, square
 from offsetjax.data.sizes import Buckets
 from offsetjax.data.source import Source, describe, seen
@@ -40,6 +41,7 @@ _CONFIG_NAMES = {
     "resolution": "data.resolution",
     "random_flip": "data.random_flip",
     "sizes": "data.buckets",
+    "batch_sizes": "data.equal_tokens",
 }
 
 _Sized = tuple[int, Size]  # an example's number, and the size that it is brought to
@@ -59,7 +61,9 @@ class Stream:
     tokenize: Tokenize
     long_captions: Literal["truncate", "refuse"] = "truncate"
     num_workers: int = 0
-    rows: tuple[int, ...] = ()  # of each global batch, those of this process
+    rows: Mapping[int, tuple[int, ...]] = dataclass_field(
+        default_factory=dict
+    )  # by a batch's size: those of this process
     max_bad_fraction: float = 0.0
     buckets: Buckets | None = None  # None: squares of `resolution`
 
@@ -70,6 +74,23 @@ class Stream:
             return (square(self.resolution),)
         pairs = zip(self.buckets.sizes, self.buckets.plan.groups, strict=True)
         return tuple(size for size, group in pairs if len(group))
+
+    @property
+    def batch_sizes(self) -> dict[Size, int]:
+        """How many examples a batch of each size has, over all processes."""
+        if not self.buckets:
+            return {square(self.resolution): self.global_batch_size}
+        pairs = zip(self.buckets.sizes, self.buckets.plan.batch_sizes, strict=True)
+        return {size: count for size, count in pairs if size in self.sizes}
+
+    def whole_size(self, count: int) -> int:
+        """How many examples a batch has over all processes, of which so many are this one's."""
+        return next(size for size, rows in self.rows.items() if len(rows) == count)
+
+    def examples_before(self, number: int) -> int:
+        """How many examples the batches before that one have."""
+        plan = self.buckets.plan if self.buckets else None
+        return plan.examples_before(number) if isinstance(plan, BatchPlan) else number * self.global_batch_size
 
     def size_of(self, number: int) -> Size:
         """The size of a batch."""
@@ -102,6 +123,8 @@ class Stream:
 
         One that cannot be read is replaced in training, see `data.max_bad_fraction`, and is listed here all the same.
         """
+        if self.buckets:
+            return self.buckets.plan.batch(number).examples.tolist()
         order, first = _order(self), number * self.global_batch_size
         return [order[first + row][0] for row in range(self.global_batch_size)]
 
@@ -127,7 +150,7 @@ def make_stream(
     tokenize: Tokenize,
     long_captions: Literal["truncate", "refuse"] = "truncate",
     num_workers: int = 0,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     max_bad_fraction: float = 0.0,
     buckets: Buckets | None = None,
 ) -> Stream:
@@ -139,10 +162,13 @@ def make_stream(
         tokenize: a caption's ids and number of tokens; it runs in this process, whatever `num_workers` is.
         long_captions: what becomes of a caption with more tokens than the text encoders read.
         num_workers: processes that read and decode; 0: threads of this one.
-        rows: of each global batch, those that this process reads, in order; None: all.
+        rows: of each global batch, those that this process reads, in order, or these by a batch's size; None: all.
         max_bad_fraction: of the records that may be left out, for `check_replaced`; 0: the first ends the stream.
-        buckets: the sizes of the pictures, where there are several; its batches have `global_batch_size` examples.
+        buckets: the sizes of the pictures, where there are several, and their batches.
     """
+    batch_sizes = set(buckets.plan.batch_sizes) if buckets else {global_batch_size}
+    by_size = rows if isinstance(rows, Mapping) else dict.fromkeys(batch_sizes, rows)
+    of_process = {size: tuple(range(size) if by_size[size] is None else by_size[size]) for size in batch_sizes}  # type: ignore[arg-type]
     return Stream(
         source=source,
         seed=seed,
@@ -152,7 +178,7 @@ def make_stream(
         tokenize=tokenize,
         long_captions=long_captions,
         num_workers=num_workers,
-        rows=tuple(range(global_batch_size) if rows is None else rows),
+        rows=of_process,
         max_bad_fraction=max_bad_fraction,
         buckets=buckets,
     )
@@ -196,20 +222,23 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 class _Planned(grain.MapDataset):
-    """The examples of a plan's batches one after the other, each with its size."""
+    """The examples of a plan's batches one after the other, each with its size.
 
-    def __init__(self, buckets: Buckets, global_batch_size: int):
+    Each batch has as many places as the largest; those that it does not fill are None.
+    """
+
+    def __init__(self, buckets: Buckets):
         super().__init__()
-        self._plan, self._sizes, self._global_batch_size = buckets.plan, buckets.sizes, global_batch_size
+        self._plan, self._sizes, self._places = buckets.plan, buckets.sizes, max(buckets.plan.batch_sizes)
         self._latest: tuple[int, Batch] | None = None  # its other examples are asked for next
 
     def __len__(self) -> int:
-        return sys.maxsize // self._global_batch_size * self._global_batch_size
+        return sys.maxsize // self._places * self._places
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        number, place = divmod(index, self._global_batch_size)
+        number, place = divmod(index, self._places)
         latest = self._latest
         if latest is None or latest[0] != number:
             latest = self._latest = number, self._plan.batch(number)
@@ -218,25 +247,112 @@ class _Planned(grain.MapDataset):
     def following(self, index: int) -> Iterator[_Sized]:
         """The example of a place, and those of its size that follow it."""
         yield self[index]
-        batch = self._plan.following(*divmod(index, self._global_batch_size), _MOST_TRIES)
+        batch = self._plan.following(*divmod(index, self._places), _MOST_TRIES)
         yield from ((int(example), self._sizes[batch.size]) for example in batch.examples[1:])
 
 
-class _Rows(grain.MapDataset):
-    """The examples of one process: its i-th, of b a batch, is row r[i % b] of batch i // b."""
+@dataclass(frozen=True)
+class _Share:
+    """Which rows of each batch are one process's; workers are sent it, so that it holds no tokenizer.
 
-    def __init__(self, parent: grain.MapDataset, stream: Stream):
+    Attributes:
+        rows: by the size of a batch.
+        plan: None where all batches have as many.
+    """
+
+    rows: Mapping[int, tuple[int, ...]]
+    plan: Plan | None
+
+    @property
+    def places(self) -> int:
+        """Those of the largest batch."""
+        return max(self.rows)
+
+    @property
+    def most(self) -> int:
+        """Of a batch, the rows of this process at most."""
+        return max(map(len, self.rows.values()))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all batches have as many examples."""
+        return self.plan is None or len(self.rows) == 1
+
+    def of(self, number: int) -> tuple[int, ...]:
+        """The rows of a batch that are this process's."""
+        if self.plan is None or self.is_even:
+            return next(iter(self.rows.values()))
+        return self.rows[self.plan.batch_sizes[self.plan.size_of(number)]]
+
+
+class _Rows(grain.MapDataset):
+    """The examples of one process: its i-th, of at most m a batch, is row r[i % m] of batch i // m, if that has one."""
+
+    def __init__(self, parent: grain.MapDataset, share: _Share):
         super().__init__(parent)
-        self._global_batch_size, self._rows = stream.global_batch_size, stream.rows
+        self._share = share
 
     def __len__(self) -> int:
-        return sys.maxsize // self._global_batch_size * len(self._rows)
+        return sys.maxsize // self._share.places * self._share.most
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        batch, place = divmod(index, len(self._rows))
-        return self._parent[batch * self._global_batch_size + self._rows[place]]
+        batch, place = divmod(index, self._share.most)
+        rows = self._share.of(batch)
+        return self._parent[batch * self._share.places + rows[place]] if place < len(rows) else None
+
+
+class _Batches(grain.MapDataset):
+    """Whole batches of those examples, each read by one who asks for it."""
+
+    def __init__(self, parent: grain.MapDataset, share: _Share):
+        super().__init__(parent)
+        self._most = share.most
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._most
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        found = (self._parent[index * self._most + place] for place in range(self._most))
+        return _stacked([each for each in found if each is not None])
+
+
+class _InBatches(grain.IterDataset):
+    """The same, of examples that several threads read one by one."""
+
+    def __init__(self, parent: grain.IterDataset, share: _Share, first: int):
+        super().__init__(parent)
+        self._share, self._first = share, first
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _BatchIterator(self._parent.__iter__(), self._share, self._first)
+
+
+class _BatchIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, share: _Share, number: int):
+        super().__init__(parent)
+        self._share, self._number = share, number
+
+    def __next__(self) -> dict[str, Any]:
+        count = len(self._share.of(self._number))
+        self._number += 1
+        return _stacked([next(self._parent) for _ in range(count)])
+
+    def get_state(self) -> dict[str, Any]:
+        """Grain's."""
+        return {"parent": self._parent.get_state(), "number": self._number}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Grain's."""
+        self._parent.set_state(state["parent"])
+        self._number = state["number"]
+
+
+def _stacked(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: np.stack([np.asarray(each[name]) for each in examples]) for name in examples[0]}
 
 
 class _Order(grain.MapDataset):
@@ -265,28 +381,30 @@ class _Following:
 def _order(stream: Stream) -> grain.MapDataset:
     """The number and the size of each example, for ever."""
     if stream.buckets:
-        return _Planned(stream.buckets, stream.global_batch_size).seed(stream.seed)
+        return _Planned(stream.buckets).seed(stream.seed)
     numbers = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
     return numbers.map(partial(_sized, square(stream.resolution)))
 
 
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
-    block = len(stream.rows)
     show = partial(_shown, stream.source, stream.max_bad_fraction > 0)
     order = _Order(_order(stream))
     examples = order.map(partial(show, False))
     if stream.random_flip:
         examples = order.random_map(partial(_flipped, show), seed=_flip_seed(stream.seed))
-    examples = _Rows(examples, stream)
+    share = _Share(stream.rows, stream.buckets.plan if stream.buckets else None)
+    examples = _Rows(examples, share)
     if stream.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
             flags.FLAGS.mark_as_parsed()
-        batches = examples.batch(block)[start_batch:].to_iter_dataset(grain.ReadOptions(0, 0))
+        whole = examples.batch(share.most) if share.is_even else _Batches(examples, share)
+        batches = whole[start_batch:].to_iter_dataset(grain.ReadOptions(0, 0))
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(stream.num_workers, per_worker_buffer_size=2))
     else:  # threads share the examples of one batch, so that the first is there soon and few are held
         threads = min(16, 2 * (os.cpu_count() or 1))
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, block))
-        batches = examples[start_batch * block :].to_iter_dataset(options).batch(block)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, share.most))
+        read = examples[start_batch * share.most :].to_iter_dataset(options)
+        batches = read.batch(share.most) if share.is_even else _InBatches(read, share, start_batch)
     # The tokenizer stays out of the workers, which would import all of its and the models' libraries with it.
     tokenized = batches.map(partial(_tokenized, stream, set()))
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)

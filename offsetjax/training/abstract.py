@@ -42,9 +42,15 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]
     return frozen
 
 
-def abstract_batch(config: ConfigDict, pipeline: Pipeline, size: Size | None = None) -> Mapping[str, Any]:
-    """A global batch, as `data.devices` hands it to the step; of squares where no size is given."""
-    count, (width, height) = config.train.global_batch_size, size or square(config.data.resolution)
+def abstract_batch(
+    config: ConfigDict, pipeline: Pipeline, size: Size | None = None, count: int | None = None
+) -> Mapping[str, Any]:
+    """A global batch, as `data.devices` hands it to the step; of squares where no size is given.
+
+    Args:
+        count: its examples; by default `train.global_batch_size`.
+    """
+    count, (width, height) = count or config.train.global_batch_size, size or square(config.data.resolution)
     pictures = {"pixels": jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)}
     if config.data.cached_latents:
         vae = pipeline.autoencoder
@@ -62,7 +68,7 @@ def abstract_batch(config: ConfigDict, pipeline: Pipeline, size: Size | None = N
     }
 
 
-def model_flops(config: ConfigDict, pipeline: Pipeline, size: Size | None = None) -> int:
+def model_flops(config: ConfigDict, pipeline: Pipeline, size: Size | None = None, count: int | None = None) -> int:
     """Matrix FLOPs of a step's forward and backward pass, over all devices together; nothing is computed twice."""
     config = config.copy_and_resolve_references()
     config.model.update(attention="xla", remat="none", scan_layers="always")  # loops are traced the fastest
@@ -70,9 +76,9 @@ def model_flops(config: ConfigDict, pipeline: Pipeline, size: Size | None = None
     objective = make_objective(pipeline, config)
 
     def gradient(params: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], step: jax.Array) -> PyTree:
-        batch = add_position(batch, config.train.global_batch_size)
+        batch = add_position(batch, len(batch["is_truncated"]))
         return jax.grad(lambda params: objective(params, frozen, batch, step).mean())(params)
 
     state = abstract_state(config, pipeline)
-    batch = abstract_batch(config, pipeline, size)
+    batch = abstract_batch(config, pipeline, size, count)
     return count_flops(gradient, state.params, abstract_frozen(config, pipeline), batch, state.step)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,23 +103,28 @@ class Instruments:
             )
 
 
-def ideal_seconds(config: ConfigDict, pipeline: Pipeline, devices: Any, size: Size | None = None) -> float | None:
+def ideal_seconds(
+    config: ConfigDict, pipeline: Pipeline, devices: Any, size: Size | None = None, count: int | None = None
+) -> float | None:
     """How long a step would take if its devices did the model's matrix products at their peak, and nothing else.
 
     None where a device's peak is not known. Of one size of pictures where there are several.
     """
     chip = chip_of(devices[0].device_kind)
-    return model_flops(config, pipeline, size) / (chip.peak_flops * len(devices)) if chip else None
+    return model_flops(config, pipeline, size, count) / (chip.peak_flops * len(devices)) if chip else None
 
 
 def ideal_of_sizes(
-    config: ConfigDict, pipeline: Pipeline, devices: Any, sizes: Sequence[Size]
+    config: ConfigDict, pipeline: Pipeline, devices: Any, sizes: Mapping[Size, int]
 ) -> dict[Size, float] | None:
-    """The same for each size; one and its mirror image take as many FLOPs, which are counted once."""
+    """The same for each size, of which a batch has so many examples.
+
+    One and its mirror image take as many FLOPs, which are counted once.
+    """
     found: dict[tuple[int, ...], float | None] = {}
-    for size in sizes:
+    for size, count in sizes.items():
         if (sides := tuple(sorted(size))) not in found:
-            found[sides] = ideal_seconds(config, pipeline, devices, size)
+            found[sides] = ideal_seconds(config, pipeline, devices, size, count)
     known = {size: ideal for size in sizes if (ideal := found[tuple(sorted(size))]) is not None}
     return known if len(known) == len(sizes) else None
 

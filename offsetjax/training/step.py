@@ -87,7 +87,7 @@ def make_train_step(
         return params, opt_state, _average(state, params, config.optimizer.ema_decay)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = add_position(batch, config.train.global_batch_size)
+        batch = add_position(batch, len(batch["is_truncated"]))
         loss, gradients = gradient(state.params, frozen, batch, state.step)
         grad_norm = optax.tree.norm(gradients)
         is_taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -5,6 +5,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -46,6 +47,9 @@ def open_stream(
             _log.info("  %s", line)
         for line in buckets.notes:
             _log.warning("%s", line)
+    sizes = set(buckets.plan.batch_sizes) if buckets else {global_batch_size}
+    if mesh:
+        _check_divide(config, mesh, sizes)
     stream = make_stream(
         source,
         seed=config.seed,
@@ -55,7 +59,7 @@ def open_stream(
         tokenize=pipeline.tokens,
         long_captions=config.encode.long_captions,
         num_workers=config.data.num_workers,
-        rows=sharding.rows_of_process(batch, global_batch_size) if batch else None,
+        rows={size: sharding.rows_of_process(batch, size) for size in sizes} if batch else None,
         max_bad_fraction=config.data.max_bad_fraction,
         buckets=buckets,
     )
@@ -88,7 +92,18 @@ def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
         batch_size=config.train.global_batch_size,
         seed=config.seed,
         max_bad_fraction=data.max_bad_fraction,
+        equal_tokens=data.equal_tokens,
     )
+
+
+def _check_divide(config: ConfigDict, mesh: Mesh, batch_sizes: Iterable[int]) -> None:
+    """Refuses batches that do not divide; that of `train.global_batch_size` has been looked at with the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate_steps
+    if any(size % parts for size in batch_sizes) and config.data.equal_tokens:
+        raise UserError(
+            f"config: data.equal_tokens = {config.data.equal_tokens} must be a multiple of mesh.data x mesh.fsdp x "
+            f"train.accumulate_steps = {parts}, among which each batch is divided"
+        )
 
 
 def limits_of(data: ConfigDict) -> Limits:

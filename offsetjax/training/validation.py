@@ -102,7 +102,7 @@ def validate(
     counts = _counts(config, stream)
     host_batches = stream.iterator()
     try:
-        batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.global_batch_size, ahead=0)
+        batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.whole_size, ahead=0)
         # Examples have their draws by their place, of which those up to the end that is given count.
         ends = [number * stream.global_batch_size + count for number, (_, count) in enumerate(counts)]
         given = [(jnp.int32(number), jnp.int32(end), jnp.int32(step)) for number, end in enumerate(ends)]

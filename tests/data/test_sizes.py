@@ -200,6 +200,40 @@ def test_batches_are_a_function_of_their_number_whatever_reads_them(source: Sour
             np.testing.assert_array_equal(half[number]["pixels"], batch["pixels"][list(rows)])
 
 
+def test_batches_of_as_many_pixels_are_the_same_whatever_reads_them(source: Source) -> None:
+    options: dict[str, Any] = {"given": ("8x8", "16x16", "24x16", "32x32"), "resolution": 16, "equal_tokens": 2}
+    buckets = buckets_of(source, **options)
+    by_size = dict(zip(buckets.sizes, buckets.plan.batch_sizes, strict=True))
+    assert by_size == {Size(8, 8): 16, Size(16, 16): 4, Size(24, 16): 2, Size(32, 32): 2}
+    assert buckets.notes == () and "1.2 batches of 4" in "".join(buckets.describe())
+    expected = take(source, 14, buckets=buckets)
+    number_of = {16: 8, 4: 2, 2: 1}  # rows of each of two processes
+    for batch in expected:
+        height, width = batch["pixels"].shape[1:3]
+        assert len(batch["index"]) == by_size[Size(width, height)]
+    for found in (take(source, 9, 5, buckets=buckets), take(source, 14, buckets=buckets, num_workers=2)[5:]):
+        for one, other in zip(found, expected[5:], strict=True):
+            for name in ("pixels", "time_ids", "index"):
+                np.testing.assert_array_equal(one[name], other[name])
+    first = {size: tuple(range(size // 2)) for size in number_of}
+    for half, batch in zip(take(source, 14, buckets=buckets, rows=first), expected, strict=True):
+        np.testing.assert_array_equal(half["pixels"], batch["pixels"][: len(batch["index"]) // 2])
+    stream = make_stream(
+        source,
+        seed=3,
+        global_batch_size=BATCH,
+        resolution=16,
+        random_flip=True,
+        tokenize=lambda caption: ({}, 1, 1),
+        buckets=buckets,
+        rows=first,
+    )
+    assert stream.whole_size(8) == 16 and stream.batch_sizes == by_size
+    lengths = [len(batch["index"]) for batch in expected]
+    assert [stream.examples_before(number) for number in range(14)] == np.cumsum([0, *lengths])[:14].tolist()
+    assert [stream.examples_of(number) for number in range(14)] == [batch["index"].tolist() for batch in expected]
+
+
 def losses(workdir: pathlib.Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

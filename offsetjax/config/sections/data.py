@@ -75,6 +75,15 @@ DATA = Section(
             elsewhere={"bucket_no_upscale": "kohya"},
         ),
         Field(
+            "equal_tokens",
+            int,
+            0,
+            count(0, 65_536),
+            "batches of each size have as many pixels as those of squares of data.resolution, in multiples of so many "
+            "examples; 0: all have train.global_batch_size",
+            "examples",
+        ),
+        Field(
             "random_flip",
             bool,
             True,
