@@ -77,6 +77,10 @@ def _sizes(values: Values) -> Wrongs:
         what = "data.bucket_count" if path == "data.bucket_step" else "data.buckets or data.bucket_count"
         yield values[path] != defaults[path] and not needed, f"{path} cannot apply without {what}"
     yield (
+        values["data.random_crop"] and values["data.cached_latents"],
+        "data.random_crop cannot apply with data.cached_latents, which are of central crops; leave it out",
+    )
+    yield (
         values["data.equal_tokens"] and values["timesteps.stratified"],
         "timesteps.stratified cannot apply with data.equal_tokens, whose batches differ; set one of them back",
     )

@@ -23,6 +23,8 @@ from offsetjax.errors import one_line
 MAX_PIXELS = 2**26
 BYTES_A_PIXEL = 32  # held at most while one is decoded: with transparency there are several copies of four bytes
 
+CENTRE = 0.5  # of what can be cropped, as much lies before the crop as behind it
+
 # Only these decoders see a file: Pillow's others are rarely used, and one of them starts a PostScript interpreter.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _KEPT_FORMATS = ("PNG", "JPEG", "MPO", "WEBP")  # MPO: a JPEG that is followed by further ones, as phones write
@@ -80,7 +82,9 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         return _pixels(image, orientation)
 
 
-def cropped(data: bytes, size: Size) -> tuple[UInt8[np.ndarray, "size.height size.width 3"], int, int]:
+def cropped(
+    data: bytes, size: Size, place: float = CENTRE
+) -> tuple[UInt8[np.ndarray, "size.height size.width 3"], int, int]:
     """What `resize_and_crop` makes of an encoded picture, and the whole one's height and width.
 
     Raises:
@@ -89,7 +93,7 @@ def cropped(data: bytes, size: Size) -> tuple[UInt8[np.ndarray, "size.height siz
     with _loaded(data) as (image, orientation):
         whole = _pixels(image, orientation)
         height, width, _ = whole.shape
-        return resize_and_crop(whole, size), height, width
+        return resize_and_crop(whole, size, place), height, width
 
 
 def clean(data: bytes) -> tuple[bytes, int, int]:
@@ -116,8 +120,11 @@ def clean(data: bytes) -> tuple[bytes, int, int]:
         return buffer.getvalue(), height, width
 
 
-def crop_box(height: int, width: int, size: Size) -> tuple[float, float, float, float]:
-    """The central part of a picture that has the shape of `size`, as large as it can be.
+def crop_box(height: int, width: int, size: Size, place: float = CENTRE) -> tuple[float, float, float, float]:
+    """The part of a picture that has the shape of `size`, as large as it can be.
+
+    Args:
+        place: where it is, from 0, at the left or the top, to 1.
 
     Returns:
         Left, top, right and bottom in the picture's pixels; it may begin between two of them.
@@ -126,16 +133,18 @@ def crop_box(height: int, width: int, size: Size) -> tuple[float, float, float, 
         wide, high = height * size.width / size.height, float(height)
     else:
         wide, high = float(width), width * size.height / size.width
-    left, top = (width - wide) / 2, (height - high) / 2
+    left, top = (width - wide) * place, (height - high) * place
     return left, top, left + wide, top + high
 
 
-def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "size.height size.width 3"]:
-    """The central part of an image that has the shape of `size`, scaled to it: LANCZOS to shrink, else bicubic."""
+def resize_and_crop(
+    image: UInt8[np.ndarray, "h w 3"], size: Size, place: float = CENTRE
+) -> UInt8[np.ndarray, "size.height size.width 3"]:
+    """The part of an image that has the shape of `size` (`crop_box`), scaled to it: LANCZOS to shrink, else bicubic."""
     height, width, _ = image.shape
     if (width, height) == size:
         return image
-    left, top, right, bottom = crop_box(height, width, size)
+    left, top, right, bottom = crop_box(height, width, size, place)
     shrinks = right - left > size.width
     resized = Image.fromarray(image).resize(
         size,
@@ -146,14 +155,14 @@ def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.n
     return np.asarray(resized)
 
 
-def time_ids(height: int, width: int, size: Size) -> Float[np.ndarray, "6"]:
+def time_ids(height: int, width: int, size: Size, place: float = CENTRE) -> Float[np.ndarray, "6"]:
     """What `resize_and_crop` does to a picture, as SDXL's micro-conditioning (arXiv 2307.01952, section 2.2) says it.
 
     Returns:
         The picture's height and width; the crop's top and left in pixels of the picture after its resize, as
         diffusers' training script counts them, but not rounded; the height and width that it comes to.
     """
-    left, top, right, _ = crop_box(height, width, size)
+    left, top, right, _ = crop_box(height, width, size, place)
     scale = size.width / (right - left)
     return np.array([height, width, top * scale, left * scale, size.height, size.width], np.float32)
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, UInt8
 
 from offsetjax.data.buckets import Size
-from offsetjax.data.images import UnreadableImage, cropped, decode, picture_size, resize_and_crop, time_ids
+from offsetjax.data.images import CENTRE, UnreadableImage, cropped, decode, picture_size, resize_and_crop, time_ids
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,22 @@ class Picture:
             return picture_size(self.image)
         return Size(self.image.shape[1], self.image.shape[0])
 
-    def view(self, size: Size, is_mirrored: bool) -> dict[str, np.ndarray]:
-        """`pixels` and `time_ids` of the picture's central part, scaled to `size`.
+    def view(self, size: Size, is_mirrored: bool, place: float = CENTRE) -> dict[str, np.ndarray]:
+        """`pixels` and `time_ids` of a part of the picture, scaled to `size`; see `images.crop_box`.
 
         Raises:
             UnreadableImage: it cannot be decoded.
         """
         if isinstance(self.image, bytes):
-            pixels, height, width = cropped(self.image, size)
+            pixels, height, width = cropped(self.image, size, place)
         else:
             height, width, _ = self.image.shape
-            pixels = resize_and_crop(self.image, size)
-        # `time_ids` stay: a central crop is as far from the left of the mirrored picture as it was from its own.
-        seen = pixels[:, ::-1] if is_mirrored else pixels
-        return {"pixels": seen, "time_ids": time_ids(height, width, size)}
+            pixels = resize_and_crop(self.image, size, place)
+        if not is_mirrored:
+            return {"pixels": pixels, "time_ids": time_ids(height, width, size, place)}
+        # Of the mirrored picture it is the part as far from the left as it was from the right; from the top it stays.
+        is_wide = width * size.height > height * size.width
+        return {"pixels": pixels[:, ::-1], "time_ids": time_ids(height, width, size, 1 - place if is_wide else place)}
 
     def brightness(self, size: Size) -> float:
         """The mean of the central part's values, 0 black and 1 white.

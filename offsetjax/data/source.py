@@ -4,6 +4,7 @@ Another kind of data set is a class with these four methods and a function that 
 `SOURCES.register(name, function)` makes known to `data.source`; nothing else of the program asks what a source is.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config.registries import SOURCES
 from offsetjax.data.buckets import Size
-from offsetjax.data.images import UnreadableImage
+from offsetjax.data.images import CENTRE, UnreadableImage
 from offsetjax.errors import UserError
 
 
@@ -31,6 +32,9 @@ class Record(Protocol):
 
     def view(self, size: Size, is_mirrored: bool) -> Mapping[str, np.ndarray]:
         """The example's fields of a batch, cropped and scaled to `size`.
+
+        With a further parameter, `place`, it also takes `data.random_crop`: where the crop is, from 0, at the left or
+        the top, over 0.5, the middle, to 1.
 
         Returns:
             `pixels` uint8 `[size.height, size.width, 3]`, or `moments` float16 `[2, c, h, w]` of its latents; and
@@ -113,16 +117,33 @@ def describe(source: Source, index: int) -> str:
     return f"record {index} ({source[index].name or 'without a name'}) of {source.label}"
 
 
-def seen(source: Source, index: int, record: Record, size: Size, is_mirrored: bool = False) -> dict[str, Any]:
+def seen(
+    source: Source, index: int, record: Record, size: Size, is_mirrored: bool = False, place: float = CENTRE
+) -> dict[str, Any]:
     """What training sees of the record of that number: the fields of `Record.view`.
 
     Raises:
         UserError: it cannot be decoded.
     """
     try:
-        return dict(record.view(size, is_mirrored))
+        if place == CENTRE:
+            return dict(record.view(size, is_mirrored))
+        return dict(record.view(size, is_mirrored, place=place))  # type: ignore[call-arg]
     except UnreadableImage as error:
         raise unreadable(source, index, error) from error
+
+
+def check_crops(source: Source) -> None:
+    """Refuses random crops where records have the central ones alone.
+
+    Raises:
+        UserError: they have.
+    """
+    if "place" not in inspect.signature(source[0].view).parameters:
+        raise UserError(
+            f"config: data.random_crop cannot apply to {source.label}, whose records are cropped at their centres; "
+            "leave it out"
+        )
 
 
 def unreadable(source: Source, index: int, error: UnreadableImage) -> UserError:

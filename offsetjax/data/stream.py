@@ -25,6 +25,7 @@ from jaxtyping import Int
 
 from offsetjax.data.batches import Batch, BatchPlan, Plan
 from offsetjax.data.buckets import Size, square
+from offsetjax.data.images import CENTRE
 from offsetjax.data.sizes import Buckets
 from offsetjax.data.source import Source, describe, seen
 from offsetjax.errors import StorageError, TransientError, UserError
@@ -40,6 +41,7 @@ _CONFIG_NAMES = {
     "global_batch_size": "train.global_batch_size",
     "resolution": "data.resolution",
     "random_flip": "data.random_flip",
+    "random_crop": "data.random_crop",
     "sizes": "data.buckets",
     "batch_sizes": "data.equal_tokens",
 }
@@ -66,6 +68,7 @@ class Stream:
     )  # by a batch's size: those of this process
     max_bad_fraction: float = 0.0
     buckets: Buckets | None = None  # None: squares of `resolution`
+    random_crop: bool = False
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -137,6 +140,7 @@ class Stream:
             "resolution": self.resolution,
             "random_flip": self.random_flip,
             **(self.buckets.fingerprint() if self.buckets else {}),
+            **({"random_crop": True} if self.random_crop else {}),
         }
 
 
@@ -153,6 +157,7 @@ def make_stream(
     rows: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     max_bad_fraction: float = 0.0,
     buckets: Buckets | None = None,
+    random_crop: bool = False,
 ) -> Stream:
     """The stream of a source.
 
@@ -165,6 +170,7 @@ def make_stream(
         rows: of each global batch, those that this process reads, in order, or these by a batch's size; None: all.
         max_bad_fraction: of the records that may be left out, for `check_replaced`; 0: the first ends the stream.
         buckets: the sizes of the pictures, where there are several, and their batches.
+        random_crop: what is cropped of a picture is drawn, as its flip is; else it is its centre.
     """
     batch_sizes = set(buckets.plan.batch_sizes) if buckets else {global_batch_size}
     by_size = rows if isinstance(rows, Mapping) else dict.fromkeys(batch_sizes, rows)
@@ -181,6 +187,7 @@ def make_stream(
         rows=of_process,
         max_bad_fraction=max_bad_fraction,
         buckets=buckets,
+        random_crop=random_crop,
     )
 
 
@@ -389,9 +396,10 @@ def _order(stream: Stream) -> grain.MapDataset:
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     show = partial(_shown, stream.source, stream.max_bad_fraction > 0)
     order = _Order(_order(stream))
-    examples = order.map(partial(show, False))
-    if stream.random_flip:
-        examples = order.random_map(partial(_flipped, show), seed=_flip_seed(stream.seed))
+    examples = order.map(partial(show, False, CENTRE))
+    if stream.random_flip or stream.random_crop:
+        drawn = partial(_drawn, show, stream.random_flip, stream.random_crop)
+        examples = order.random_map(drawn, seed=_flip_seed(stream.seed))
     share = _Share(stream.rows, stream.buckets.plan if stream.buckets else None)
     examples = _Rows(examples, share)
     if stream.num_workers:
@@ -419,14 +427,16 @@ def _sized(size: Size, index: int) -> _Sized:
     return index, size
 
 
-def _shown(source: Source, may_be_bad: bool, is_mirrored: bool, following: Iterable[_Sized]) -> dict[str, Any]:
+def _shown(
+    source: Source, may_be_bad: bool, is_mirrored: bool, place: float, following: Iterable[_Sized]
+) -> dict[str, Any]:
     """The first example of an order that can be read, and why those before it cannot."""
     end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
     problems: list[str] = []
     for index, size in following:
         try:
             record = source[index]
-            fields = seen(source, index, record, size, is_mirrored)
+            fields = seen(source, index, record, size, is_mirrored, place)
         except UserError as error:
             if not may_be_bad:
                 raise
@@ -436,10 +446,16 @@ def _shown(source: Source, may_be_bad: bool, is_mirrored: bool, following: Itera
     raise UserError(f"{problems[0]} (and so are the {_MOST_TRIES - 1} that follow it)")
 
 
-def _flipped(
-    show: Callable[[bool, Iterable[_Sized]], dict[str, Any]], following: Iterable[_Sized], rng: np.random.Generator
+def _drawn(
+    show: Callable[[bool, float, Iterable[_Sized]], dict[str, Any]],
+    random_flip: bool,
+    random_crop: bool,
+    following: Iterable[_Sized],
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
-    return show(bool(rng.random() < 0.5), following)
+    """An example as it is drawn; flips are the same with random crops and without."""
+    is_mirrored, place = bool(rng.random() < 0.5), float(rng.random())
+    return show(is_mirrored and random_flip, place if random_crop else CENTRE, following)
 
 
 def _tokenized(stream: Stream, reported: set[str], batch: dict[str, Any]) -> dict[str, Any]:

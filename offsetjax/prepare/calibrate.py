@@ -140,7 +140,7 @@ def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Sour
     means of latents may be far from 0 and squares would cancel.
     """
     config = of_squares(config)
-    config.data.random_flip = False
+    config.data.random_flip, config.data.random_crop = False, False
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     size, total = config.train.global_batch_size, len(source)
     params = jax.device_put(params, sharding.shardings(mesh, (), params))

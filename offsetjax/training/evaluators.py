@@ -131,7 +131,7 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
 def validation_config(config: ConfigDict) -> ConfigDict:
     """The config of a validation's batches: the same pictures in every run, each once whatever sizes are trained."""
     config = of_squares(config)  # their sizes are given
-    config.seed, config.data.random_flip = 0, False
+    config.seed, config.data.random_flip, config.data.random_crop = 0, False, False
     config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
     config.train.accumulate_steps = 1
     return config

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.data.buckets import Limits
 from offsetjax.data.sizes import Buckets, make_buckets
+from offsetjax.data.source import check_crops
 from offsetjax.data.stream import Stream, make_stream
 from offsetjax.errors import UserError
 from offsetjax.models.encode import encoder_checksum, to_unit_range
@@ -48,6 +49,8 @@ def open_stream(
         for line in buckets.notes:
             _log.warning("%s", line)
     sizes = set(buckets.plan.batch_sizes) if buckets else {global_batch_size}
+    if config.data.random_crop:
+        check_crops(source)
     if mesh:
         _check_divide(config, mesh, sizes)
     stream = make_stream(
@@ -62,6 +65,7 @@ def open_stream(
         rows={size: sharding.rows_of_process(batch, size) for size in sizes} if batch else None,
         max_bad_fraction=config.data.max_bad_fraction,
         buckets=buckets,
+        random_crop=config.data.random_crop,
     )
     # Each would train on its own; or, where sizes differ, wait for the others for ever.
     if mesh and (others := differing(json.dumps(stream.fingerprint(), sort_keys=True))):
@@ -130,7 +134,7 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
     if config.data.cached_latents:
         return source.cache.statistics(source.label, f"model.{pipeline.family.autoencoder}.scaling_factor")
     sampled = of_squares(config)
-    sampled.train.global_batch_size, sampled.data.random_flip = 8, False
+    sampled.train.global_batch_size, sampled.data.random_flip, sampled.data.random_crop = 8, False, False
     batches = open_stream(sampled, pipeline, source).iterator(0)
     encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(vae_params, to_unit_range(pixels))[0])
     latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from offsetjax.data import images
-from offsetjax.data.buckets import square
+from offsetjax.data.buckets import Size, square
 from offsetjax.data.images import (
     MAX_PIXELS,
     Room,
@@ -30,6 +30,7 @@ from offsetjax.data.images import (
     resize_and_crop,
     time_ids,
 )
+from offsetjax.data.record import Picture
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -365,3 +366,21 @@ def test_the_memory_of_all_threads_is_bounded() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, env=environment)
     assert float(done.stdout) < 1.25, "six threads without a bound took 5 times as much"
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 16), (16, 40), (16, 16)])
+@pytest.mark.parametrize("place", [0.0, 0.3, 1.0])
+def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture(width: int, height: int, place: float) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    size = Size(16, 16)
+    seen = Picture(pixels, "").view(size, True, place)
+    is_wide = width > height
+    mirrored = Picture(np.ascontiguousarray(pixels[:, ::-1]), "").view(size, False, 1 - place if is_wide else place)
+    np.testing.assert_allclose(seen["pixels"].astype(int), mirrored["pixels"].astype(int), atol=1)
+    np.testing.assert_allclose(seen["time_ids"], mirrored["time_ids"])
+    plain = Picture(pixels, "").view(size, False, place)
+    left, top = (width - 16) * place * is_wide, (height - 16) * place
+    np.testing.assert_allclose(plain["time_ids"], [height, width, top, left, 16, 16], rtol=1e-6)
+    if float(left).is_integer() and float(top).is_integer():
+        whole = pixels[int(top) : int(top) + 16, int(left) : int(left) + 16]
+        np.testing.assert_array_equal(plain["pixels"], whole)

@@ -234,6 +234,26 @@ def test_batches_of_as_many_pixels_are_the_same_whatever_reads_them(source: Sour
     assert [stream.examples_of(number) for number in range(14)] == [batch["index"].tolist() for batch in expected]
 
 
+def test_random_crops_leave_all_else_as_it_is(source: Source) -> None:
+    given = ("16x16", "24x16")
+    usual = take(source, 12, buckets=buckets_of(source, given=given))
+    drawn = take(source, 12, buckets=buckets_of(source, given=given), random_crop=True)
+    again = take(source, 5, 7, buckets=buckets_of(source, given=given), random_crop=True)
+    moved = 0
+    for one, other in zip(usual, drawn, strict=True):
+        np.testing.assert_array_equal(one["index"], other["index"])
+        np.testing.assert_array_equal(one["time_ids"][:, [0, 1, 4, 5]], other["time_ids"][:, [0, 1, 4, 5]])
+        whole = np.maximum(one["time_ids"][:, 4] / one["time_ids"][:, 0], one["time_ids"][:, 5] / one["time_ids"][:, 1])
+        for row, scale in enumerate(whole):  # nowhere beyond the picture
+            most = one["time_ids"][row, :2] * scale - one["time_ids"][row, 4:]
+            assert (other["time_ids"][row, 2:4] >= -1e-4).all() and (other["time_ids"][row, 2:4] <= most + 1e-3).all()
+        moved += int((one["time_ids"] != other["time_ids"]).any(1).sum())
+    assert moved > 10
+    for one, other in zip(drawn[7:], again, strict=True):
+        np.testing.assert_array_equal(one["pixels"], other["pixels"])
+        np.testing.assert_array_equal(one["time_ids"], other["time_ids"])
+
+
 def losses(workdir: pathlib.Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

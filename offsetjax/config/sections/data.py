@@ -92,6 +92,14 @@ DATA = Section(
             elsewhere={"flip_aug": "kohya", "enable_random_flip": "OneTrainer"},
         ),
         Field(
+            "random_crop",
+            bool,
+            False,
+            ANY,
+            "what a picture has beyond its size is cropped at random, not at both ends alike",
+            elsewhere={"random_crop": "kohya, diffusers", "enable_crop_jitter": "OneTrainer"},
+        ),
+        Field(
             "cached_latents",
             bool,
             False,
