@@ -252,16 +252,16 @@ def _check_needed(
 
 
 def write_calibration(
-    path: epath.PathLike, calibration: Calibration, strengths: Float[np.ndarray, " c"] | None = None
+    path: epath.PathLike, calibration: Calibration, strengths: Float[np.ndarray, " c"] | None
 ) -> None:
     """Writes the file.
 
     Args:
-        strengths: that are recommended, for whoever reads the file; None: those that follow from its target.
+        strengths: that are recommended, for whoever reads the file; None: there are none that suffice.
     """
-    if strengths is None:
-        strengths = offset_strengths(calibration, make_process(calibration.schedule), calibration.target_terminal_snr)
-    recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
+    recommended = None
+    if strengths is not None:
+        recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
     content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
     plain = parse_object(json.dumps(content, allow_nan=False, default=np.ndarray.tolist))
     write_whole(path, json.dumps(signed(plain), indent=1) + "\n")

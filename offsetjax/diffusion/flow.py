@@ -160,6 +160,10 @@ class Flow:
             **settings,
         }
 
+    @property
+    def exported(self) -> "Flow":
+        return self
+
     def advice(self, shift: float) -> str:
         return (
             f"This is a rectified flow, its timestep 1000 t, with a shift of {shift:.4g}. No key of a file says so: in "

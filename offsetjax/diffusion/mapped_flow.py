@@ -158,6 +158,10 @@ class MappedFlow:
     def scheduler(self, sampler: str, spacing: str, shift: float) -> dict[str, Any]:
         return self.network.scheduler(sampler, spacing, shift)
 
+    @property
+    def exported(self) -> Process:
+        return self.network
+
     def advice(self, shift: float) -> str:
         return (
             f"It was trained along a flow's path, in the terms of its base: it predicts {self.predicts}, and is drawn "
@@ -182,4 +186,15 @@ def rules(values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
     yield (
         values["schedule.zero_terminal_snr"] and values["schedule.prediction_type"] == "epsilon",
         "schedule.zero_terminal_snr needs schedule.prediction_type = 'v_prediction'",
+    )
+    yield (
+        values["schedule.zero_terminal_snr"] and values["sample.sampler"] == "heun",
+        "sample.sampler = 'heun' cannot be exported with schedule.conversion = 'mapped' and "
+        "schedule.zero_terminal_snr: others' programs divide by the signal, of which the last timestep has none; use "
+        "euler, dpmpp_2m or unipc",
+    )
+    yield (
+        values["sample.num_steps"] > values["schedule.num_train_timesteps"],
+        f"sample.num_steps = {values['sample.num_steps']} must be at most {values['schedule.num_train_timesteps']} "
+        "with schedule.conversion = 'mapped', whose export is drawn at whole timesteps",
     )

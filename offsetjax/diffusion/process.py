@@ -131,6 +131,10 @@ class Process(Protocol):
     def scheduler(self, sampler: str, spacing: str, shift: float) -> dict[str, Any]:
         """`scheduler_config.json` of PyTorch diffusers' counterpart of a sampler: `_class_name` and its settings."""
 
+    @property
+    def exported(self) -> "Process":
+        """The process by whose grids others' programs draw an export: itself, unless the network keeps to another's."""
+
     def advice(self, shift: float) -> str:
         """What a model's card says, besides the noise, to those who sample it elsewhere; "" for nothing.
 

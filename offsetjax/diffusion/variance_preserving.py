@@ -179,6 +179,10 @@ class VariancePreserving:
             **settings,
         }
 
+    @property
+    def exported(self) -> "VariancePreserving":
+        return self
+
     def advice(self, shift: float) -> str:
         return ""
 

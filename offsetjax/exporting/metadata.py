@@ -54,12 +54,15 @@ def _noise_names(pipeline: Pipeline, config: ConfigDict, step: int) -> dict[str,
     The strength is what the step has left of it: what a start needs.
     """
     noise, side = config.noise, config.data.resolution // pipeline.autoencoder.downscale
-    strength = float(f"{training_noise(pipeline, config, step).strengths_at(side, side).max():.6g}")
-    return {
+    left = training_noise(pipeline, config, step)
+    strength = float(f"{left.strengths_at(side, side).max():.6g}")
+    names = {
         "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
         "ss_noise_offset_random_strength": str(noise.random_strength),
         "ss_adaptive_noise_scale": repr(noise.adaptive_scale or None),
         "ss_multires_noise_iterations": repr(noise.pyramid_levels or None),
         "ss_multires_noise_discount": repr(noise.pyramid_discount or None),
-        "ss_ip_noise_gamma": repr(noise.input_perturbation or None),
     }
+    if left.is_plain:  # by `noise.anneal` too
+        names |= dict.fromkeys(names, "None") | {"ss_noise_offset": "0.0", "ss_noise_offset_random_strength": "False"}
+    return names | {"ss_ip_noise_gamma": repr(noise.input_perturbation or None)}

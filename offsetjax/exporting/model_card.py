@@ -68,7 +68,7 @@ def _start_advice(pipeline: Pipeline, config: ConfigDict, step: int) -> Iterator
             )
         yield numbers
         return
-    found = brightness_reach(pipeline, config, noise)
+    found = brightness_reach(pipeline, config, noise, is_exported=True)
     if found.plain < _FAILS * found.matched:
         yield f"**Do not start it from plain noise**: pictures would come out alike in brightness. {numbers}"
     else:

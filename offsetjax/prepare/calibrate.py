@@ -109,12 +109,13 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         if not has_terminal_snr:  # the strength goes by what the sampler returns; in the config's own terms too
             effective, size = np.full(1, advice.offset or 0.0), (calibration.height, calibration.width)
             strengths = make_noise(config.noise, process, downscale).strengths_for(effective, *size)
-        if has_terminal_snr or advice.offset is not None:  # of the channel that needs the most
+        suffices = has_terminal_snr or advice.offset is not None
+        if suffices:  # of the channel that needs the most
             advice = dataclasses.replace(advice, offset=float(f"{strengths.max():.3g}"))
         recommended = _with_strength(config, advice.offset or 0.0, process, downscale)
         for line in reach_table(drawn, calibration, modes.variance, noise, advice, recommended):
             _log.info("%s", line)
-        write_calibration(out, calibration, strengths)
+        write_calibration(out, calibration, strengths if suffices else None)
         pictures = {
             f"{out.stem}.png": reach_figure(drawn, calibration, noise, recommended),
             f"{out.stem}_snr.png": mode_snr_figure(calibration, noise, recommended, process),

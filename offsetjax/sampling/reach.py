@@ -36,16 +36,20 @@ def deviations(config: ConfigDict) -> Any:
     return found if found.size and found.min() > 0 else None
 
 
-def brightness_reach(pipeline: Pipeline, config: ConfigDict, noise: Noise | None = None) -> Reach:
+def brightness_reach(
+    pipeline: Pipeline, config: ConfigDict, noise: Noise | None = None, is_exported: bool = False
+) -> Reach:
     """What becomes of brightness.
 
     Args:
         noise: of training, in the place of the config's.
+        is_exported: whether others' programs draw, whose grids are those of the process that the network knows.
     """
     measured = deviations(config)
     side = config.data.resolution // pipeline.autoencoder.downscale
+    process = make_process(config.schedule, pipeline.autoencoder.downscale)
     return reach(
-        make_process(config.schedule, pipeline.autoencoder.downscale),
+        process.exported if is_exported else process,
         noise or training_noise(pipeline, config),
         make_density(config),
         drawing(pipeline, config),
@@ -94,13 +98,13 @@ def training_advice(pipeline: Pipeline, config: ConfigDict) -> Iterator[str]:
 
 
 def start_in_words(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
-    """What the start of sampling is to the spread of brightness of a model, in numbers: a sentence.
+    """What the start of sampling is to the spread of brightness of an exported model, in numbers: a sentence.
 
     Args:
         step: of the model.
     """
     noise, sample = training_noise(pipeline, config, step), config.sample
-    found = brightness_reach(pipeline, config, noise)
+    found = brightness_reach(pipeline, config, noise, is_exported=True)
     text = (
         f"of the data's spread of brightness {sample.num_steps} steps of {sample.sampler} return {found.matched:.0%} "
     )

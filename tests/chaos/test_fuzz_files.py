@@ -191,7 +191,7 @@ def _good_calibration(folder: pathlib.Path) -> bytes:
         schedule=schedule,
         target_terminal_snr=1e-3,
     )
-    write_calibration(folder / "c.json", calibration)
+    write_calibration(folder / "c.json", calibration, None)
     return (folder / "c.json").read_bytes()
 
 

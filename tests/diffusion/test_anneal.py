@@ -80,7 +80,7 @@ def test_half_of_it_has_the_power_of_theory(name: str) -> None:
     np.testing.assert_allclose(start_noise(pipeline, config, keys[:9], MIDDLE), drawn[:9], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["offset", "spectral"])
+@pytest.mark.parametrize("name", ["offset", "spectral", "adaptive", "pyramid"])
 def test_at_the_end_the_start_is_plain_and_all_that_is_exported_says_so(name: str, tmp_path: pathlib.Path) -> None:
     config = tiny_config(**NOISES[name], **ANNEALED, sample__sampler="euler_ancestral")
     pipeline = build(config)
@@ -97,6 +97,9 @@ def test_at_the_end_the_start_is_plain_and_all_that_is_exported_says_so(name: st
     assert list(tmp_path.iterdir()) == []
     assert matched_sampler(pipeline, config, STEPS) == "euler_ancestral" != matched_sampler(pipeline, config, MIDDLE)
     said = header(pipeline, config, STEPS, "diffusers", "model")
+    unused = ("ss_adaptive_noise_scale", "ss_multires_noise_iterations", "ss_multires_noise_discount")
+    assert {said[name] for name in unused} == {"None"}
+    assert said["ss_noise_offset_random_strength"] == "False"
     assert said["ss_noise_offset"] == "0.0" and "from plain noise, the noise of training" in said["offsetjax.start"]
     config.sample.start_noise = "plain"
     assert list(start_warning(pipeline, config, STEPS)) == []

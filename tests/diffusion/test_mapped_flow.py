@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -20,7 +21,10 @@ from offsetjax.diffusion.sampler import NAMES, Name
 from offsetjax.diffusion.spread import Drawing, reach
 from offsetjax.diffusion.variance_preserving import VariancePreserving, variance_preserving
 from offsetjax.errors import UserError
+from offsetjax.models.pipeline import build
 from offsetjax.models.resolve import resolve
+from offsetjax.sampling.reach import brightness_reach, start_in_words
+from tests.tiny import tiny_config
 from tests.torch_models import save_pipeline
 from tests.training.test_objective import _config, _look
 
@@ -72,6 +76,42 @@ def test_before_any_training_it_is_the_flow_that_the_model_implies(prediction_ty
         assert noise - found == pytest.approx(velocity, rel=1e-6) and (x - found) / t == pytest.approx(
             velocity, rel=1e-6
         )
+
+
+def test_an_export_says_what_others_programs_return_who_draw_it_by_its_own_schedule() -> None:
+    """The flow's grid begins in noise alone, Stable Diffusion's does not."""
+    changes = {"schedule__prediction_type": "v_prediction", "sample__sampler": "euler", "sample__num_steps": 28}
+    as_base = tiny_config(**changes)
+    config = tiny_config(**changes, schedule__process="flow", schedule__conversion="mapped", sample__shift=3.0)
+    base, ours, theirs = (
+        brightness_reach(build(each), each, is_exported=is_exported)
+        for each, is_exported in ((as_base, False), (config, False), (config, True))
+    )
+    assert theirs.matched == base.matched != ours.matched and theirs.plain == base.plain
+    said = start_in_words(build(config), config, 0)
+    assert f"return {theirs.matched:.0%} from the noise of training, and {theirs.plain:.0%} from plain noise" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"schedule__zero_terminal_snr": True, "sample__sampler": "heun"},
+            "sample.sampler = 'heun' cannot be exported with schedule.conversion = 'mapped'",
+        ),
+        ({"sample__num_steps": 1001, "sample__sampler": "euler"}, "sample.num_steps = 1001 must be at most 1000 with"),
+    ],
+)
+def test_what_its_export_could_not_be_drawn_with_is_refused(changes: dict[str, Any], words: str) -> None:
+    config = tiny_config(
+        model__pretrained="v",
+        schedule__process="flow",
+        schedule__conversion="mapped",
+        schedule__prediction_type="v_prediction",
+        **changes,
+    )
+    with pytest.raises(UserError, match=re.escape(words)):
+        validate(config)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)

@@ -80,7 +80,7 @@ def _config(path: pathlib.Path | str, **changes: Any) -> ConfigDict:
 @pytest.fixture
 def file(tmp_path: pathlib.Path) -> pathlib.Path:
     path = tmp_path / "a file.json"
-    write_calibration(path, _calibration())
+    write_calibration(path, _calibration(), None)
     return path
 
 
@@ -225,7 +225,7 @@ def test_a_config_without_calibration_stays_as_it_is() -> None:
 def test_a_calibration_that_cannot_apply_is_refused(
     tmp_path: pathlib.Path, measured: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
-    write_calibration(tmp_path / "c.json", _calibration(**measured))
+    write_calibration(tmp_path / "c.json", _calibration(**measured), None)
     config = _config(tmp_path / "c.json", **changes)
     with pytest.raises(UserError) as caught:
         fill(config, 4, 8)
@@ -233,13 +233,20 @@ def test_a_calibration_that_cannot_apply_is_refused(
 
 
 def test_a_file_is_read_as_it_was_written(file: pathlib.Path) -> None:
-    write_calibration(file, _calibration(target=0.25))
-    found, written = read_calibration(file), _calibration(target=0.25)
+    written = _calibration(target=0.25)
+    write_calibration(file, written, offset_strengths(written, SCHEDULE, 0.25))
+    found = read_calibration(file)
     for name, value in vars(written).items():
         np.testing.assert_array_equal(getattr(found, name), value)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     strengths = json.loads(file.read_text())["recommended"]["channel_strengths"]
     np.testing.assert_allclose(strengths, offset_strengths(written, SCHEDULE, 0.25), rtol=1e-5)
+
+
+def test_a_file_recommends_nothing_where_no_strength_suffices(file: pathlib.Path) -> None:
+    write_calibration(file, _calibration(), None)
+    assert json.loads(file.read_text())["recommended"] is None
+    assert read_calibration(file).target_terminal_snr == _calibration().target_terminal_snr
 
 
 def _without(name: str) -> Callable[[dict[str, Any]], Any]:
@@ -431,7 +438,7 @@ def test_a_training_takes_its_strengths_from_the_file(
     source = open_source(data)
     assert open_run(config, tmp_path / "run", source).config.noise == stored.noise
     other = read_calibration(file)
-    write_calibration(file, Calibration(**{**vars(other), "mean_variance": 2 * other.mean_variance}))
+    write_calibration(file, Calibration(**{**vars(other), "mean_variance": 2 * other.mean_variance}), None)
     with pytest.raises(UserError, match=r"noise.channel_strengths = .* was begun with"):
         open_run(config, tmp_path / "run", source)
     file.unlink()

@@ -73,7 +73,7 @@ def test_a_calibration_says_what_the_datas_spread_is(spread: float, tmp_path: pa
     frequency, power = np.array([0.0, 0.25]), np.ones((4, 2))
     schedule = config.schedule.to_dict()
     measured = Calibration(8, 16, 8, 8, schedule, 0.1, np.zeros(4), np.full(4, spread**2), frequency, power)
-    write_calibration(tmp_path / "calibration.json", measured)
+    write_calibration(tmp_path / "calibration.json", measured, None)
     config.noise.calibration = str(tmp_path / "calibration.json")
     pipeline = build(config)
     found = brightness_reach(pipeline, config)
