@@ -35,6 +35,7 @@ def add_sample(command: AddCommand) -> None:
         "--guidance_rescale", type=float, help="how much of the contrast that guidance adds is undone, 0 to 1"
     )
     sub.add_argument("--num_steps", type=int, help="of the sampler")
+    sub.add_argument("--size", metavar="WxH", help="of the pictures, such as 1152x896; by default squares, as trained")
     sub.add_argument(
         "--brightness",
         action="append",
@@ -122,7 +123,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     settings = {
         key: getattr(options, key)
-        for key in ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps")
+        for key in ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "size")
         if getattr(options, key) is not None
     }
     if options.brightness:

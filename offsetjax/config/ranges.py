@@ -1,6 +1,7 @@
 """What a value may be: a test that a machine makes, and the words for it, which complete "must be …"."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,10 @@ def _one_of(names: Iterable[str]) -> str:
 ANY = Range(lambda value: True, "anything")
 PLACE = Range(
     lambda value: not value or not misplaced(value), "a local path, or gs://BUCKET/…; or empty", (), misplaced
+)
+SIZE = Range(
+    lambda value: not value or bool(re.fullmatch(r"[1-9]\d{0,4}[xX][1-9]\d{0,4}", value)),
+    "width and height, such as 1152x896, or empty",
 )
 FINITE = Range(lambda value: abs(value) <= _FLOAT32_MAX, "a number that is finite in float32")
 FINITE_NUMBERS = Range(

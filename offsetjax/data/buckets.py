@@ -97,23 +97,27 @@ class Assignment:
         return np.array(lost) / np.maximum(self.counts, 1)
 
 
-def parse_size(text: str) -> Size:
+def parse_size(text: str, field: str = "data.buckets") -> Size:
     """`"1152x896"` → its width and height.
+
+    Args:
+        field: of the config, for the message.
 
     Raises:
         UserError: it is none.
     """
     width, cross, height = text.lower().partition("x")
     if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UserError(f"config: data.buckets: {text!r} is no size; write width and height, such as 1152x896")
+        raise UserError(f"config: {field}: {text!r} is no size; write width and height, such as 1152x896")
     return Size(int(width), int(height))
 
 
-def check_sizes(sizes: Sequence[Size], unit: int) -> None:
+def check_sizes(sizes: Sequence[Size], unit: int, field: str = "data.buckets") -> None:
     """Refuses sizes that the networks cannot take, and sizes that are given twice.
 
     Args:
         unit: pixels that each side must be a multiple of, by which the networks halve it.
+        field: of the config, for the message.
 
     Raises:
         UserError: with the nearest size that they can take.
@@ -121,10 +125,10 @@ def check_sizes(sizes: Sequence[Size], unit: int) -> None:
     for size in sizes:
         if size.width % unit or size.height % unit:
             near = Size(*(max(unit, round(side / unit) * unit) for side in size))
-            raise UserError(f"config: data.buckets: {size} must be multiples of {unit}, such as {near}")
+            raise UserError(f"config: {field}: {size} must be multiples of {unit}, such as {near}")
     twice = sorted({str(size) for size in sizes if list(sizes).count(size) > 1})
     if twice:
-        raise UserError(f"config: data.buckets: {', '.join(twice)} is given twice")
+        raise UserError(f"config: {field}: {', '.join(twice)} is given twice")
 
 
 def candidate_sizes(area: int, step: int, max_aspect: float) -> tuple[Size, ...]:

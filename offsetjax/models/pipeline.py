@@ -203,8 +203,12 @@ def join(trained: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> dict[st
     return {**frozen, **trained, **both}
 
 
-def grid_shift(pipeline: Pipeline, config: ConfigDict) -> float:
-    """The shift of a sampler's grid: `sample.shift`, or by default the process's own at this size."""
+def grid_shift(pipeline: Pipeline, config: ConfigDict, pixels: int | None = None) -> float:
+    """The shift of a sampler's grid: `sample.shift`, or by default the process's own at this size.
+
+    Args:
+        pixels: of the latents; by default those of squares of `data.resolution`.
+    """
     downscale = pipeline.autoencoder.downscale
-    pixels = (config.data.resolution // downscale) ** 2
+    pixels = pixels or (config.data.resolution // downscale) ** 2
     return config.sample.shift or make_process(config.schedule, downscale).shift_at(pixels)

@@ -83,6 +83,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
             "pictures that they were made of, with data.cached_latents=False"
         )
     config, pipeline, params, _ = open_vae(config, source)
+    config.sample.size = ""  # what is measured, and said of a sampler, is of squares
     modes = measure(config, pipeline, params, source, mesh)
     if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):
         raise UserError("calibrate: the autoencoder's latents are not finite; check model.pretrained")

@@ -19,6 +19,7 @@ from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.spread import DEFAULT_DEVIATION, Drawing, Reach, reach
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, grid_shift, training_noise
+from offsetjax.sampling.size import latent_shape
 
 ENOUGH = 0.9  # of the spread
 _TRAINED = 0.001  # the share of a training below which a place is as good as never seen
@@ -46,7 +47,7 @@ def brightness_reach(
         is_exported: whether others' programs draw, whose grids are those of the process that the network knows.
     """
     measured = deviations(config)
-    side = config.data.resolution // pipeline.autoencoder.downscale
+    _, height, width = latent_shape(pipeline, config)
     process = make_process(config.schedule, pipeline.autoencoder.downscale)
     return reach(
         process.exported if is_exported else process,
@@ -54,15 +55,16 @@ def brightness_reach(
         make_density(config),
         drawing(pipeline, config),
         DEFAULT_DEVIATION if measured is None else measured,
-        side,
-        side,
+        height,
+        width,
     )
 
 
 def drawing(pipeline: Pipeline, config: ConfigDict) -> Drawing:
     """How a config's pictures are drawn."""
     sample = config.sample
-    return Drawing(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config))
+    _, height, width = latent_shape(pipeline, config)
+    return Drawing(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config, height * width))
 
 
 def about_data(config: ConfigDict) -> str:

@@ -31,6 +31,7 @@ from offsetjax.parallel import sharding
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture, write_comparison, write_png, write_samples
 from offsetjax.sampling.reach import start_warning
+from offsetjax.sampling.size import check_drawn_size, drawn_size, latent_shape
 
 _log = logging.getLogger("offsetjax")
 
@@ -101,12 +102,6 @@ def sampling_noise(pipeline: Pipeline, config: ConfigDict, step: Any = None) -> 
     return training_noise(pipeline, config, step)
 
 
-def latent_shape(pipeline: Pipeline, config: ConfigDict) -> tuple[int, int, int]:
-    """`(c, h, w)` of the pictures that a config is for."""
-    size = config.data.resolution // pipeline.autoencoder.downscale
-    return pipeline.autoencoder.latent_channels, size, size
-
-
 def start_noise(
     pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"], step: Any = None
 ) -> Float[Array, "b c h w"]:
@@ -134,7 +129,8 @@ def set_brightness(
         raise UserError("sample: --brightness cannot apply: the noise has no power at f = 0, so every mean is the same")
     power = sampling_noise(pipeline, config, step).power(height, width)[:, 0, 0]
     deviation = jnp.sqrt(jnp.broadcast_to(jnp.asarray(power, jnp.float32), channels) / (height * width))
-    black_and_white = jnp.stack([jnp.full((3, config.data.resolution, config.data.resolution), x) for x in (-1.0, 1.0)])
+    size = drawn_size(config)
+    black_and_white = jnp.stack([jnp.full((3, size.height, size.width), x) for x in (-1.0, 1.0)])
     black, white = pipeline.autoencoder.encode(vae_params, black_and_white)[0].mean((2, 3))
     direction = (white - black) / deviation
     direction /= jnp.linalg.norm(direction)
@@ -152,14 +148,16 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
     process, sample = make_process(config.schedule, pipeline.autoencoder.downscale), config.sample
     noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
     is_ancestral = sample.sampler in ANCESTRAL
-    grid = process.grid(sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config))
+    grid = process.grid(
+        sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config, shape[1] * shape[2])
+    )
     table = coefficients(sample.sampler, grid)
     means = mean_table(sample.sampler, grid, process, noise, *shape[1:])
 
     empty_ids = pipeline.tokens("").input_ids
     # Micro-conditioning as of a picture that was trained on whole: its own size, nothing cropped.
-    side = config.data.resolution
-    time_ids = jnp.asarray((side, side, 0, 0, side, side), jnp.float32)
+    wide, high = drawn_size(config)
+    time_ids = jnp.asarray((high, wide, 0, 0, high, wide), jnp.float32)
 
     def draw(
         trained: PyTree,
@@ -245,7 +243,12 @@ def draw_pictures(
 def about_samples(config: ConfigDict, step: int, params: str) -> dict[str, Any]:
     """How pictures were drawn, for the record beside them."""
     keys = ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "spacing")
-    return {"step": step, "params": params, **{key: config.sample[key] for key in keys}}
+    return {
+        "step": step,
+        "params": params,
+        "size": str(drawn_size(config)),
+        **{key: config.sample[key] for key in keys},
+    }
 
 
 def draw_model(
@@ -265,10 +268,11 @@ def draw_model(
     config.sample.update(settings)
     validate(config)
     check_resolution(config)
+    check_drawn_size(config)
     if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
-    side = config.data.resolution // model.pipeline.autoencoder.downscale
-    started = describe(sampling_noise(model.pipeline, config, model.step), config.noise, side, side)
+    _, height, width = latent_shape(model.pipeline, config)
+    started = describe(sampling_noise(model.pipeline, config, model.step), config.noise, height, width)
     _log.info("starts from %s noise: %s", config.sample.start_noise, started)
     for line in start_warning(model.pipeline, config, model.step):
         _log.warning("%s", line)

@@ -40,6 +40,7 @@ from offsetjax.models.weights import (
 )
 from offsetjax.parallel import sharding
 from offsetjax.parallel.processes import barrier
+from offsetjax.sampling.size import check_drawn_size
 from offsetjax.storage import digests, record
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.training.streams import check_cache, latent_statistics, open_buckets
@@ -131,6 +132,7 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     adopt_lora(config)
     validate(config)  # what was read and filled in may not go with what was set
     check_resolution(config)
+    check_drawn_size(config)
     open_buckets(config, source)  # which cannot be changed once the run has begun
     tokenizers = _tokenizers(config, source)
     check_initial(config, build(config, tokenizers))
@@ -190,6 +192,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     for path, value in flatten(config):
         if may_change_on_resume(path):
             assign(stored, path, value, explicit=is_explicit(config, path))
+    check_drawn_size(stored)
     validate(stored)  # where model.pretrained is gone, these have not been compared with its schedule yet
     return stored
 

@@ -13,14 +13,16 @@ from PIL import Image
 from offsetjax.errors import UserError
 from offsetjax.models.trained import Trained, load_trained
 from offsetjax.sampling.pictures import Picture, grid
+from offsetjax.sampling.reach import drawing
 from offsetjax.sampling.sample import (
     draw_pictures,
-    latent_shape,
     make_sampler,
+    sample,
     sample_workdir,
     set_brightness,
     start_noise,
 )
+from offsetjax.sampling.size import drawn_size, latent_shape
 from tests.tiny import CAPTIONS, RESOLUTION, quick_compilation, trained_workdir
 
 SETTINGS = {"num_steps": 2, "guidance_scale": 1.0}
@@ -96,6 +98,28 @@ def test_more_pictures_than_are_drawn_at_once(
     by_request = {(picture.prompt, picture.seed): picture.image.astype(int) for picture in pictures}
     for picture in drawn[1]:
         assert np.abs(by_request[picture.prompt, picture.seed] - picture.image).max() <= 1
+
+
+def test_pictures_of_any_size_are_drawn(trained: Trained, tmp_path: pathlib.Path) -> None:
+    [picture] = sample(trained, tmp_path / "wide", (CAPTIONS[0],), (3,), size="24x12")
+    assert picture.image.shape == (12, 24, 3)
+    assert json.loads((tmp_path / "wide" / "samples.json").read_text())["size"] == "24x12"
+    for size, message in (
+        ("24x13", r"sample\.size: 24x13 must be multiples of 2, such as 24x12"),
+        ("24", "such as 1152"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample(trained, tmp_path / "wide", (CAPTIONS[0],), (3,), size=size)
+
+
+def test_each_size_has_its_own_shift_and_conditions(trained: Trained) -> None:
+    config = trained.config.copy_and_resolve_references()
+    config.schedule.update(process="flow", shift=2.0, shift_rule="resolution", shift_resolution=16)
+    config.sample.size = "32x8"
+    assert drawn_size(config) == (32, 8) and latent_shape(trained.pipeline, config) == (4, 4, 16)
+    assert drawing(trained.pipeline, config).shift == pytest.approx(2.0)
+    config.sample.size = "64x16"
+    assert drawing(trained.pipeline, config).shift == pytest.approx(4.0)
 
 
 def test_seeds_differ(drawn: tuple[pathlib.Path, list[Picture]]) -> None:
