@@ -128,11 +128,12 @@ def make_buckets(
             "batch; leave it out"
         )
     notes += () if equal_tokens else _other_area(assignment, resolution)
-    batch_sizes = tuple(_batch_size(size, batch_size, resolution, equal_tokens) for size in assignment.sizes)
+    batch_sizes = tuple(batch_size_of(size, batch_size, resolution, equal_tokens) for size in assignment.sizes)
     return Buckets(assignment, BatchPlan(groups, batch_sizes, seed), tuple(notes))
 
 
-def _batch_size(size: Size, batch_size: int, resolution: int, equal_tokens: int) -> int:
+def batch_size_of(size: Size, batch_size: int, resolution: int, equal_tokens: int) -> int:
+    """The examples of a batch of a size; see `make_buckets`."""
     if not equal_tokens:
         return batch_size
     return max(1, round(batch_size * resolution**2 / size.pixels / equal_tokens)) * equal_tokens

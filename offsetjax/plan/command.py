@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from offsetjax.plan.compile import Compiled, Request, check_topology, compile_st
 from offsetjax.plan.estimate import Plan, estimate
 from offsetjax.plan.search import largest_batch
 from offsetjax.plan.show import show
+from offsetjax.plan.sizes import joined, shares_of
 
 
 def plan(
@@ -50,14 +52,19 @@ def plan(
         check_topology(topology, num_slices)
         if searches and topology.startswith("cpu"):
             raise UserError(f"plan: --search cannot apply to {topology}, whose memory is not known; leave it out")
+    if searches and config.data.equal_tokens:
+        raise UserError("plan: --search cannot apply with data.equal_tokens, by which batches differ; leave it out")
     folder = Path(cache_dir) if cache_dir else Path.home() / ".cache" / "offsetjax" / "plan"
+    shares, assumption = shares_of(config)
     plans = []
     for topology in topologies:
         request = Request(config, topology, num_slices, is_full, folder)
-        compiled = _compile(request)
-        found = estimate(request, compiled)
+        of_sizes = [replace(request, size=share.size, count=share.batch) for share in shares] or [request]
+        each = [estimate(one, _compile(one)) for one in of_sizes]
+        found = joined(each, shares, assumption) if shares else each[0]
         if searches:
-            found["largest_batch"] = _search(request, found)
+            largest = max(range(len(each)), key=lambda place: each[place]["bytes_per_device"]["total"])
+            found["largest_batch"] = _search(of_sizes[largest], each[largest])
         plans.append(found)
     if out:
         write_whole(out, json.dumps(plans, indent=2) + "\n")
@@ -69,7 +76,8 @@ def plan(
 def _compile(request: Request) -> Compiled:
     """Compiles with a line that says what is done and since when; where nobody looks on, with a line for each."""
     slices = f"{request.num_slices} x " if request.num_slices > 1 else ""
-    where = f"{slices}{request.topology}, batch {request.config.train.global_batch_size}"
+    of_size = f", size {request.size}" if request.size else ""
+    where = f"{slices}{request.topology}{of_size}, batch {request.count or request.config.train.global_batch_size}"
     console, begin, last = Console(file=log.stream), time.monotonic(), ""
     if console.is_terminal:
         with console.status(where) as status:
@@ -99,7 +107,8 @@ def _search(request: Request, found: Plan) -> dict[str, Any]:
     def total(batch: int) -> int:
         config = request.config.copy_and_resolve_references()
         config.train.global_batch_size = batch * shares
-        other = Request(config, request.topology, request.num_slices, False, request.cache_dir)
+        count = batch * shares if request.size else None
+        other = replace(request, config=config, is_full=False, count=count)
         return estimate(other, _compile(other))["bytes_per_device"]["total"]
 
     first = found["global_batch_size"] // shares  # a multiple, or there were no plan

@@ -24,6 +24,7 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from offsetjax.config import to_json
+from offsetjax.data.buckets import Size
 from offsetjax.errors import UserError
 from offsetjax.json_text import parse_object
 from offsetjax.leftovers import temporary_prefix
@@ -47,6 +48,8 @@ class Request:
         topology: such as `v5e:4x4`, or `cpu:8` for so many virtual devices of this machine.
         is_full: also generate the code, after which the compiler knows the cycles of each operation.
         cache_dir: where what has been compiled is kept.
+        size: of the pictures, where there are several; None: squares.
+        count: examples of a batch of that size; None: `train.global_batch_size`.
     """
 
     config: ConfigDict
@@ -54,6 +57,8 @@ class Request:
     num_slices: int
     is_full: bool
     cache_dir: Path
+    size: Size | None = None
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,8 @@ class _Worker:
             "topology": request.topology,
             "num_slices": request.num_slices,
             "is_full": request.is_full,
+            "size": request.size,
+            "count": request.count,
             "cache_dir": str(request.cache_dir),
             "dump_dir": str(dump_dir),
         }

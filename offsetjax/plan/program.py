@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config, flatten
+from offsetjax.data.buckets import Size
 from offsetjax.diffusion.calibration import fill
 from offsetjax.errors import UserError
 from offsetjax.models.family import family_of, latents_of
@@ -31,8 +32,12 @@ class Program(NamedTuple):
     shardings: tuple[PyTree, PyTree, PyTree]
 
 
-def make_program(config: ConfigDict, devices: list[Any]) -> Program:
+def make_program(config: ConfigDict, devices: list[Any], size: Size | None = None, count: int | None = None) -> Program:
     """The train step of a config that `architecture` has completed, on these devices.
+
+    Args:
+        size: of the pictures, where there are several.
+        count: examples of a batch of that size.
 
     Raises:
         UserError: the mesh or the batch does not divide, or the architecture is none.
@@ -40,7 +45,8 @@ def make_program(config: ConfigDict, devices: list[Any]) -> Program:
     mesh = sharding.make_mesh(config, devices)
     pipeline = abstract_pipeline(config)
     run = Run(config, epath.Path("."), mesh, pipeline, abstract_frozen(config, pipeline))
-    state, frozen, batch = abstract_state(config, pipeline), run.step_frozen, abstract_batch(config, pipeline)
+    state, frozen = abstract_state(config, pipeline), run.step_frozen
+    batch = abstract_batch(config, pipeline, size, count)
     places = tuple(sharding.shardings(mesh, pipeline.sharding, tree) for tree in (state, frozen))
     over_devices = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.BATCH), batch)
     step = jit_train_step(run, places[0])

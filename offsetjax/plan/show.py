@@ -10,11 +10,16 @@ from offsetjax.plan.estimate import ASSUMPTIONS, Plan
 
 def show(plans: list[Plan]) -> RenderableType:
     """Each plan in full, and a table of all of them where there are several."""
-    parts: list[RenderableType] = [_one(plan) for plan in plans]
+    parts: list[RenderableType] = []
+    for plan in plans:
+        parts += [_one(plan), *([_sizes(plan)] if "sizes" in plan else [])]
     if len(plans) > 1:
         parts.append(_all(plans))
-    if any("step_seconds" in plan for plan in plans):
-        parts.append("Assumed: " + "; ".join(ASSUMPTIONS) + ".")
+    known = [plan for plan in plans if "step_seconds" in plan or "sizes" in plan]
+    if known:
+        timed = ASSUMPTIONS if any("step_seconds" in plan for plan in plans) else ()
+        others = dict.fromkeys(each for plan in known for each in plan["assumptions"] if each not in ASSUMPTIONS)
+        parts.append("Assumed: " + "; ".join((*timed, *others)) + ".")
     return Group(*parts)
 
 
@@ -30,6 +35,27 @@ def _all(plans: list[Plan]) -> Table:
         table.add_row("largest batch", *(f"{plan['largest_batch']['batch_per_device']:g}" for plan in plans))
     for name, key, form in _RATES:
         table.add_row(name, *(_range(plan, key, form) for plan in plans))
+    return table
+
+
+def _sizes(plan: Plan) -> Table:
+    """A row for each size of pictures, and for all."""
+    title = f"{_name(plan)}, by the size of pictures; memory is that of the largest, the rest above a mean by steps"
+    table = Table(title=title, title_justify="left")
+    for column in ("size", "steps", "batch", "memory a device", *(name for name, key, _ in _RATES if key in plan)):
+        if column not in ("hours", "chip-hours"):
+            table.add_column(column, justify="left" if column == "size" else "right")
+    table.add_column("compiled in", justify="right")
+    for row in plan["sizes"]:
+        does_not_fit = ", does not fit" * (row["fits"] is False)
+        table.add_row(
+            row["size"],
+            f"{row['share_of_steps']:.1%}",
+            str(row["global_batch_size"]),
+            _bytes(row["bytes_per_device"]) + does_not_fit,
+            *(_range(row, key, form) for _, key, form in _RATES if key in row),
+            f"{row['compile_seconds']:.0f} s",
+        )
     return table
 
 

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jaxtyping import PyTree
 
 from offsetjax.config import from_json
+from offsetjax.data.buckets import Size
 from offsetjax.errors import UserError
 from offsetjax.json_text import parse_object
 from offsetjax.parallel import sharding
@@ -55,7 +56,8 @@ def _say(**fields: Any) -> None:
 def _answer(request: dict[str, Any]) -> None:
     devices = _devices(request["topology"], request["num_slices"])
     _say(phase="tracing the step")
-    program = make_program(architecture(from_json(request["config"])), devices)
+    size = Size(*request["size"]) if request["size"] else None
+    program = make_program(architecture(from_json(request["config"])), devices, size, request["count"])
     traced = program.step.trace(*program.arguments)
     _say(phase="lowering")
     lowered = traced.lower()
@@ -64,7 +66,7 @@ def _answer(request: dict[str, Any]) -> None:
     _say(
         facts={
             **_facts(program),
-            "model_flops": model_flops(program.config, program.pipeline),
+            "model_flops": model_flops(program.config, program.pipeline, size, request["count"]),
             "kernels": [[*kernel, flops] for kernel, flops in kernel_flops(traced.jaxpr.jaxpr).items()],
             "key": key,
             "versions": versions,
@@ -145,7 +147,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "idle_bytes": _local_bytes(idle, sharding.shardings(program.mesh, program.pipeline.sharding, idle)),
         "batch_bytes": _local_bytes(batch, batch_at),
         "checkpoint_bytes_in_all": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-        "global_batch_size": config.train.global_batch_size,
+        "global_batch_size": batch["is_truncated"].shape[0],
         "accumulate_steps": config.train.accumulate_steps,
         "steps": config.train.steps,
     }

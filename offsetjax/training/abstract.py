@@ -76,7 +76,7 @@ def model_flops(config: ConfigDict, pipeline: Pipeline, size: Size | None = None
     objective = make_objective(pipeline, config)
 
     def gradient(params: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], step: jax.Array) -> PyTree:
-        batch = add_position(batch, len(batch["is_truncated"]))
+        batch = add_position(batch, batch["is_truncated"].shape[0])
         return jax.grad(lambda params: objective(params, frozen, batch, step).mean())(params)
 
     state = abstract_state(config, pipeline)
