@@ -37,7 +37,7 @@ def add_data(command: AddCommand) -> None:
     sub.set_defaults(run=_data_inspect)
     sub.add_argument("--data", required=True)
     sub.add_argument("--split", default="train", help="of the data set, such as test or train[:10%%]; %(default)s")
-    sub.add_argument("--out", help="a PNG for the contact sheet")
+    sub.add_argument("--out", help="a PNG for the contact sheet; NAME_sizes.png is beside it")
 
 
 def add_pictures(command: AddCommand) -> None:

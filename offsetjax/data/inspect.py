@@ -14,14 +14,17 @@ from offsetjax.data.buckets import square
 from offsetjax.data.build import DROPPED_FILE, reasons
 from offsetjax.data.images import UnreadableImage, resize_and_crop
 from offsetjax.data.items import shown
-from offsetjax.data.sizes import cropped_by_count
+from offsetjax.data.sizes import cropped, suited
+from offsetjax.data.sizes_figure import sizes_figure
 from offsetjax.data.source import unreadable
 from offsetjax.data.tfds import TfdsPictures, open_pictures
 from offsetjax.errors import one_line
-from offsetjax.files import check_file
+from offsetjax.files import check_file, write_whole
 from offsetjax.json_text import parse_object
+from offsetjax.plots import png
 
 MAX_MEASURED = 10_000  # pictures that are decoded
+_COUNTS, _SHOWN = (1, 3, 5, 7, 9), 7  # of sizes
 
 
 def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str = "train") -> None:
@@ -29,7 +32,8 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
 
     Args:
         path: as for `open_source`.
-        out: a PNG to write, a contact sheet of up to 24 pictures with their captions.
+        out: a PNG to write, a contact sheet of up to 24 pictures with their captions; beside it `NAME_sizes.png`, a
+            figure of the sizes that suit the pictures.
         split: as for `open_source`.
 
     Raises:
@@ -37,6 +41,7 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     """
     if out is not None:
         check_file("data", out)
+        check_file("data", _figure_of_sizes(out))
     source = open_pictures(os.fspath(path), split)
     indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
     rows_read = (
@@ -52,10 +57,14 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     print(f"{source.rows.path}, {split}: {len(source)} pictures{some}")
     low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
     print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
-    counts = (1, 3, 5, 7, 9)
-    lost = cropped_by_count(sides[:, ::-1], counts, resolution=1024, step=64)
-    by_count = ", ".join(f"{loss:.1%} with {count}" for count, loss in zip(counts[1:], lost[1:], strict=True))
+    by_sizes = suited(sides[:, ::-1], _COUNTS, resolution=1024, step=64)
+    lost = [cropped(each) for each in by_sizes]
+    by_count = ", ".join(f"{loss:.1%} with {count}" for count, loss in zip(_COUNTS[1:], lost[1:], strict=True))
     print(f"cropped, of all pixels: {lost[0]:.1%} by squares; by chosen sizes (data.bucket_count), {by_count}")
+    shown_sizes = by_sizes[_COUNTS.index(_SHOWN)]
+    print(f"with {len(shown_sizes.sizes)} sizes, of the area of 1024x1024:")
+    for size, count, loss in zip(shown_sizes.sizes, shown_sizes.counts, shown_sizes.losses, strict=True):
+        print(f"  {size!s:>9} {count:7d} pictures, {loss:6.1%} cropped")
     print(
         f"mean brightness (0 black, 1 white): mean {brightness.mean():.3f}, standard deviation {brightness.std():.3f}"
     )
@@ -69,7 +78,15 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
         print(f"dropped when it was built: {_dropped(dropped_file)}")
     if out is not None:
         _contact_sheet(source).save(os.fspath(out), "PNG")
-        print(f"contact sheet: {out}")
+        figure = _figure_of_sizes(out)
+        write_whole(figure, png(sizes_figure(sides[:, ::-1], shown_sizes, _COUNTS, lost)))
+        print(f"contact sheet: {out}; figure of the sizes: {figure}")
+
+
+def _figure_of_sizes(sheet: epath.PathLike) -> epath.Path:
+    """`sheet_sizes.png`, beside `sheet.png`."""
+    path = epath.Path(sheet)
+    return path.parent / f"{path.stem}_sizes.png"
 
 
 def _dropped(file: epath.Path) -> str:

@@ -76,7 +76,7 @@ class Buckets:
         unreadable = f", {unread:,} that cannot be read" * (unread > 0)
         batches = (counts / self.plan.batch_sizes).sum()
         yield (
-            f"{counts.sum():,} of {total:,} pictures, {counts @ found.losses / counts.sum():.1%} of their pixels "
+            f"{counts.sum():,} of {total:,} pictures, {cropped(found):.1%} of their pixels "
             f"cropped, {batches:,.1f} batches an epoch; left out: {extreme:,} for their shape, {small:,} for their "
             f"size{unreadable}"
         )
@@ -224,21 +224,25 @@ def _distinct(sizes: Int[np.ndarray, "n 2"]) -> tuple[Int[np.ndarray, "m 2"], In
     return np.stack([keys >> 32, keys & 0xFFFFFFFF], 1), times
 
 
-def cropped_by_count(sizes: Int[np.ndarray, "n 2"], counts: Sequence[int], resolution: int, step: int) -> list[float]:
-    """The share of all pixels that is cropped with so many sizes chosen for the pictures; of one, squares.
+def suited(sizes: Int[np.ndarray, "n 2"], counts: Sequence[int], resolution: int, step: int) -> list[Assignment]:
+    """What becomes of pictures with so many sizes chosen for them; with one, squares.
 
     Pictures that `Limits` would leave out are left out.
     """
     aspects = sizes[:, 0] / sizes[:, 1]
     is_kept = np.maximum(aspects, 1 / aspects) <= Limits().max_aspect
-    if not is_kept.any():
-        return [0.0] * len(counts)
     candidates = candidate_sizes(resolution**2, step, Limits().max_aspect)
-    lost = []
+    found = []
     for count in counts:
-        chosen = (square(resolution),) if count == 1 else chosen_sizes(aspects[is_kept], candidates, count)
-        lost.append(float(assign(sizes[is_kept, 0], sizes[is_kept, 1], chosen).loss.mean()))
-    return lost
+        is_square = count == 1 or not is_kept.any()
+        chosen = (square(resolution),) if is_square else chosen_sizes(aspects[is_kept], candidates, count)
+        found.append(assign(sizes[:, 0], sizes[:, 1], chosen))
+    return found
+
+
+def cropped(assignment: Assignment) -> float:
+    """The share of the pixels of all pictures that have a size that is cropped."""
+    return float(assignment.losses @ assignment.counts / max(1, assignment.counts.sum()))
 
 
 def measured(source: Source) -> Int[np.ndarray, "n 2"]:

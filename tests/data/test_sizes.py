@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from offsetjax.data.buckets import Limits, Size
 from offsetjax.data.record import Picture
 from offsetjax.data.shards import SIZES_FILE
-from offsetjax.data.sizes import Buckets, cropped_by_count, make_buckets, measured, sizes_of
+from offsetjax.data.sizes import Buckets, cropped, make_buckets, measured, sizes_of, suited
+from offsetjax.data.sizes_figure import sizes_figure
 from offsetjax.data.source import Source, open_source
 from offsetjax.data.stream import make_stream
 from offsetjax.errors import UserError
@@ -138,10 +140,16 @@ def test_sizes_are_chosen_for_the_pictures_and_slivers_are_left_out(source: Sour
 
 
 def test_more_sizes_crop_less(source: Source) -> None:
-    lost = cropped_by_count(measured(source), (1, 3, 5), resolution=1024, step=64)
+    by_count = suited(measured(source), (1, 3, 5), resolution=1024, step=64)
+    lost = [cropped(each) for each in by_count]
     # By squares: nothing of two sorts, a third of three, a half of one.
     assert lost[0] == pytest.approx((3 * 1 / 3 + 1 / 2) / 6)
     assert lost[0] > lost[1] >= lost[2] >= 0 and lost[1] < 0.06
+    figure = sizes_figure(measured(source), by_count[1], (1, 3, 5), lost)
+    texts = [text.get_text() for axes in figure.findobj(Axes) for text in axes.texts]
+    for size, count in zip(by_count[1].sizes, by_count[1].counts, strict=True):
+        assert any(text.startswith(f"{size.width} x {size.height}\n{count:,} pictures") for text in texts)
+    assert "5 of 35 pictures are left out" in figure.findobj(Axes)[0].get_title(loc="left")
 
 
 @pytest.mark.parametrize(
