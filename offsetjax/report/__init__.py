@@ -73,6 +73,7 @@ def _pictures(
         "curves": figures.curves(summaries),
         "unconditional": figures.unconditional_spread(summaries),
         "losses": curves.losses(pools),
+        "sizes": curves.losses_of_sizes(pools),
         "validation": curves.validation(pools),
         "probe": curves.probe(pools),
     }

@@ -1,5 +1,6 @@
 """Figures over the steps of training: a line a pool of runs, with a band from the lowest run to the highest."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ from offsetjax.plots import WIDTH, colour, prompt_label, style
 from offsetjax.report.pool import Curve, Pool
 
 _LABEL = 58  # letters of a name
+_PANELS = 3  # pools that are shown side by side
+_LOSS_OF = r"loss_\d{1,5}x\d{1,5}"
 
 
 def _legend_columns(pools: Sequence[Pool]) -> int:
@@ -47,8 +50,12 @@ def _smooth(curve: Curve) -> Curve:
 
 @style
 def losses(pools: Sequence[Pool]) -> Figure | None:
-    """The logged losses (faint, of a run alone) and their running mean; and the learning rate."""
-    found = [(index, pool, curve) for index, pool in enumerate(pools) if (curve := pool.curve("loss"))]
+    """The logged losses (faint, of a run alone) and their running mean; and the learning rate.
+
+    Of pictures of several sizes a logged step has one: the mean since the last line is drawn.
+    """
+    curves = [pool.curve("loss_of_sizes") or pool.curve("loss") for pool in pools]
+    found = [(index, pool, curve) for index, (pool, curve) in enumerate(zip(pools, curves, strict=True)) if curve]
     if not any(len(curve.steps) > 1 for *_, curve in found):
         return None
     canvas, (loss, rate) = _canvas(pools, 2)
@@ -66,6 +73,33 @@ def losses(pools: Sequence[Pool]) -> Figure | None:
     loss.set(title="Loss")
     rate.set(title="Learning rate", ylim=(0, None))
     return _finish(canvas, (loss, rate), loss, pools)
+
+
+@style
+def losses_of_sizes(pools: Sequence[Pool]) -> Figure | None:
+    """The running mean of the loss of each size of pictures; a panel a pool, of the first that have several."""
+    found = [(pool, sizes) for pool in pools if len(sizes := _sizes(pool)) > 1][:_PANELS]
+    if not found:
+        return None
+    canvas = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    panels = canvas.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for axes, (pool, sizes) in zip(panels, found, strict=True):
+        for place, (size, curve) in enumerate(sizes.items()):
+            _draw(axes, _smooth(curve), place, size.replace("x", " x "), "-")
+        axes.set(title=prompt_label(pool.name, _LABEL // len(found)), xlabel="step")
+        axes.grid(color="#EEEEEE", which="both")
+        axes.legend(fontsize=7.5, ncols=2)
+    panels[0].set_ylabel("loss")
+    return canvas
+
+
+def _sizes(pool: Pool) -> dict[str, Curve]:
+    """The loss of each size that a pool has logged more than once, from the narrowest to the widest."""
+    fields = {field for run in pool.runs for line in run.metrics for field in line if re.fullmatch(_LOSS_OF, field)}
+    sides = {field: [int(side) for side in field.removeprefix("loss_").split("x")] for field in fields}
+    ordered = sorted(fields, key=lambda field: (sides[field][0] / max(1, sides[field][1]), sides[field]))
+    curves = {field.removeprefix("loss_"): pool.curve(field) for field in ordered}
+    return {size: curve for size, curve in curves.items() if curve and len(curve.steps) > 1}
 
 
 @style

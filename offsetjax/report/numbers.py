@@ -5,6 +5,7 @@ pictures of the data.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ def _summarise_run(run: Run) -> Numbers:
         "images_per_second": _median(run, "images_per_second"),
         "first_loss": _finite(run.metrics[0].get("loss")) if run.metrics else None,
         "last_loss": _last_loss(run),
+        "last_loss_by_size": _last_losses_by_size(run),
         "steps_skipped": int(last.get("skipped", 0)),
         "not_finite": _not_finite(run),
         "seconds": {kind: round(value, 3) for kind, value in run.seconds.items()},
@@ -143,9 +145,19 @@ def _median(run: Run, name: str) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _last_loss(run: Run) -> float | None:
-    """The mean of the last tenth of the logged losses: a single step's loss says little."""
-    losses = [line["loss"] for line in run.metrics if math.isfinite(line.get("loss", math.nan))]
+def _last_losses_by_size(run: Run) -> dict[str, float]:
+    """The same of each size of pictures, where there are several."""
+    fields = sorted({field for line in run.metrics for field in line if re.fullmatch(r"loss_\d{1,5}x\d{1,5}", field)})
+    return {field.removeprefix("loss_"): loss for field in fields if (loss := _last_loss(run, field)) is not None}
+
+
+def _last_loss(run: Run, field: str = "") -> float | None:
+    """The mean of the last tenth of the logged losses: a single step's loss says little.
+
+    Of pictures of several sizes a logged step has one: it is the mean over all since the last line.
+    """
+    field = field or ("loss_of_sizes" if any("loss_of_sizes" in line for line in run.metrics) else "loss")
+    losses = [line[field] for line in run.metrics if math.isfinite(line.get(field, math.nan))]
     return float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else None
 
 

@@ -66,6 +66,7 @@ def render(numbers: Numbers, pictures: Pictures, note: str = "") -> str:
         "<h2>Runs</h2>" + _runs_table(runs),
         _seconds(runs, pictures),
         _section(pictures, "losses", "Loss", _LOSS_NOTE + band),
+        _section(pictures, "sizes", "Loss by the size of pictures", _SIZES_NOTE + band),
         _section(pictures, "validation", "Validation loss", _VALIDATION_NOTE + band),
         _differences(numbers),
         _data_notes(pools),
@@ -85,6 +86,7 @@ _SWEPT_NOTE = (
 )
 _BRIGHTNESS_NOTE = "Mean over all RGB values of a picture."
 _LOSS_NOTE = "The running mean of the logged losses. Losses of unlike noise do not compare."
+_SIZES_NOTE = "The running mean of the means between two lines of the log. Sizes differ by what their pictures show."
 _SPREAD_NOTE = (
     "How much the brightness of pictures drawn for the empty prompt varies, by the noise that sampling starts from: "
     "plain, or matched to the training's."

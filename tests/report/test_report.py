@@ -101,6 +101,21 @@ GREY = {SQUARE: (0.4, 0.6), SKI: (0.4, 0.6), LOGO: (0.4, 0.6)}
 WIDE = {SQUARE: (0.0, 0.2), SKI: (0.6, 0.8), LOGO: (0.8, 1.0)}
 
 
+def test_losses_are_shown_by_size(tmp_path: pathlib.Path) -> None:
+    workdir = _workdir(tmp_path / "shapes", 0.1, {100: GREY})
+    file = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line |= {"loss_of_sizes": 0.5, "loss_1152x896": 0.25} | ({"loss_896x1152": 0.75} if number % 2 else {})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    numbers, html = _run(tmp_path, workdir)
+    [run] = numbers["runs"]
+    assert run["last_loss"] == 0.5 and run["last_loss_by_size"] == {"1152x896": 0.25, "896x1152": 0.75}
+    assert "Loss by the size of pictures" in html and any(tmp_path.rglob("sizes.png"))
+        tmp_path.rglob("sizes.png")
+    )
+
+
 def test_the_numbers_are_those_of_the_files(tmp_path: pathlib.Path, data: Callable[[Brightness], None]) -> None:
     data({SQUARE: (0.0, 0.2), SKI: (0.6,)})
     numbers, html = _run(tmp_path, _workdir(tmp_path / "fine", 0.1, {0: GREY, 50: GREY, 100: WIDE}))
