@@ -112,8 +112,6 @@ def test_losses_are_shown_by_size(tmp_path: pathlib.Path) -> None:
     [run] = numbers["runs"]
     assert run["last_loss"] == 0.5 and run["last_loss_by_size"] == {"1152x896": 0.25, "896x1152": 0.75}
     assert "Loss by the size of pictures" in html and any(tmp_path.rglob("sizes.png"))
-        tmp_path.rglob("sizes.png")
-    )
 
 
 def test_the_numbers_are_those_of_the_files(tmp_path: pathlib.Path, data: Callable[[Brightness], None]) -> None:
