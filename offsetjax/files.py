@@ -1,11 +1,13 @@
 """Where a command writes: looked at before its work, which may take hours; files are there whole, or not at all."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -77,28 +79,48 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
 
     Raises:
         OSError: the place cannot be written to; what was there before is unchanged.
+        StorageError: it is full, read-only or over its quota.
     """
-    content = content.encode() if isinstance(content, str) else content
-    if is_remote(path):
-        epath.Path(path).write_bytes(content)
-        return
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-        return
-    temporary = unfinished(path)
+    write_all({path: content})
+
+
+def write_all(contents: Mapping[Any, bytes | str]) -> None:
+    """The same for several files, by their paths: all are written, or on a disk none.
+
+    Raises:
+        OSError, StorageError: as for `write_whole`; folders that were made for them are gone again.
+    """
+    written: list[tuple[epath.Path, Path]] = []  # under which name, and for which
+    made: list[Path] = []
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine could leave the new name with nothing in it
-        temporary.replace(path)
+        for path, content in contents.items():
+            data = content.encode() if isinstance(content, str) else content
+            if is_remote(path):
+                epath.Path(path).write_bytes(data)
+                continue
+            path = Path(path).resolve()
+            made += [folder for folder in path.parents if not folder.exists() and folder not in made]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                path.write_bytes(data)
+                continue
+            written.append((unfinished(path), path))
+            with written[-1][0].open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # or a crash of the machine could leave the new name with nothing in it
+        for temporary, path in written:
+            temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to report
-            temporary.unlink(missing_ok=True)
+            for temporary, _ in written:
+                temporary.unlink(missing_ok=True)
+            for folder in sorted(made, key=lambda folder: -len(folder.parts)):
+                folder.rmdir()
         if isinstance(error, OSError) and kind_of(error) == Status.STORAGE:
-            raise storage_error(path, error, len(content), "the file") from error
+            need = sum(len(content.encode() if isinstance(content, str) else content) for content in contents.values())
+            what = "the file takes" if len(contents) == 1 else f"the {len(contents)} files take"
+            raise storage_error(written[-1][1] if written else path, error, need, what) from error
         raise
 
 
@@ -128,10 +150,15 @@ def room_of(path: epath.PathLike) -> int | None:
         return None
 
 
-def storage_error(path: epath.PathLike, error: BaseException, need: int = 0, what: str = "it") -> StorageError:
-    """The error for a place that a person has to see to, with what was to be written and what room there is."""
+def storage_error(path: epath.PathLike, error: BaseException, need: int = 0, what: str = "it takes") -> StorageError:
+    """The error for a place that a person has to see to, with what was to be written and what room there is.
+
+    Args:
+        need: bytes; 0: it is not known.
+        what: needs them, such as "the file takes".
+    """
     room = room_of(path)
-    needs = f"{what} takes {size_text(need)}" if need else ""
+    needs = f"{what} {size_text(need)}" if need else ""
     free = f"{size_text(room)} are free" if room is not None else ""
     details = f" ({', '.join(filter(None, (needs, free)))})" if needs or free else ""
     number = getattr(error, "errno", None)
@@ -152,6 +179,7 @@ def check_folder(command: str, folder: epath.PathLike) -> epath.Path:
 
     Raises:
         UserError: a file is in its place, or the place cannot be written to.
+        StorageError: it lies on a disk that is read-only.
     """
     folder = epath.Path(folder)
     if is_remote(folder):
@@ -161,6 +189,8 @@ def check_folder(command: str, folder: epath.PathLike) -> epath.Path:
     if there and not there.is_dir():
         raise UserError(f"{command}: {there} is a file, where --out needs a folder; give another --out")
     if there and not os.access(there, os.W_OK | os.X_OK):
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            raise storage_error(folder, OSError(errno.EROFS, os.strerror(errno.EROFS)))
         raise UserError(f"{command}: {there} cannot be written to; give another --out")
     return folder
 

@@ -1,6 +1,7 @@
 """What a user sees of an error, and with which exit status a command ends."""
 
 import argparse
+import os
 import sys
 
 from offsetjax import log
@@ -9,7 +10,6 @@ from offsetjax.parallel import signals
 
 _REMEDIES = {
     Status.MISTAKE: "see to it and try again",
-    Status.STORAGE: "see to the storage, then the same command tries again",
     Status.TRANSIENT: "it may pass by itself: the same command tries again",
 }
 
@@ -21,6 +21,7 @@ def explain(error: BaseException, options: argparse.Namespace | None = None) -> 
         options: of the command line.
     """
     from offsetjax import faults
+    from offsetjax.files import storage_error
 
     options = options or argparse.Namespace()
     status, resumes = kind_of(error), getattr(options, "resumes", "")
@@ -33,6 +34,8 @@ def explain(error: BaseException, options: argparse.Namespace | None = None) -> 
             text = f"ended by {signals.name(error.number)}"
         case KeyboardInterrupt():
             text = "interrupted" + (f"; the same command resumes {resumes}" if resumes else "")
+        case _ if status == Status.STORAGE:  # many an error does not say of which place it is
+            text = f"error: {storage_error(getattr(error, 'filename', None) or _place(options), error)}"
         case OSError() if status in _REMEDIES:
             what = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
             text = f"error: {what}; {_REMEDIES[status]}"
@@ -49,6 +52,11 @@ def explain(error: BaseException, options: argparse.Namespace | None = None) -> 
         text += f"; all that a report needs is in {report}"
     log.say(text)
     return status
+
+
+def _place(options: argparse.Namespace) -> str:
+    """Where a command writes."""
+    return str(getattr(options, "out", "") or _folder(options) or os.curdir)
 
 
 def _folder(options: argparse.Namespace) -> str:

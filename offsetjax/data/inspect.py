@@ -1,5 +1,6 @@
 """A data set in one sheet: sizes, brightness, captions, what was dropped."""
 
+import io
 import os
 import textwrap
 from collections import Counter
@@ -19,7 +20,7 @@ from offsetjax.data.sizes_figure import sizes_figure
 from offsetjax.data.source import unreadable
 from offsetjax.data.tfds import TfdsPictures, open_pictures
 from offsetjax.errors import one_line
-from offsetjax.files import check_file, write_whole
+from offsetjax.files import check_file, write_all
 from offsetjax.json_text import parse_object
 from offsetjax.plots import png
 
@@ -77,9 +78,9 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     if dropped_file.exists():
         print(f"dropped when it was built: {_dropped(dropped_file)}")
     if out is not None:
-        _contact_sheet(source).save(os.fspath(out), "PNG")
-        figure = _figure_of_sizes(out)
-        write_whole(figure, png(sizes_figure(sides[:, ::-1], shown_sizes, _COUNTS, lost)))
+        sheet, figure = io.BytesIO(), _figure_of_sizes(out)
+        _contact_sheet(source).save(sheet, "PNG")
+        write_all({out: sheet.getvalue(), figure: png(sizes_figure(sides[:, ::-1], shown_sizes, _COUNTS, lost))})
         print(f"contact sheet: {out}; figure of the sizes: {figure}")
 
 

@@ -61,7 +61,7 @@ def _as_storage_error(file: Path) -> Iterator[None]:
     except RuntimeError as error:
         if kind_of(error) != Status.STORAGE:
             raise
-        raise storage_error(file.parent, error, what="a shard") from error
+        raise storage_error(file.parent, error) from error
 
 
 def write_info(

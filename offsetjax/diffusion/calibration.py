@@ -251,10 +251,8 @@ def _check_needed(
         )
 
 
-def write_calibration(
-    path: epath.PathLike, calibration: Calibration, strengths: Float[np.ndarray, " c"] | None
-) -> None:
-    """Writes the file.
+def calibration_text(calibration: Calibration, strengths: Float[np.ndarray, " c"] | None) -> str:
+    """The content of its file.
 
     Args:
         strengths: that are recommended, for whoever reads the file; None: there are none that suffice.
@@ -264,7 +262,14 @@ def write_calibration(
         recommended = {"offset_strength": max(_numbers(strengths)), "channel_strengths": _numbers(strengths)}
     content = {"format": _FORMAT, "recommended": recommended, **vars(calibration)}
     plain = parse_object(json.dumps(content, allow_nan=False, default=np.ndarray.tolist))
-    write_whole(path, json.dumps(signed(plain), indent=1) + "\n")
+    return json.dumps(signed(plain), indent=1) + "\n"
+
+
+def write_calibration(
+    path: epath.PathLike, calibration: Calibration, strengths: Float[np.ndarray, " c"] | None
+) -> None:
+    """Writes the file; `strengths` as for `calibration_text`."""
+    write_whole(path, calibration_text(calibration, strengths))
 
 
 def read_calibration(path: epath.PathLike) -> Calibration:

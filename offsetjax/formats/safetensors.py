@@ -7,7 +7,6 @@ An export has a checksum for each tensor (`crc32`), with which one is compared w
 asked for, as by one of several hosts that share it, the whole is read once more before the first.
 """
 
-import errno
 import math
 import os
 import weakref
@@ -21,8 +20,8 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from offsetjax.errors import TransientError, UserError, one_line
-from offsetjax.files import is_remote
+from offsetjax.errors import Status, TransientError, UserError, kind_of, one_line
+from offsetjax.files import is_remote, storage_error
 from offsetjax.formats import crc32
 from offsetjax.formats.blocks import blocks, is_finite, is_floating
 from offsetjax.formats.header import MAX_BYTES, Entry, format_header, parse_header
@@ -267,7 +266,7 @@ def write_tensors(
     is_twice = has_checksums and is_remote(file)
     sums = _copy(entries, given, lambda data: None) if is_twice else [0] * len(entries)
     with epath.Path(file).open("wb") as stream:
-        _reserve(stream, len(header(sums)) + end)
+        _reserve(stream, file, len(header(sums)) + end)
         stream.write(header(sums))
         written = _copy(entries, given, stream.write)
         if has_checksums and not is_twice:
@@ -296,17 +295,17 @@ def _copy(entries: Iterable[Entry], tensors: Iterable[Tensor], write: Callable[[
     return sums
 
 
-def _reserve(stream: IO[bytes], size: int) -> None:
+def _reserve(stream: IO[bytes], file: epath.PathLike, size: int) -> None:
     """Room for the whole file, where it lies on a local disk: it is then written faster, and a full disk known first.
 
     Raises:
-        OSError: the disk has not so much left.
+        StorageError: the disk has not so much left.
     """
     try:
         os.posix_fallocate(stream.fileno(), 0, size)
     except (AttributeError, OSError) as error:  # a remote file, or a system or a disk that cannot
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
+        if isinstance(error, OSError) and kind_of(error) == Status.STORAGE:
+            raise storage_error(file, error, size, "the file takes") from error
 
 
 def converted(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:

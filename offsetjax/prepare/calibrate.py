@@ -25,17 +25,17 @@ from offsetjax.data.source import Source, open_data
 from offsetjax.diffusion.calibration import (
     Calibration,
     band_means,
+    calibration_text,
     filled,
     recommended_strengths,
     summarise,
     terminal_snr,
-    write_calibration,
 )
 from offsetjax.diffusion.density import make_density
 from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
 from offsetjax.diffusion.process import Process, make_process, mode_snr
 from offsetjax.errors import UserError
-from offsetjax.files import check_file, write_whole
+from offsetjax.files import check_file, write_all
 from offsetjax.models.encode import to_unit_range
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.task import task_of
@@ -116,15 +116,13 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         recommended = _with_strength(config, advice.offset or 0.0, process, downscale)
         for line in reach_table(drawn, calibration, modes.variance, noise, advice, recommended):
             _log.info("%s", line)
-        write_calibration(out, calibration, strengths if suffices else None)
         pictures = {
-            f"{out.stem}.png": reach_figure(drawn, calibration, noise, recommended),
-            f"{out.stem}_snr.png": mode_snr_figure(calibration, noise, recommended, process),
+            out.parent / f"{out.stem}.png": png(reach_figure(drawn, calibration, noise, recommended)),
+            out.parent / f"{out.stem}_snr.png": png(mode_snr_figure(calibration, noise, recommended, process)),
         }
-        for name, picture in pictures.items():
-            write_whole(out.parent / name, png(picture))
+        write_all({**pictures, out: calibration_text(calibration, strengths if suffices else None)})
         use = "give it as noise.calibration; " if has_terminal_snr else ""
-        _log.info("%s: %sthe figures are %s", out, use, " and ".join(str(out.parent / name) for name in pictures))
+        _log.info("%s: %sthe figures are %s", out, use, " and ".join(map(str, pictures)))
     return calibration
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from offsetjax.errors import UserError
-from offsetjax.files import check_file, check_folder, write_whole
+from offsetjax.files import check_file, check_folder, write_all
 from offsetjax.plots import png
 from offsetjax.report import curves, figures, page
 from offsetjax.report.conclusions import conclusions
@@ -54,12 +54,11 @@ def report(workdirs: Sequence[str], out: str, sections: Sequence[Section] = ()) 
     pictures = _pictures(pools, series, numbers["pools"], sections)
     if spent := figures.seconds(numbers["runs"]):
         pictures["seconds"] = png(spent)
-    for name, content in pictures.items():
-        write_whole(folder / f"{name}.png", content)
+    files: dict[epath.Path, bytes | str] = {folder / f"{name}.png": content for name, content in pictures.items()}
     text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(target.parent / "report.json", f"{text}\n")
+    files[target.parent / "report.json"] = f"{text}\n"
     note = find_notes(sections, figures.all_prompts(numbers["pools"]))
-    write_whole(target, page.render(numbers, pictures, note))
+    write_all({**files, target: page.render(numbers, pictures, note)})
 
 
 def _pictures(

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from offsetjax.files import write_whole
+from offsetjax.files import write_all
 from offsetjax.json_text import signed
 
 _LEAST_WIDTH = 160  # of a picture in a comparison, and of a grid, in pixels
@@ -34,17 +34,24 @@ class Picture:
         return float(self.image.mean() / 255.0)
 
 
-def write_samples(directory: epath.PathLike, name: str, pictures: Sequence[Picture], about: Mapping[str, Any]) -> None:
-    """Writes `name.png`, a row a prompt and a column a seed, and `name.json` with each one's brightness and place."""
+def write_samples(
+    directory: epath.PathLike, name: str, pictures: Sequence[Picture], about: Mapping[str, Any], has_each: bool = False
+) -> None:
+    """Writes `name.png`, a row a prompt and a column a seed, and `name.json` with each one's brightness and place.
+
+    Args:
+        has_each: whether each picture is written by itself too, as `name_<number>_seed_<seed>.png`.
+    """
     directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     layout = _lay_out(pictures)
-    write_png(directory / f"{name}.png", _draw(pictures, layout))
     records = [
         {**_record(picture), "box": [left, top, left + picture.image.shape[1], top + picture.image.shape[0]]}
         for picture, (left, top) in zip(pictures, layout.corners, strict=True)
     ]
-    write_whole(directory / f"{name}.json", json.dumps(signed({**about, "records": records}), indent=1) + "\n")
+    files: dict[epath.Path, bytes | str] = {directory / f"{name}.png": _png(_draw(pictures, layout))}
+    for index, picture in enumerate(pictures) if has_each else ():
+        files[directory / f"{name}_{index:03}_seed_{picture.seed}.png"] = _png(Image.fromarray(picture.image))
+    write_all({**files, directory / f"{name}.json": json.dumps(signed({**about, "records": records}), indent=1) + "\n"})
 
 
 def _record(picture: Picture) -> dict[str, Any]:
@@ -100,15 +107,14 @@ def write_comparison(
     directory: epath.Path, before: Sequence[Picture], after: Sequence[Picture], about: Mapping[str, Any]
 ) -> None:
     """Writes `compare.png`, pairs of pictures with the brightness under each, and `compare.json`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_png(directory / "compare.png", side_by_side(before, after))
     pairs = [
         {**_record(first), "before": round(first.brightness, 5), "after": round(second.brightness, 5)}
         for first, second in zip(before, after, strict=True)
     ]
     for pair in pairs:
         pair.pop("brightness")
-    write_whole(directory / "compare.json", json.dumps({**about, "records": pairs}, indent=1) + "\n")
+    text = json.dumps({**about, "records": pairs}, indent=1) + "\n"
+    write_all({directory / "compare.png": _png(side_by_side(before, after)), directory / "compare.json": text})
 
 
 def side_by_side(before: Sequence[Picture], after: Sequence[Picture]) -> Image.Image:
@@ -156,8 +162,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return lines
 
 
-def write_png(path: epath.Path, image: Image.Image) -> None:
-    """Writes a PNG, to remote paths too."""
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
-from PIL import Image
 
 from offsetjax.config import validate
 from offsetjax.diffusion.noise import PLAIN, Noise, describe
@@ -29,7 +28,7 @@ from offsetjax.models.task import task_of
 from offsetjax.models.trained import Trained, load_trained
 from offsetjax.parallel import sharding
 from offsetjax.rng import stream_key
-from offsetjax.sampling.pictures import Picture, write_comparison, write_png, write_samples
+from offsetjax.sampling.pictures import Picture, write_comparison, write_samples
 from offsetjax.sampling.reach import start_warning
 from offsetjax.sampling.size import check_drawn_size, drawn_size, latent_shape
 
@@ -296,9 +295,7 @@ def sample(
     """Draws into `out`: `NAME.png`, `NAME.json` and each picture's own PNG; otherwise as `draw_model`."""
     out = check_folder("sample", out)
     pictures, about = draw_model(model, prompts, seeds, **settings)
-    write_samples(out, name, pictures, about)
-    for index, picture in enumerate(pictures):
-        write_png(out / f"{name}_{index:03}_seed_{picture.seed}.png", Image.fromarray(picture.image))
+    write_samples(out, name, pictures, about, has_each=True)
     return pictures
 
 

@@ -129,7 +129,7 @@ def _not_saved(manager: ocp.CheckpointManager, error: Exception, state_bytes: in
         Status.STORAGE,
         Status.MISTAKE,
     ):  # a path that is none any more is no mistake in the settings
-        return storage_error(place, error, state_bytes, "a checkpoint")
+        return storage_error(place, error, state_bytes, "a checkpoint takes")
     if kind == Status.TRANSIENT:
         return TransientError(
             f"checkpoint: {place}: {one_line(error)}; the step before is kept, and the same command resumes from it"

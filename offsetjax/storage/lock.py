@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from offsetjax.errors import UserError
+from offsetjax.errors import StorageError, UserError
 from offsetjax.files import write_whole
 from offsetjax.json_text import parse_object
 
@@ -121,8 +121,9 @@ class WorkdirLock:
                 if found is not None and not _is(found, self._mine):
                     break
                 self._mine = replace(self._mine, beat=self._mine.beat + 1)
-                with contextlib.suppress(OSError):  # a disk that is full, or away: what needs it says so
-                    self._write(self._mine)
+                with contextlib.suppress(OSError, StorageError):  # full, or away: what needs it says so
+                    if self._file.parent.exists():  # or a run that was deleted would be there again
+                        self._write(self._mine)
         else:
             return
         self._lost(self._taken(found))

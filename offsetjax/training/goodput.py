@@ -109,6 +109,8 @@ class Goodput:
             return
         self._written = now
         self._turn(self._kind)
+        if not self._file.parent.exists():  # a run that was deleted must not be there again
+            return
         try:
             write_whole(self._file, json.dumps(signed({"starts": [*self._starts, self._mine]})) + "\n")
         except Exception as error:  # a full disk or a bucket that is away: what a checkpoint needs says so

@@ -111,6 +111,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
             lock.acquire()
         write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
         write_config(workdir, config)
+        record.note_begun(workdir)
     barrier("the work directory is written")
     return config
 
@@ -121,8 +122,6 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     Raises:
         UserError: they contradict it or one another, or cannot be read.
     """
-    if (workdir / "checkpoints").exists():
-        raise UserError(f"workdir: {workdir} has checkpoints but no config.json; restore it, or give another --workdir")
     if record.steps_made(workdir) or record.has_saved(workdir):
         raise UserError(
             f"workdir: {workdir} has been trained but has no config.json; restore it, or give another --workdir"

@@ -14,6 +14,7 @@ from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
 from offsetjax.storage import checkpoint, record
+from offsetjax.training import rollback
 from offsetjax.training.rollback import RollBack
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState, init_state
@@ -69,13 +70,15 @@ def refuse_to_begin_again(workdir: epath.Path, every_steps: int) -> None:
     """Refuses to begin at step 0 what has saved steps that are not there any more.
 
     Args:
-        every_steps: a checkpoint was written; the first may have been on its way.
+        every_steps: a checkpoint was written, where no note says whether; the first may have been on its way.
 
     Raises:
         UserError: its log, or its record of saves, says so.
     """
     saved, logged = record.newest_saved(workdir), record.steps_made(workdir)
-    if made := saved or (logged if logged >= 2 * every_steps else 0):
+    if saved is None:  # as of runs of before it was noted: the log says what must have been saved
+        saved = logged if logged >= 2 * every_steps else 0
+    if made := saved or rollback.read(workdir).to:
         raise UserError(
             f"checkpoint: {workdir}/checkpoints has no step, but {workdir} was trained to step {made}; restore it from "
             "a copy, or give another --workdir"

@@ -133,12 +133,21 @@ def test_saved_json_alone_tells_of_a_run_that_must_not_begin_again(is_readable: 
         settled(tiny.tiny_config(), epath.Path(run), source=None)
 
 
+@pytest.mark.parametrize("is_noted", [True, False])
 def test_steps_before_the_first_checkpoint_are_made_again_and_that_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    is_noted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """It may have been on its way; or its save failed, where the run has noted that none was made."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
-    refuse_to_begin_again(epath.Path(tmp_path), every_steps=5)
+    if is_noted:
+        record.note_begun(tmp_path)
+    refuse_to_begin_again(epath.Path(tmp_path), every_steps=2 if is_noted else 5)
     assert "has no checkpoint yet: its 9 steps so far are made again" in caplog.text
+    assert not record.has_saved(tmp_path)
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not record.has_saved(tmp_path)
+    (tmp_path / "checkpoints" / "2").mkdir()
+    assert record.has_saved(tmp_path)
 
 
 def test_every_step_that_cannot_be_read_is_named_and_none_is_to_be_moved(base: Path, run: Path) -> None:

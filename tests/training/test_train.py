@@ -245,7 +245,7 @@ def test_the_same_data_elsewhere_is_accepted(data: pathlib.Path, copy: pathlib.P
 
 def test_checkpoints_without_their_config_are_refused(data: pathlib.Path, copy: pathlib.Path) -> None:
     (copy / "config.json").unlink()
-    with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
+    with pytest.raises(UserError, match=r"has been trained but has no config\.json"):
         train(run_config(data), copy)
 
 
