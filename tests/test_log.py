@@ -1,15 +1,12 @@
 """Nothing that is printed can hurt: to closed pipes, lost terminals, full disks and readers that have stopped."""
 
-import contextlib
 import logging
 import os
-import pty
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,52 +14,10 @@ import pytest
 from offsetjax import log
 from offsetjax.commands.explain import explain
 from offsetjax.errors import UserError
+from tests.outputs import PLACES, catches, closed_pipe
 
 ROOT = Path(__file__).parents[1]
 
-
-@contextlib.contextmanager
-def _closed_pipe() -> Iterator[int]:
-    read, write = os.pipe()
-    os.close(read)
-    yield write
-    os.close(write)
-
-
-@contextlib.contextmanager
-def _closed_terminal() -> Iterator[int]:
-    leader, follower = pty.openpty()
-    os.close(leader)
-    yield follower
-    os.close(follower)
-
-
-@contextlib.contextmanager
-def _full_disk() -> Iterator[int]:
-    full = os.open("/dev/full", os.O_WRONLY)
-    yield full
-    os.close(full)
-
-
-@contextlib.contextmanager
-def _reader_that_stopped() -> Iterator[int]:
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(write, bytes(4096))
-    os.set_blocking(write, True)
-    yield write
-    os.close(write)
-    os.close(read)
-
-
-@contextlib.contextmanager
-def _not_open() -> Iterator[None]:
-    yield None
-
-
-PLACES = [_closed_pipe, _closed_terminal, _full_disk, _reader_that_stopped, _not_open]
 
 # A command of its own kind in the place of `train`, in the real program: no JAX, so that it takes a moment.
 PROGRAM = """
@@ -151,7 +106,7 @@ def test_a_signal_is_heard_whoever_reads(place: object, number: int, tmp_path: P
 
 
 def test_a_second_signal_ends_what_hangs(tmp_path: Path) -> None:
-    with _closed_pipe() as descriptor:
+    with closed_pipe() as descriptor:
         process = _start("hangs in JAX", tmp_path / "ready", descriptor)
         _wait_for(tmp_path / "ready", process)
         process.send_signal(signal.SIGTERM)
@@ -165,7 +120,7 @@ def test_a_signal_from_the_first_lines_on_ends_it_in_one_line(number: int, secon
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "offsetjax", "train", "--config=configs/stamps.py", f"--workdir={tmp_path}/run"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    while not _catches(process, signal.SIGTERM):
+    while not catches(process, signal.SIGTERM):
         time.sleep(0.001)
     time.sleep(seconds)
     process.send_signal(number)
@@ -174,15 +129,9 @@ def test_a_signal_from_the_first_lines_on_ends_it_in_one_line(number: int, secon
     assert err == f"offsetjax: ended by {signal.Signals(number).name}, with nothing to save\n"
 
 
-def _catches(process: subprocess.Popen[str], number: int) -> bool:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    [mask] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
-    return bool(int(mask, 16) >> (number - 1) & 1)
-
-
 def test_what_was_to_be_ignored_stays_ignored(tmp_path: Path) -> None:
     """As `nohup` sets it: a training outlives its terminal."""
-    with _closed_pipe() as descriptor:
+    with closed_pipe() as descriptor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             process = _start("saves", tmp_path / "ready", descriptor)
@@ -244,7 +193,7 @@ def test_what_comes_from_outside_steers_no_terminal(capfd: pytest.CaptureFixture
 
 
 def test_a_reader_that_has_gone_ends_no_command(tmp_path: Path) -> None:
-    with _closed_pipe() as out, (tmp_path / "err").open("wb") as err:
+    with closed_pipe() as out, (tmp_path / "err").open("wb") as err:
         process = _start("done", tmp_path / "ready", err.fileno(), out)
         assert process.wait(30) == 0
     text = (tmp_path / "err").read_text()

@@ -159,13 +159,13 @@ def test_arguments_reach_the_training_exactly() -> None:
         "é",
         "- x",
     ]
-    assert _expanded(pod_of(manifest(*MANIFEST, "--", *odd))["containers"][0]["args"]) == ["train", *odd]
+    assert expanded(pod_of(manifest(*MANIFEST, "--", *odd))["containers"][0]["args"]) == ["train", *odd]
     dollars = ["--config.a=$(HOME)", "--config.a=a$$b", "--config.a=$$(HOME)$", "--config.a=$$$"]
     found = pod_of(manifest(*MANIFEST, *TRAINING, *dollars))["containers"][0]["args"]
-    assert _expanded(found)[-4:] == dollars
+    assert expanded(found)[-4:] == dollars
 
 
-def _expanded(arguments: list[str]) -> list[str]:
+def expanded(arguments: list[str]) -> list[str]:
     """As Kubernetes expands them: `$$` is one dollar, `$(HOME)` a variable's value, any other dollar itself."""
     return [re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "VALUE", text) for text in arguments]
 
