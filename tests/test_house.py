@@ -72,3 +72,17 @@ def test_what_does_not_belong_at_the_top_level_is_named(tmp_path: pathlib.Path) 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_nothing_else_lies_at_our_top_level() -> None:
     assert _check(ROOT).stderr == ""
+
+
+# Who prints: the one place for what a command was asked for, and the process that answers another in JSON.
+PRINTS = {"offsetjax/log.py", "offsetjax/plan/worker.py"}
+
+
+def test_what_a_command_says_goes_through_one_place() -> None:
+    printing = {
+        str(file.relative_to(ROOT))
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printing == PRINTS

@@ -26,6 +26,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from offsetjax import log
 from offsetjax.data.folder import list_folder
 from offsetjax.data.images import UnreadableImage, clean
 from offsetjax.data.items import Dropped, Items, Listing, shown
@@ -139,16 +140,9 @@ def build(
     (folder / _DESCRIPTION).unlink()
     notes = [*listing.notes, *(f"passed over: {count} {why}" for why, count in listing.passed.items())]
     summary = Summary(str(folder), {split: sum(each) for split, each in lengths.items()}, dropped, tuple(notes))
-    _print(summary)
+    first = (f"  {shown(name)}: {shown(reason)}" for name, reason in dropped[:5])
+    log.show(str(summary), *first, *(f"  {shown(note)}" for note in notes))
     return summary
-
-
-def _print(summary: Summary) -> None:
-    print(summary)
-    for name, reason in summary.dropped[:5]:
-        print(f"  {shown(name)}: {shown(reason)}")
-    for note in summary.notes:
-        print(f"  {shown(note)}")
 
 
 def _check_free(out: epath.Path, folder: epath.Path) -> None:

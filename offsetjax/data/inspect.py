@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from offsetjax import log
 from offsetjax.data.buckets import square
 from offsetjax.data.build import DROPPED_FILE, reasons
 from offsetjax.data.images import UnreadableImage, resize_and_crop
@@ -55,33 +56,33 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     brightness = np.array([mean for _, _, mean, _ in rows])
     texts = Counter(caption for _, _, _, caption in rows)
     some = f" (of {len(rows)} of them, evenly spaced)" if len(rows) < len(source) else ""
-    print(f"{source.rows.path}, {split}: {len(source)} pictures{some}")
+    log.show(f"{source.rows.path}, {split}: {len(source)} pictures{some}")
     low, middle, high = np.percentile(sides.min(axis=1), (0, 50, 100)).astype(int)
-    print(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
+    log.show(f"shorter side: {low} to {high}, median {middle}; {len(np.unique(sides, axis=0))} distinct sizes")
     by_sizes = suited(sides[:, ::-1], _COUNTS, resolution=1024, step=64)
     lost = [cropped(each) for each in by_sizes]
     by_count = ", ".join(f"{loss:.1%} with {count}" for count, loss in zip(_COUNTS[1:], lost[1:], strict=True))
-    print(f"cropped, of all pixels: {lost[0]:.1%} by squares; by chosen sizes (data.bucket_count), {by_count}")
+    log.show(f"cropped, of all pixels: {lost[0]:.1%} by squares; by chosen sizes (data.bucket_count), {by_count}")
     shown_sizes = by_sizes[_COUNTS.index(_SHOWN)]
-    print(f"with {len(shown_sizes.sizes)} sizes, of the area of 1024x1024:")
+    log.show(f"with {len(shown_sizes.sizes)} sizes, of the area of 1024x1024:")
     for size, count, loss in zip(shown_sizes.sizes, shown_sizes.counts, shown_sizes.losses, strict=True):
-        print(f"  {size!s:>9} {count:7d} pictures, {loss:6.1%} cropped")
-    print(
+        log.show(f"  {size!s:>9} {count:7d} pictures, {loss:6.1%} cropped")
+    log.show(
         f"mean brightness (0 black, 1 white): mean {brightness.mean():.3f}, standard deviation {brightness.std():.3f}"
     )
     for edge, count in enumerate(np.histogram(brightness, 10, (0, 1))[0]):
-        print(f"  {edge / 10:.1f}-{(edge + 1) / 10:.1f} {count:7d} {'#' * round(40 * count / len(rows))}")
-    print(f"captions: {len(texts)} distinct; the commonest:")
+        log.show(f"  {edge / 10:.1f}-{(edge + 1) / 10:.1f} {count:7d} {'#' * round(40 * count / len(rows))}")
+    log.show(f"captions: {len(texts)} distinct; the commonest:")
     for text, count in texts.most_common(5):
-        print(f"{count:8d} x {shown(text)}")
+        log.show(f"{count:8d} x {shown(text)}")
     dropped_file = epath.Path(source.rows.path) / DROPPED_FILE
     if dropped_file.exists():
-        print(f"dropped when it was built: {_dropped(dropped_file)}")
+        log.show(f"dropped when it was built: {_dropped(dropped_file)}")
     if out is not None:
         sheet, figure = io.BytesIO(), _figure_of_sizes(out)
         _contact_sheet(source).save(sheet, "PNG")
         write_all({out: sheet.getvalue(), figure: png(sizes_figure(sides[:, ::-1], shown_sizes, _COUNTS, lost))})
-        print(f"contact sheet: {out}; figure of the sizes: {figure}")
+        log.show(f"contact sheet: {out}; figure of the sizes: {figure}")
 
 
 def _figure_of_sizes(sheet: epath.PathLike) -> epath.Path:

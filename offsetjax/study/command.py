@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from offsetjax import log
 from offsetjax.article.pictures import PROMPTS, write_fine_tuning_folder
 from offsetjax.data.build import build
 from offsetjax.errors import UserError
@@ -54,7 +55,7 @@ def study(out: str, jobs: int = 2, seeds: int = 3) -> None:
     write_whole(folder / "study.json", json.dumps(found, indent=1) + "\n")
     write_whole(folder / "study.md", results.table(found))
     write_whole(folder / "study.png", png(results.figure(found)))
-    print(results.table(found))
+    log.show(results.table(found))
 
 
 def _run_all(out: Path, runs: Sequence[tuple[str, int]], jobs: int) -> None:
