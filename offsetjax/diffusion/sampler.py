@@ -40,7 +40,6 @@ from offsetjax.diffusion.process import Grid, Process, Times, Timestep
 Name = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "heun", "unipc"]
 NAMES: tuple[str, ...] = get_args(Name)
 ANCESTRAL = ("ddpm", "euler_ancestral")
-Spacing = Literal["trailing", "leading"]
 Denoiser = Callable[[Float[Array, "b c h w"], Timestep], Float[Array, "b c h w"]]
 Injection = Callable[[Int[Array, ""]], Float[Array, "b c h w"]]
 Row = Float[np.ndarray, "5 *c"]  # coefficients of x_t, b, x̂0(x_t), x̂0', x̂0''; each, or each of c channels

@@ -23,7 +23,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-KERNELS = ("auto", "xla", "splash", "cudnn")
 _OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
 SHORTEST = 1024  # positions, both ways; the scores of fewer are small beside the rest
 _BLOCKS = (512, 256, 128)  # queries and keys that the Pallas kernel holds at a time

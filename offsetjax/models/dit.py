@@ -87,11 +87,6 @@ class DiT:
         return _Shape(**{name: fields[name] for name in _Shape._fields})
 
     @property
-    def no_class(self) -> int:
-        """The label that stands for no class, for classifier-free guidance."""
-        return self._shape.num_embeds_ada_norm
-
-    @property
     def is_plain(self) -> bool:
         """Whether it is diffusers' `DiTTransformer2DModel`, with none of the settings."""
         shape = self._shape
@@ -118,7 +113,7 @@ class DiT:
 
         Args:
             timesteps: 1000 t, from 0 (data) to 1000 (noise).
-            class_labels: of the pictures; `no_class` for none.
+            class_labels: of the pictures, below `num_embeds_ada_norm`; that itself is no class, for guidance.
 
         Raises:
             ValueError: the sides of the latents do not divide into patches.

@@ -110,15 +110,8 @@ def _near(target: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else "give the ends of diffusers' names, such as to_q"
 
 
-def merged(
-    kernel: Float[Array, "*n i o"], down: Float[Array, "*n i r"], up: Float[Array, "*m r o"], scale: float
-) -> Float[Array, "*n i o"]:
-    """The kernel whose layer gives what the adapted one gives, in float32; numpy in, numpy out."""
-    return kernel + scale * (down @ up.reshape(up.shape[-2:]))
-
-
 def merged_tensors(tensors: Mapping[str, Tensor], adapters: PyTree, scale: float) -> dict[str, Tensor]:
-    """The same for tensors by their PyTorch names, none of which is read before it is asked for.
+    """The tensors, by their PyTorch names, of layers that give what the adapted ones give; all are lazy.
 
     A merged tensor is float32, whatever its base: it is rounded once, where it is written.
     """

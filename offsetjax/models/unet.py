@@ -178,7 +178,7 @@ def numerics(norm_num_groups: int, kernel: str = "xla") -> AbstractContextManage
 
     Args:
         norm_num_groups: groups of every group normalisation.
-        kernel: of attention, one of `attention.KERNELS` but `auto`.
+        kernel: of attention: xla, splash or cudnn.
     """
     return corrected(
         {

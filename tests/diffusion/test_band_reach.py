@@ -12,8 +12,9 @@ from offsetjax.diffusion.density import Density
 from offsetjax.diffusion.flow import Flow
 from offsetjax.diffusion.noise import PLAIN, Noise
 from offsetjax.diffusion.spectrum import formula_spectrum
-from offsetjax.diffusion.spread import Drawing, offset_that_returns, reach
+from offsetjax.diffusion.spread import Drawing, reach
 from offsetjax.diffusion.variance_preserving import variance_preserving
+from tests.diffusion.offsets import offset_that_returns
 
 SIDE, DEVIATION = 32, 0.6
 VP = variance_preserving(1000, 0.00085, 0.012, "v_prediction")

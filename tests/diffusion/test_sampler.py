@@ -13,12 +13,12 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from offsetjax.config import default_config, validate
-from offsetjax.diffusion.sampler import ANCESTRAL, NAMES, Name, Spacing, coefficients, guided, solve
+from offsetjax.diffusion.sampler import ANCESTRAL, NAMES, Name, coefficients, guided, solve
 from offsetjax.diffusion.variance_preserving import VariancePreserving, timestep_grid, variance_preserving
 from offsetjax.errors import UserError
 from offsetjax.formats.diffusers import scheduler_config
 
-SPACINGS: tuple[Spacing, ...] = ("trailing", "leading")
+SPACINGS: tuple[str, ...] = ("trailing", "leading")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SHAPE = (2, 4, 6, 6)
 
@@ -74,7 +74,7 @@ class Problem:
             sample = scheduler.step(prediction, timestep, sample).prev_sample
         return [*path, sample.numpy()]
 
-    def ours(self, name: Name, spacing: Spacing, schedule: Mapping[str, Any]) -> list[np.ndarray]:
+    def ours(self, name: Name, spacing: str, schedule: Mapping[str, Any]) -> list[np.ndarray]:
         process = variance_preserving(**schedule)
         path = []
 
@@ -109,7 +109,7 @@ def farthest(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_time_steps_are_those_of_diffusers(name: Name, spacing: Spacing) -> None:
+def test_the_time_steps_are_those_of_diffusers(name: Name, spacing: str) -> None:
     scheduler = torch_scheduler(name, "epsilon", spacing)
     for num_steps in (*range(1, 61), 99, 250, 333, 500, 750):
         scheduler.set_timesteps(num_steps)
@@ -126,7 +126,7 @@ def test_the_time_steps_are_those_of_diffusers(name: Name, spacing: Spacing) -> 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_steps_is_kept_and_goes_down_within_the_schedule(
-    name: Name, spacing: Spacing, num_train_timesteps: int
+    name: Name, spacing: str, num_train_timesteps: int
 ) -> None:
     most = num_train_timesteps - (0 if spacing == "trailing" else 2 if name in ("dpmpp_2m", "unipc") else 1)
     for num_steps in range(1, most + 1):
@@ -139,7 +139,7 @@ def test_any_number_of_steps_is_kept_and_goes_down_within_the_schedule(
 @pytest.mark.parametrize(
     ("name", "spacing", "most"), [("ddim", "trailing", 1000), ("ddim", "leading", 999), ("dpmpp_2m", "leading", 998)]
 )
-def test_more_steps_than_the_schedule_has_are_refused(name: Name, spacing: Spacing, most: int) -> None:
+def test_more_steps_than_the_schedule_has_are_refused(name: Name, spacing: str, most: int) -> None:
     config = default_config()
     config.sample.update(sampler=name, spacing=spacing, num_steps=most)
     validate(config)
@@ -156,7 +156,7 @@ def test_more_steps_than_the_schedule_has_are_refused(name: Name, spacing: Spaci
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_is_that_of_diffusers(
-    name: Name, prediction_type: str, spacing: Spacing, num_steps: int, monkeypatch: pytest.MonkeyPatch
+    name: Name, prediction_type: str, spacing: str, num_steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = Problem(num_steps)
     theirs = problem.theirs(name, torch_scheduler(name, prediction_type, spacing), monkeypatch)
@@ -195,7 +195,7 @@ def test_every_step_from_a_zero_snr_is_that_of_diffusers(
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_scheduler_that_an_export_writes_follows_our_table(
-    name: Name, spacing: Spacing, zero_terminal_snr: bool, monkeypatch: pytest.MonkeyPatch
+    name: Name, spacing: str, zero_terminal_snr: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if zero_terminal_snr and (spacing == "leading" or name == "heun"):
         pytest.skip("no config has them both")

@@ -9,8 +9,9 @@ import pytest
 from offsetjax.diffusion.density import Density
 from offsetjax.diffusion.flow import Flow
 from offsetjax.diffusion.noise import PLAIN, Noise
-from offsetjax.diffusion.spread import Drawing, Reach, channel_means, equal_at, offset_that_returns, reach
+from offsetjax.diffusion.spread import Drawing, Reach, channel_means, equal_at, reach
 from offsetjax.diffusion.variance_preserving import variance_preserving
+from tests.diffusion.offsets import offset_that_returns
 
 DEVIATION = 0.6
 

@@ -21,7 +21,7 @@ from offsetjax.errors import UserError
 from offsetjax.formats.lora_names import layers
 from offsetjax.formats.names import flax_tensors, to_torch, torch_tensors
 from offsetjax.formats.tensors import Tensor, of_array
-from offsetjax.models.lora import Adapted, init_adapters, merged, merged_tensors
+from offsetjax.models.lora import Adapted, init_adapters, merged_tensors
 from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
 from tests import tiny, torch_models
@@ -107,8 +107,8 @@ def merged_params(params: PyTree, adapters: PyTree, scale: float) -> PyTree:
     """The parameters with every adapter merged into its kernel."""
     result, halves = flatten_dict(params), flatten_dict(adapters)
     for path in layers(adapters, "down").values():
-        kernel = result[*path, "kernel"]
-        result[*path, "kernel"] = merged(kernel, halves[*path, "down"], halves[*path, "up"], scale)
+        down, up = halves[*path, "down"], halves[*path, "up"]
+        result[*path, "kernel"] += scale * (down @ up.reshape(up.shape[-2:]))
     return unflatten_dict(result)
 
 
