@@ -25,6 +25,7 @@ from offsetjax.data.stream import Stream, check_replaced
 from offsetjax.errors import Status, UserError
 from offsetjax.files import written_to
 from offsetjax.models.pipeline import for_training
+from offsetjax.models.task import task_of
 from offsetjax.parallel import fsdp, processes, sharding
 from offsetjax.parallel.fallback import warn_of_cpu
 from offsetjax.parallel.finite import all_finite
@@ -34,19 +35,19 @@ from offsetjax.storage import checkpoint
 from offsetjax.storage.lock import WorkdirLock
 from offsetjax.storage.saving import Saver
 from offsetjax.training import rollback
-from offsetjax.training.abstract import abstract_batch
+from offsetjax.training.abstract import abstract_batch, model_flops
 from offsetjax.training.evaluators import Evaluator, open_evaluators
 from offsetjax.training.goodput import Goodput, in_words
 from offsetjax.training.guard import Guard
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_of_sizes
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
-from offsetjax.training.objective import Objective, make_objective
+from offsetjax.training.objective import Objective
 from offsetjax.training.programs import SizeLosses, compiled_ahead
 from offsetjax.training.rollback import RollBack
 from offsetjax.training.setup import Run, open_run
 from offsetjax.training.starts import write_start
 from offsetjax.training.states import SKIPPED, first_state
-from offsetjax.training.step import TrainState, TrainStep, make_gradient, make_train_step
+from offsetjax.training.step import TrainState, TrainStep, make_gradient, make_train_step, make_update
 from offsetjax.training.streams import open_stream
 from offsetjax.training.summary import devices_in_words
 
@@ -90,7 +91,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
             train_step = jit_train_step(run, state_shardings)
             if _is_ahead(config, stream):
                 sizes = stream.batch_sizes
-                batches = {size: abstract_batch(config, run.pipeline, size, sizes[size]) for size in sizes}
+                batches = {
+                    size: abstract_batch(run.pipeline, size, sizes[size], config.data.cached_latents) for size in sizes
+                }
                 with goodput.spent_on("compile"):
                     at_once = config.train.compile_ahead
                     train_step = compiled_ahead(
@@ -118,16 +121,20 @@ def _open_saver(run: Run, manager: CheckpointManager, lock: WorkdirLock, state_b
 
 def jit_train_step(run: Run, state_shardings: PyTree) -> TrainStep:
     """The train step of a run, with its placement."""
-    pipeline = for_training(run.pipeline, run.config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
-    return place(make_objective(pipeline, run.config), pipeline.dtypes, run, state_shardings)
+    config, platform = run.config, run.mesh.devices.flat[0].platform
+    pipeline = for_training(run.pipeline, config.data.resolution, platform, run.mesh.shape["fsdp"])
+    return place(task_of(config).objective(pipeline, config), pipeline.dtypes, run, state_shardings)
 
 
 def place(objective: Objective, dtypes: Mapping[str, Any], run: Run, state_shardings: PyTree) -> TrainStep:
     """The train step of an objective on the run's mesh: the state is donated, batches are split over all devices."""
-    gradient = fsdp.on_mesh(make_gradient(objective, run.config), run.mesh, run.pipeline.sharding, dtypes)
+    config = run.config
+    gradient = make_gradient(objective, config.train.accumulate_steps)
+    gradient = fsdp.on_mesh(gradient, run.mesh, run.pipeline.sharding, dtypes)
+    update = make_update(config.optimizer, config.train, config.model)
     is_finite = partial(all_finite, mesh=run.mesh, rules=run.pipeline.sharding)
     return jax.jit(
-        make_train_step(gradient, run.config, is_finite, saves_memory=run.mesh.devices.flat[0].platform != "cpu"),
+        make_train_step(gradient, update, is_finite, saves_memory=run.mesh.devices.flat[0].platform != "cpu"),
         in_shardings=(
             state_shardings,
             sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen),
@@ -165,7 +172,8 @@ def _loop(
     def ideal_of(step: int) -> float:
         return ideal[size_of(step)] if ideal else 0.0
 
-    ideal = ideal_of_sizes(run.config, run.pipeline, run.mesh.devices.ravel(), stream.batch_sizes)
+    flops_of = partial(model_flops, run.config, run.pipeline)
+    ideal = ideal_of_sizes(flops_of, run.mesh.devices.ravel(), stream.batch_sizes)
     clock = StepClock(start, count_of, goodput, ideal_of)
     size_losses = SizeLosses(size_of) if len(stream.sizes) > 1 else None
     host_batches = rolled_back.batches(stream, start)

@@ -16,7 +16,7 @@ from offsetjax.formats import diffusers as files
 from offsetjax.formats.names import torch_tensors
 from offsetjax.formats.tensors import Tensor
 from offsetjax.models.frozen import write_tokenizers
-from offsetjax.models.pipeline import build, network_parts
+from offsetjax.models.pipeline import build
 from offsetjax.models.tokenizer import train_tokenizer
 from offsetjax.models.weights import abstract_params, abstract_trained, initial_trained
 from offsetjax.parallel import sharding
@@ -75,7 +75,7 @@ def write_model(directory: pathlib.Path, config: ConfigDict, dtype: str = "float
         return Tensor(shape, np.dtype(np.float32), lambda index: np.resize(np.roll(block, start), shape)[(*index, ...)])
 
     pipeline = build(config)
-    for part in network_parts(config):
+    for part in pipeline.needed:
         model = pipeline.parts[part]
         tensors = torch_tensors(jax.tree.map(random, abstract_params(model)))
         files.write_part(directory, part, model.torch_config(), tensors, dtype=dtype)
@@ -101,8 +101,8 @@ def run_config(model: pathlib.Path, **changes: Any) -> ConfigDict:
 def begin(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree]:
     """A run, and what it trains before the first step."""
     run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
-    return run, initial_trained(run.config, run.pipeline, place)
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
+    return run, initial_trained(run.pipeline, run.config.model, run.config.lora, run.config.seed, place)
 
 
 def import_model(config: ConfigDict, workdir: pathlib.Path) -> tuple[int, int]:

@@ -5,13 +5,18 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from offsetjax.config import default_config
 from offsetjax.data.build import build
+from offsetjax.models.pipeline import Pipeline
+from offsetjax.sampling.sample import sampling_noise, start_noise
+from offsetjax.sampling.size import drawn_size
 from offsetjax.train import train
+from offsetjax.training.step import Update, make_update
 from tests.compilation import quick_compilation as quick_compilation
 
 CAPTIONS = ("a black square", "a white square", "a red boat", "a green hill")
@@ -63,6 +68,17 @@ def tiny_config(data_path: pathlib.Path | str = "", **changes: Any) -> ConfigDic
     config.sample.update(every_steps=0, num_steps=2, seeds_per_prompt=1, guidance_scale=1.0)
     config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
     return config
+
+
+def update_of(config: ConfigDict) -> Update:
+    """How a config's training changes its state."""
+    return make_update(config.optimizer, config.train, config.model)
+
+
+def start_of(pipeline: Pipeline, config: ConfigDict, keys: jax.Array, step: Any = None) -> jax.Array:
+    """The latents that a config's pictures start from, one for each key, for parameters of a step."""
+    noise = sampling_noise(pipeline.noising, config.sample.start_noise, step)
+    return start_noise(noise, pipeline.latent_shape(*drawn_size(config.sample, config.data.resolution)), keys)
 
 
 def build_data(folder: pathlib.Path, count: int = 16, seed: int = 0) -> pathlib.Path:

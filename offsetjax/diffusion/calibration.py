@@ -11,7 +11,7 @@ for
     c² = max(0, SNR_T Var(mean) / τ - S(0) / N)    for an offset of strength c on top of noise of the spectrum S
     S(f) = max(1, SNR_T P(f) / τ)                  for spectral noise
 
-`offsetjax calibrate` measures P and writes the file; `fill` puts into a config what follows. Sources: N. Guttenberg,
+`offsetjax calibrate` measures P and writes the file; `filled` puts into a config what follows. Sources: N. Guttenberg,
 "Diffusion with Offset Noise", CrossLabs, 2023, for the terminal SNR of the mean; S. Lin et al., arXiv 2305.08891,
 for SNR_T.
 """
@@ -28,7 +28,7 @@ from jaxtyping import Complex, Float, Int
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import make_noise
-from offsetjax.diffusion.process import Process, make_process, mode_snr
+from offsetjax.diffusion.process import Process, mode_snr
 from offsetjax.diffusion.spectrum import frequencies, multiplicity
 from offsetjax.errors import UserError, one_line
 from offsetjax.files import write_whole
@@ -139,34 +139,23 @@ def _numbers(values: Float[np.ndarray, " k"]) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in values)
 
 
-def fill(config: ConfigDict, channels: int, downscale: int) -> ConfigDict:
-    """The config with what `noise.calibration` fills in; the same config where that is empty.
-
-    Args:
-        channels, downscale: see `filled`.
-
-    Raises:
-        UserError: the file cannot be read, or `filled` refuses it.
-    """
-    path = config.noise.calibration
-    return filled(config, read_calibration(path), channels, downscale) if path else config
-
-
-def filled(config: ConfigDict, calibration: Calibration, channels: int, downscale: int) -> ConfigDict:
-    """The config with what is empty in `config.noise` and follows from the data, for the calibration's target.
+def filled(
+    noise: ConfigDict, calibration: Calibration, process: Process, resolution: int, channels: int, downscale: int
+) -> ConfigDict:
+    """The section `noise` of a config with what is empty in it and follows from the data, for the calibration's target.
 
     - `data_mean` and `data_mean_std` with an `adaptive_scale`, and nothing else;
     - `spectrum`, for spectral noise;
     - `channel_strengths`, for the other kinds, where neither they nor `offset_strength` are set.
 
     Args:
+        resolution: of the training's pictures, in pixels.
         channels: of the latents.
         downscale: pixels a latent pixel, on a side.
 
     Raises:
         UserError: nothing is empty, nothing is needed, or the latents have another number of channels or another size.
     """
-    noise = config.noise
     if len(calibration.mean) != channels:
         raise UserError(
             f"config: noise.calibration = {noise.calibration!r} has {len(calibration.mean)} channels, but the latents "
@@ -176,7 +165,7 @@ def filled(config: ConfigDict, calibration: Calibration, channels: int, downscal
     given = [name for name in ("spectrum", "channel_strengths", "offset_strength") if noise[name]]
     if not given and not noise.adaptive_scale:
         compute = _spectrum if noise.kind == "spectral" else _strengths
-        fields |= compute(config, calibration, make_process(config.schedule, downscale), downscale)
+        fields |= compute(noise, calibration, process, resolution, downscale)
     if noise.adaptive_scale and not noise.data_mean:
         mean, deviation = calibration.mean, np.sqrt(calibration.mean_variance)
         fields |= {"data_mean": _numbers(mean), "data_mean_std": _numbers(deviation)}
@@ -185,67 +174,65 @@ def filled(config: ConfigDict, calibration: Calibration, channels: int, downscal
             f"config: noise.calibration cannot apply: noise.{given[0]} is set, which leaves nothing for it to fill in; "
             "leave one of the two out"
         )
-    config = config.copy_and_resolve_references()
-    with config.noise.unlocked(), config.noise.ignore_type():  # unlocked: what is filled in is no statement
+    noise = noise.copy_and_resolve_references()
+    with noise.unlocked(), noise.ignore_type():  # unlocked: what is filled in is no statement
         for name, value in fields.items():
-            config.noise[name] = value
-    return config
+            noise[name] = value
+    return noise
 
 
 def _strengths(
-    config: ConfigDict, calibration: Calibration, process: Process, downscale: int
+    noise: ConfigDict, calibration: Calibration, process: Process, resolution: int, downscale: int
 ) -> dict[str, tuple[float, ...]]:
-    side = config.data.resolution // downscale
-    strengths, floor = recommended_strengths(config, calibration, process, downscale)
+    side = resolution // downscale
+    strengths, floor = recommended_strengths(noise, calibration, process, resolution, downscale)
     needed = offset_strengths(calibration, process, calibration.target_terminal_snr, side**2, floor)
     if np.any((needed > 0) & (strengths == 0)):
         raise UserError(
-            f"config: noise.reference_resolution = {config.noise.reference_resolution} cannot apply with "
-            f"noise.calibration: at data.resolution = {config.data.resolution} the mean needs an offset of "
+            f"config: noise.reference_resolution = {noise.reference_resolution} cannot apply with "
+            f"noise.calibration: at data.resolution = {resolution} the mean needs an offset of "
             f"{needed[(needed > 0) & (strengths == 0)].max():.3g}, which no strength at that size has; leave it out"
         )
     present = mode_snr(side**2 * calibration.mean_variance, floor, terminal_snr(process))
-    _check_needed(config, calibration, bool(strengths.any()), present, "mean")
+    _check_needed(noise.calibration, calibration, bool(strengths.any()), present, "mean")
     return {"channel_strengths": _numbers(strengths)}
 
 
 def recommended_strengths(
-    config: ConfigDict, calibration: Calibration, process: Process, downscale: int
+    noise: ConfigDict, calibration: Calibration, process: Process, resolution: int, downscale: int
 ) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, "#c"]]:
     """The strengths that a config needs for the calibration's target, and the power of f = 0 without them.
 
-    They are in the config's own terms: for its size and `reference_resolution`, on top of its pyramid, and as much
-    stronger as `random_strength` (E[c²] = c²/3) and `probability` weaken them.
+    They are in the terms of the section `noise`: for its size and `reference_resolution`, on top of its pyramid, and
+    as much stronger as `random_strength` (E[c²] = c²/3) and `probability` weaken them.
     """
-    side, noise = config.data.resolution // downscale, make_noise(config.noise, process, downscale)
-    spectrum = noise.spectrum if noise.kind == "pyramid" else None
+    side, made = resolution // downscale, make_noise(noise, process, downscale)
+    spectrum = made.spectrum if made.kind == "pyramid" else None
     floor = np.ones(1) if spectrum is None else spectrum(side, side)[:, 0, 0]
     strengths = offset_strengths(calibration, process, calibration.target_terminal_snr, side**2, floor)
-    return noise.strengths_for(strengths, side, side), floor
+    return made.strengths_for(strengths, side, side), floor
 
 
 def _spectrum(
-    config: ConfigDict, calibration: Calibration, process: Process, downscale: int
+    noise: ConfigDict, calibration: Calibration, process: Process, resolution: int, downscale: int
 ) -> dict[str, tuple[str, ...]]:
-    side = config.data.resolution // downscale
+    side = resolution // downscale
     if (calibration.height, calibration.width) != (side, side):
         raise UserError(
-            f"config: noise.calibration = {config.noise.calibration!r} is of {calibration.height}x{calibration.width} "
+            f"config: noise.calibration = {noise.calibration!r} is of {calibration.height}x{calibration.width} "
             f"latents, and a spectrum depends on their size, here {side}x{side}; calibrate at data.resolution = "
-            f"{config.data.resolution}"
+            f"{resolution}"
         )
     present = mode_snr(calibration.power, np.ones(1), terminal_snr(process))
     is_needed = bool(present.max() > calibration.target_terminal_snr)
-    _check_needed(config, calibration, is_needed, present, "most legible frequency")
+    _check_needed(noise.calibration, calibration, is_needed, present, "most legible frequency")
     return {"spectrum": noise_spectrum(calibration, process, calibration.target_terminal_snr)}
 
 
-def _check_needed(
-    config: ConfigDict, calibration: Calibration, is_needed: bool, present: np.ndarray, what: str
-) -> None:
+def _check_needed(path: str, calibration: Calibration, is_needed: bool, present: np.ndarray, what: str) -> None:
     if not is_needed:
         raise UserError(
-            f"config: noise.calibration = {config.noise.calibration!r} has nothing to correct: by default the terminal "
+            f"config: noise.calibration = {path!r} has nothing to correct: by default the terminal "
             f"SNR of the {what} is {present.max():.3g}, and the file's target {calibration.target_terminal_snr:g}; "
             "leave it out, or calibrate with a lower --target_snr"
         )

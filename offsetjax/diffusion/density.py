@@ -96,15 +96,21 @@ def shifted(t: Any, shift: float) -> Any:
     return t if shift == 1.0 else shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def make_density(config: ConfigDict) -> Density:
-    """The density of a config, whose fields have been checked."""
-    timesteps, steps = config.timesteps, config.schedule.num_train_timesteps
+def make_density(
+    timesteps: ConfigDict, num_train_timesteps: int, least: int, most: int, global_batch_size: int
+) -> Density:
+    """The density of the section `timesteps` of a config, whose fields have been checked.
+
+    Args:
+        num_train_timesteps: of the process.
+        least, most: the timesteps that are drawn, of these; a `most` of 0 is the last.
+    """
     return Density(
         kind=timesteps.density,
         mean=timesteps.mean,
         std=timesteps.std,
         scale=timesteps.mode_scale,
-        least=config.loss.min_timestep / steps,
-        most=(config.loss.max_timestep or steps) / steps,
-        strata=config.train.global_batch_size if timesteps.stratified else 0,
+        least=least / num_train_timesteps,
+        most=(most or num_train_timesteps) / num_train_timesteps,
+        strata=global_batch_size if timesteps.stratified else 0,
     )

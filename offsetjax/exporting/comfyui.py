@@ -11,15 +11,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import Noise
-from offsetjax.models.pipeline import Pipeline, training_noise
+from offsetjax.models.pipeline import Pipeline
 
 _PLACE = 'r"""{}"""'
 
 
-def comfyui_node(pipeline: Pipeline, config: ConfigDict, title: str, step: int) -> str:
+def comfyui_node(pipeline: Pipeline, resolution: int, title: str, step: int) -> str:
     """The file's text.
 
     Args:
+        resolution: of the training's pictures, in pixels.
         step: of the training, after which the noise is as strong as `noise.anneal` says.
         title: distinguishes the nodes of several models.
     """
@@ -27,18 +28,18 @@ def comfyui_node(pipeline: Pipeline, config: ConfigDict, title: str, step: int) 
     parameters = {
         "title": title,
         "channels": pipeline.autoencoder.latent_channels,
-        "resolution": config.data.resolution,
-        **noise_parameters(training_noise(pipeline, config, step), config.noise),
+        "resolution": resolution,
+        **noise_parameters(pipeline.noising.noise(step), pipeline.noising.settings),
     }
     return text.replace(_PLACE, repr(json.dumps(parameters)))
 
 
-def noise_parameters(noise: Noise, config: ConfigDict) -> dict[str, Any]:
+def noise_parameters(noise: Noise, settings: ConfigDict) -> dict[str, Any]:
     """What the template's `matched_noise` reads, for latents of any size; the start's, at which ψ is 1."""
     nodes, weights = np.polynomial.legendre.leggauss(24)
     pyramid = {
-        "discount": config.pyramid_discount,
-        "levels": config.pyramid_levels,
+        "discount": settings.pyramid_discount,
+        "levels": settings.pyramid_levels,
         "nodes": (3.0 + nodes).tolist(),
         "weights": (weights / 2).tolist(),
     }
@@ -54,7 +55,7 @@ def noise_parameters(noise: Noise, config: ConfigDict) -> dict[str, Any]:
         "adaptive_scale": noise.adaptive_scale if noise.data_mean is not None else 0.0,
         "data_mean": [each.tolist() for each in noise.data_mean] if noise.data_mean is not None else None,
         "pyramid": pyramid if noise.kind == "pyramid" else None,
-        "spectrum": list(config.spectrum) if noise.kind == "spectral" else None,
+        "spectrum": list(settings.spectrum) if noise.kind == "spectral" else None,
     }
 
 

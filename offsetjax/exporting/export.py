@@ -16,11 +16,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from offsetjax.diffusion.process import make_process
 from offsetjax.errors import UserError
 from offsetjax.exporting.comfyui import comfyui_node
 from offsetjax.exporting.metadata import header
@@ -36,7 +34,7 @@ from offsetjax.formats.tensors import Tensor, inspected, of_array
 from offsetjax.leftovers import unfinished_name
 from offsetjax.models.family import Family
 from offsetjax.models.frozen import carried_of, write_tokenizers
-from offsetjax.models.pipeline import Pipeline, grid_shift, network_parts, trained_parts, training_noise
+from offsetjax.models.pipeline import Pipeline, grid_shift
 from offsetjax.models.task import task_of
 from offsetjax.models.trained import Stored, open_stored
 from offsetjax.models.weights import abstract_params
@@ -99,7 +97,9 @@ def export(
             if form == "diffusers":
                 _write_directory(temporary, stored, dtype, int((max_shard_gb or 10.0) * 1e9), out.name)
             elif form == "comfyui_node":
-                temporary.write_text(comfyui_node(stored.pipeline, stored.config, out.stem, stored.step))
+                temporary.write_text(
+                    comfyui_node(stored.pipeline, stored.config.data.resolution, out.stem, stored.step)
+                )
             elif form == "single_file":
                 _write_single_file(temporary, stored, dtype, out.stem)
             else:
@@ -132,7 +132,7 @@ def _check_layout(family: Family, form: str, lora_keys: str) -> None:
 
 def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_bytes: int, title: str) -> None:
     config, pipeline = stored.config, stored.pipeline
-    parts = {part: stored.part(part) for part in network_parts(config)}
+    parts = {part: stored.part(part) for part in stored.pipeline.needed}
     with _progress(out, out.name, parts) as parts:
         for part, tensors in parts.items():
             is_denoiser = part == pipeline.family.denoiser
@@ -148,17 +148,19 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
             )
     if task_of(config).denoises:
         write_tokenizers(out, pipeline.family, pipeline.tokenizers)
-        scheduler = files.scheduler_config(_scheduler(stored, matched_sampler(pipeline, config, stored.step)))
+        sample, resolution = config.sample, config.data.resolution
+        sampler = matched_sampler(pipeline, sample.sampler, stored.step)
+        scheduler = files.scheduler_config(_scheduler(stored, sampler))
         files.write_scheduler(out, scheduler)
-        (out / "README.md").write_text(model_card(pipeline, config, stored.step))
-        write_spectrum(out, pipeline, config, stored.step)
+        (out / "README.md").write_text(model_card(pipeline, sample, resolution, stored.step))
+        write_spectrum(out, pipeline, resolution, stored.step)
         described = pipeline.family.files
         files.write_index(out, described.pipeline, scheduler["_class_name"], described.index(pipeline.settings))
 
 
 def _write_single_file(out: epath.Path, stored: Stored, dtype: str, title: str) -> None:
     config = stored.config
-    parts = {part: stored.part(part) for part in network_parts(config)}
+    parts = {part: stored.part(part) for part in stored.pipeline.needed}
     configs = {part: _torch_config(stored, part) for part in parts}
     configs["scheduler"] = _scheduler(stored, "ddim")
     with _progress(out, title, parts) as parts:
@@ -171,8 +173,8 @@ def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_ke
     config, pipeline = stored.config, stored.pipeline
     write_lora(
         out,
-        {part: stored.adapters(part) for part in trained_parts(config)},
-        base_like={part: abstract_params(pipeline.parts[part]) for part in trained_parts(config)},
+        {part: stored.adapters(part) for part in pipeline.trained},
+        base_like={part: abstract_params(pipeline.parts[part]) for part in pipeline.trained},
         keys=lora_keys,
         family=pipeline.family.name,
         rank=config.lora.rank,
@@ -184,8 +186,9 @@ def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_ke
 
 def _scheduler(stored: Stored, sampler: str) -> dict[str, Any]:
     config, pipeline = stored.config, stored.pipeline
-    process = make_process(config.schedule, pipeline.autoencoder.downscale)
-    return process.scheduler(sampler, config.sample.spacing, grid_shift(pipeline, config))
+    _, height, width = pipeline.latent_shape(config.data.resolution)
+    shift = grid_shift(pipeline, config.sample.shift, height * width)
+    return pipeline.noising.process.scheduler(sampler, config.sample.spacing, shift)
 
 
 def _torch_config(stored: Stored, part: str) -> dict[str, Any]:
@@ -224,10 +227,10 @@ def _progress(
         }
 
 
-def write_spectrum(out: epath.Path, pipeline: Pipeline, config: ConfigDict, step: int) -> None:
+def write_spectrum(out: epath.Path, pipeline: Pipeline, resolution: int, step: int) -> None:
     """The deviation of each mode of coloured noise, which the card's recipe reads; an offset comes on top."""
-    noise, size = training_noise(pipeline, config, step), config.data.resolution // pipeline.autoencoder.downscale
-    power = noise.coloured_power(size, size)
+    _, height, width = pipeline.latent_shape(resolution)
+    power = pipeline.noising.noise(step).coloured_power(height, width)
     if power is None:
         return
     (out / SPECTRUM_FILE).parent.mkdir()

@@ -8,8 +8,7 @@ import json
 
 from ml_collections import ConfigDict
 
-from offsetjax.diffusion.process import make_process
-from offsetjax.models.pipeline import Pipeline, training_noise
+from offsetjax.models.pipeline import Pipeline
 from offsetjax.sampling.reach import start_in_words
 
 
@@ -23,7 +22,7 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
     side = str(config.data.resolution)
     optimizer, files = config.optimizer, pipeline.family.files
     text_rate = optimizer.text_encoder_learning_rate or optimizer.learning_rate
-    described = make_process(config.schedule, pipeline.autoencoder.downscale).metadata()
+    described = pipeline.noising.process.metadata()
     architecture = files.architecture(described.get("modelspec.prediction_type", ""))
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -34,8 +33,8 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
         "modelspec.resolution": f"{side}x{side}",
         **described,
         "offsetjax.noise": json.dumps({key: value for key, value in config.noise.items() if key != "calibration"}),
-        "offsetjax.start": start_in_words(pipeline, config, step),
-        **_noise_names(pipeline, config, step),
+        "offsetjax.start": start_in_words(pipeline, config.sample, config.data.resolution, step),
+        **_noise_names(pipeline, config.data.resolution, step),
         "ss_min_snr_gamma": repr(config.loss.min_snr_gamma or None),
         "ss_caption_dropout_rate": repr(config.encode.caption_dropout),
         "ss_learning_rate": repr(optimizer.learning_rate),
@@ -48,14 +47,14 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
     }
 
 
-def _noise_names(pipeline: Pipeline, config: ConfigDict, step: int) -> dict[str, str]:
+def _noise_names(pipeline: Pipeline, resolution: int, step: int) -> dict[str, str]:
     """The noise by kohya's names, which know a fixed offset only, in effect at this size; those not in use are None.
 
     The strength is what the step has left of it: what a start needs.
     """
-    noise, side = config.noise, config.data.resolution // pipeline.autoencoder.downscale
-    left = training_noise(pipeline, config, step)
-    strength = float(f"{left.strengths_at(side, side).max():.6g}")
+    noise, (_, height, width) = pipeline.noising.settings, pipeline.latent_shape(resolution)
+    left = pipeline.noising.noise(step)
+    strength = float(f"{left.strengths_at(height, width).max():.6g}")
     names = {
         "ss_noise_offset": repr(None if noise.kind == "adjusted" else strength),
         "ss_noise_offset_random_strength": str(noise.random_strength),

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import Noise, describe
-from offsetjax.diffusion.process import make_process
 from offsetjax.diffusion.sampler import ANCESTRAL
-from offsetjax.models.pipeline import Pipeline, grid_shift, training_noise
+from offsetjax.models.pipeline import Pipeline, grid_shift
 from offsetjax.sampling.reach import brightness_reach, start_in_words
 
 SPECTRUM_FILE = "noise/root_spectrum.safetensors"
@@ -15,35 +14,39 @@ SPECTRUM_FILE = "noise/root_spectrum.safetensors"
 _FAILS = 0.5  # of the spread that a matched start returns, below which a plain one must not be used
 
 
-def matched_sampler(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
-    """The sampler whose PyTorch scheduler needs nothing but matched initial latents.
+def matched_sampler(pipeline: Pipeline, sampler: str, step: int) -> str:
+    """The sampler, like the one that is given, whose PyTorch scheduler needs nothing but matched initial latents.
 
     PyTorch's ancestral schedulers inject plain noise, which is right for plain and for `adjusted` noise alone; its
     deterministic ones are right for all noise but `adjusted`.
     """
-    noise, sampler = training_noise(pipeline, config, step), config.sample.sampler
+    noise = pipeline.noising.noise(step)
     if noise.is_plain:
         return sampler
-    process = make_process(config.schedule, pipeline.autoencoder.downscale)
-    if noise.kind == "adjusted" and not process.includes_rate:
+    if noise.kind == "adjusted" and not pipeline.noising.process.includes_rate:
         return sampler if sampler in ANCESTRAL else "euler_ancestral"
     return "ddim" if sampler in ANCESTRAL else sampler
 
 
-def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
-    """The text of README.md, with a recipe in PyTorch that runs in the model's folder."""
-    channels, downscale = pipeline.autoencoder.latent_channels, pipeline.autoencoder.downscale
-    process, noise = make_process(config.schedule, downscale), training_noise(pipeline, config, step)
-    size = config.data.resolution // downscale
+def model_card(pipeline: Pipeline, sample: ConfigDict, resolution: int, step: int) -> str:
+    """The text of README.md, with a recipe in PyTorch that runs in the model's folder.
+
+    Args:
+        sample: the section of the config.
+        resolution: of the pictures, in pixels.
+    """
+    noising, (channels, size, _) = pipeline.noising, pipeline.latent_shape(resolution)
+    process, noise = noising.process, noising.noise(step)
+    shift = grid_shift(pipeline, sample.shift, size * size)
     return _CARD.format(
         step=step,
         pipeline=pipeline.family.files.pipeline,
-        resolution=config.data.resolution,
+        resolution=resolution,
         prediction=process.predicts,
-        noise=describe(noise, config.noise, size, size),
+        noise=describe(noise, noising.settings, size, size),
         latents="\n".join(f"    {line}" for line in _latents(noise, channels, size)),
         settings=", ".join(
-            f"{name}={config.sample[field]!r}"
+            f"{name}={sample[field]!r}"
             for name, field in (
                 ("num_inference_steps", "num_steps"),
                 ("guidance_scale", "guidance_scale"),
@@ -51,30 +54,30 @@ def model_card(pipeline: Pipeline, config: ConfigDict, step: int) -> str:
             )
         ),
         advice="\n\n".join(
-            (*_start_advice(pipeline, config, step), *filter(None, (process.advice(grid_shift(pipeline, config)),)))
+            (*_start_advice(pipeline, sample, resolution, step), *filter(None, (process.advice(shift),)))
         ),
     )
 
 
-def _start_advice(pipeline: Pipeline, config: ConfigDict, step: int) -> Iterator[str]:
-    noise = training_noise(pipeline, config, step)
-    numbers = f"By the algebra of an exact denoiser, {start_in_words(pipeline, config, step)}."
+def _start_advice(pipeline: Pipeline, sample: ConfigDict, resolution: int, step: int) -> Iterator[str]:
+    noising = pipeline.noising
+    noise, anneal = noising.noise(step), noising.settings.anneal
+    numbers = f"By the algebra of an exact denoiser, {start_in_words(pipeline, sample, resolution, step)}."
     if noise.is_plain:
         yield "With plain noise, PyTorch's default start is the right one."
-        if config.noise.anneal and not training_noise(pipeline, config).is_plain:
+        if anneal and not noising.noise().is_plain:
             yield (
-                f"The noise of most of its training was {config.noise.kind} noise; over the last "
-                f"{config.noise.anneal:.3g} of it the noise became plain."
+                f"The noise of most of its training was {noising.settings.kind} noise; over the last "
+                f"{anneal:.3g} of it the noise became plain."
             )
         yield numbers
         return
-    found = brightness_reach(pipeline, config, noise, is_exported=True)
+    found = brightness_reach(pipeline, sample, resolution, noise, is_exported=True)
     if found.plain < _FAILS * found.matched:
         yield f"**Do not start it from plain noise**: pictures would come out alike in brightness. {numbers}"
     else:
         yield numbers
-    process = make_process(config.schedule, pipeline.autoencoder.downscale)
-    yield _ANCESTRAL if noise.kind == "adjusted" and not process.includes_rate else _DETERMINISTIC
+    yield _ANCESTRAL if noise.kind == "adjusted" and not noising.process.includes_rate else _DETERMINISTIC
     yield _COMFYUI
 
 

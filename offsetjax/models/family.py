@@ -98,7 +98,7 @@ class Captions(NamedTuple):
     time_ids: Float[Array, "b 6"]
 
 
-Values = Mapping[str, Any]  # of a config, by path
+Values = Mapping[str, Any]  # of a config's section `model`, by path, as `model.family`
 
 
 @dataclass(frozen=True)
@@ -203,18 +203,22 @@ class Family:
         return (self.denoiser, self.autoencoder, *self.encoders)
 
 
-def family_of(config: ConfigDict) -> Family:
-    """The family that a config names, or else the one whose architecture it has.
+def family_of(model: ConfigDict) -> Family:
+    """The family that the section `model` of a config names, or else the one whose architecture it has.
 
     Raises:
         UserError: no family has that name.
     """
-    return family_of_values(dict(flatten(config)))
+    return family_of_values(_values(model))
 
 
-def latents_of(config: ConfigDict) -> tuple[int, int]:
-    """The channels of a config's latents, and how many pixels a latent pixel is on a side."""
-    return family_of(config).latents(dict(flatten(config)))
+def latents_of(model: ConfigDict) -> tuple[int, int]:
+    """The channels of a model's latents, and how many pixels a latent pixel is on a side."""
+    return family_of(model).latents(_values(model))
+
+
+def _values(model: ConfigDict) -> Values:
+    return {f"model.{path}": value for path, value in flatten(model)}
 
 
 def open_checkpoint(path: epath.PathLike, variant: str = "") -> Pretrained:

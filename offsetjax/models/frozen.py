@@ -5,7 +5,7 @@ outside the work directory is needed to resume, sample or export, and what was i
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -115,7 +115,6 @@ def stored_dtype(pipeline: Pipeline, part: str) -> Any:
 def load_frozen(
     directory: epath.PathLike,
     pipeline: Pipeline,
-    parts: Sequence[str],
     shardings_of: Callable[[PyTree], PyTree],
 ) -> dict[str, PyTree]:
     """The frozen parts of a work directory in their shards.
@@ -124,7 +123,7 @@ def load_frozen(
         shardings_of: abstract parameters → their shardings.
     """
     loaded = {}
-    for part in parts:
+    for part in pipeline.frozen:
         model = pipeline.parts[part]
         like, where = abstract_params(model), f"workdir: {directory}/{part}"
         tensors = flax_tensors(frozen_tensors(directory, part, model), like, where)

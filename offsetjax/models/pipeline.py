@@ -1,4 +1,4 @@
-"""All parts of a latent diffusion model, built from a config, without weights; and which of them a run trains."""
+"""All parts of a latent diffusion model, built from a config, without weights; and how a run trains them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.diffusion.noise import Noise, make_noise, weight_at
+from offsetjax.diffusion.density import make_density
+from offsetjax.diffusion.noise import make_noise
+from offsetjax.diffusion.noising import Noising
 from offsetjax.diffusion.process import make_process
 from offsetjax.errors import UserError
 from offsetjax.models import attention, lora
@@ -25,18 +27,30 @@ _SHARDS_TO_SCAN = 8  # a loop needs the weights of its layers stacked, which for
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts of a family's model, without weights.
+    """The parts of a family's model, without weights, and how a run trains them.
 
     Attributes:
         parts: the networks by name.
+        noising: of the training, by whose process and from whose noise pictures are drawn.
         settings: what the config's `model` says beside the parts' architectures.
         tokenizers: by text encoder; an autoencoder's training has none.
+        needed: the parts with weights that the run needs.
+        trained: those that it trains, whole or by their adapters.
     """
 
     family: Family
     parts: Mapping[str, Any]
+    noising: Noising
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The parts whose weights do not change: with adapters, all."""
+        is_whole = {part: not isinstance(self.parts[part], Adapted) for part in self.trained}
+        return tuple(part for part in self.needed if not is_whole.get(part))
 
     @property
     def denoiser(self) -> Any:
@@ -45,6 +59,11 @@ class Pipeline:
     @property
     def autoencoder(self) -> Any:
         return self.parts[self.family.autoencoder]
+
+    def latent_shape(self, width: int, height: int | None = None) -> tuple[int, int, int]:
+        """`(c, h, w)` of pictures of so many pixels; of squares where no height is given."""
+        vae = self.autoencoder
+        return vae.latent_channels, (width if height is None else height) // vae.downscale, width // vae.downscale
 
     def denoise(
         self,
@@ -96,29 +115,12 @@ class Named:
 
 def network_parts(config: ConfigDict) -> tuple[str, ...]:
     """The parts with weights that a run needs."""
-    return task_of(config).parts(family_of(config))
+    return task_of(config).parts(family_of(config.model))
 
 
-def trained_parts(config: ConfigDict) -> tuple[str, ...]:
-    """The parts that a run trains, whole or by their adapters."""
-    return task_of(config).trained(family_of(config), config.train.text_encoders)
-
-
-def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
-    """The parts whose weights do not change: with adapters, all of them."""
-    trained = () if config.lora.rank else trained_parts(config)
-    return tuple(part for part in network_parts(config) if part not in trained)
-
-
-def step_parts(config: ConfigDict) -> tuple[str, ...]:
-    """The frozen parts that a train step computes with: no autoencoder where the latents are cached."""
-    unused = family_of(config).autoencoder if config.data.cached_latents else None
-    return tuple(part for part in frozen_parts(config) if part != unused)
-
-
-def is_from_scratch(config: ConfigDict, part: str) -> bool:
-    """Whether a part is drawn at random rather than loaded."""
-    return not config.model.pretrained or part in config.model.from_scratch
+def is_from_scratch(model: ConfigDict, part: str) -> bool:
+    """Whether a part is drawn at random rather than loaded, by the section `model` of a config."""
+    return not model.pretrained or part in model.from_scratch
 
 
 def build(config: ConfigDict, tokenizers: Mapping[str, Any] | None = None) -> Pipeline:
@@ -127,16 +129,35 @@ def build(config: ConfigDict, tokenizers: Mapping[str, Any] | None = None) -> Pi
     Args:
         tokenizers: by text encoder.
     """
-    family = family_of(config)
+    family, task = family_of(config.model), task_of(config)
     parts = family.build(config.model, jnp.dtype(config.model.dtype))
+    trained = task.trained(family, config.train.text_encoders)
     if config.lora.rank:
-        scale = adapter_scale(config)
-        parts |= {part: Adapted(parts[part], scale) for part in trained_parts(config)}
-    settings = {name: value for name, value in config.model.items() if not isinstance(value, ConfigDict)}
-    return Pipeline(family, parts, settings, dict(tokenizers or {}))
+        parts |= {part: Adapted(parts[part], adapter_scale(config.lora)) for part in trained}
+    return Pipeline(
+        family=family,
+        parts=parts,
+        noising=noising_of(config, parts[family.autoencoder].downscale),
+        settings={name: value for name, value in config.model.items() if not isinstance(value, ConfigDict)},
+        tokenizers=dict(tokenizers or {}),
+        needed=task.parts(family),
+        trained=trained,
+    )
 
 
-def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shards: int = 1) -> Pipeline:
+def noising_of(config: ConfigDict, downscale: int) -> Noising:
+    """How a config's training noises latents.
+
+    Args:
+        downscale: pixels of a picture a latent pixel, on a side.
+    """
+    process, train, loss = make_process(config.schedule, downscale), config.train, config.loss
+    steps, least, most = config.schedule.num_train_timesteps, loss.min_timestep, loss.max_timestep
+    density = make_density(config.timesteps, steps, least, most, train.global_batch_size)
+    return Noising(process, density, make_noise(config.noise, process, downscale), config.noise, train.steps)
+
+
+def for_training(pipeline: Pipeline, resolution: int, platform: str, num_shards: int = 1) -> Pipeline:
     """The pipeline as it is trained, to be traced by each device for itself; what it computes carries the parts' names.
 
     The denoiser has `model.attention`, `model.remat` and, as the text encoders have, `model.scan_layers`. Pictures are
@@ -144,33 +165,34 @@ def for_training(pipeline: Pipeline, config: ConfigDict, platform: str, num_shar
     less), where the family allows it and the autoencoder is not itself trained.
 
     Args:
+        resolution: of the pictures, in pixels.
         num_shards: that FSDP splits a weight into.
 
     Raises:
         UserError: the platform ("tpu", "gpu" or "cpu") or the pictures' size has no use for the kernel that is named.
     """
-    setting = config.model.attention
+    setting = pipeline.settings["attention"]
     try:
         kernel = attention.kernel_of(setting, platform, pipeline.denoiser.dtype)
     except ValueError as error:
         raise UserError(f"config: model.attention = {setting}: {error}; auto takes what fits") from None
-    longest = (config.data.resolution // pipeline.autoencoder.downscale) ** 2
+    longest = (resolution // pipeline.autoencoder.downscale) ** 2
     lengths = pipeline.denoiser.attention_lengths(longest)
     if setting in ("splash", "cudnn") and not any(attention.takes_kernel(setting, n, n, channels=1) for n in lengths):
         raise UserError(
             f"config: model.attention = {setting} takes {attention.SHORTEST} positions and more, and "
-            f"data.resolution = {config.data.resolution} gives the blocks {', '.join(map(str, lengths))}; "
+            f"data.resolution = {resolution} gives the blocks {', '.join(map(str, lengths))}; "
             "auto takes what fits"
         )
 
-    scan = config.model.scan_layers
+    scan, remat = pipeline.settings["scan_layers"], pipeline.settings["remat"]
     is_scanned = scan == "always" or (scan == "auto" and num_shards >= _SHARDS_TO_SCAN)
 
     family, parts = pipeline.family, dict(pipeline.parts)
-    if family.autoencoder not in trained_parts(config) and family.encodes_in_half:
+    if family.autoencoder not in pipeline.trained and family.encodes_in_half:
         parts[family.autoencoder] = replace(pipeline.autoencoder, dtype=pipeline.denoiser.dtype)
     trained = lora.ARRAYS if isinstance(pipeline.denoiser, Adapted) else None
-    parts[family.denoiser] = _traced(pipeline.denoiser, Tracing(kernel, config.model.remat, is_scanned, trained))
+    parts[family.denoiser] = _traced(pipeline.denoiser, Tracing(kernel, remat, is_scanned, trained))
     parts |= {part: _traced(parts[part], Tracing(is_scanned=is_scanned)) for part in family.encoders}
     return replace(pipeline, parts={part: Named(part, model) for part, model in parts.items()})
 
@@ -181,20 +203,9 @@ def _traced(model: Any, tracing: Tracing) -> Any:
     return replace(model, tracing=tracing)
 
 
-def training_noise(pipeline: Pipeline, config: ConfigDict, step: Any = None) -> Noise:
-    """The noise that a config trains with.
-
-    Args:
-        step: after which, a number or a traced one; None: before `noise.anneal` makes any difference.
-    """
-    downscale = pipeline.autoencoder.downscale
-    noise = make_noise(config.noise, make_process(config.schedule, downscale), downscale)
-    return noise if step is None else noise.weighted(weight_at(step, config.train.steps, config.noise.anneal))
-
-
-def adapter_scale(config: ConfigDict) -> float:
-    """What the adapters' output is multiplied by: alpha / rank."""
-    return (config.lora.alpha or config.lora.rank) / config.lora.rank
+def adapter_scale(adapters: ConfigDict) -> float:
+    """What the output of adapters, by the section `lora` of a config, is multiplied by: alpha / rank."""
+    return (adapters.alpha or adapters.rank) / adapters.rank
 
 
 def join(trained: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -203,12 +214,6 @@ def join(trained: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> dict[st
     return {**frozen, **trained, **both}
 
 
-def grid_shift(pipeline: Pipeline, config: ConfigDict, pixels: int | None = None) -> float:
-    """The shift of a sampler's grid: `sample.shift`, or by default the process's own at this size.
-
-    Args:
-        pixels: of the latents; by default those of squares of `data.resolution`.
-    """
-    downscale = pipeline.autoencoder.downscale
-    pixels = pixels or (config.data.resolution // downscale) ** 2
-    return config.sample.shift or make_process(config.schedule, downscale).shift_at(pixels)
+def grid_shift(pipeline: Pipeline, shift: float, pixels: int) -> float:
+    """The shift of a sampler's grid: `sample.shift`, or where that is 0 the process's own for so many latent pixels."""
+    return shift or pipeline.noising.process.shift_at(pixels)

@@ -1,4 +1,5 @@
-"""What a config leaves to its checkpoint (family, architecture, schedule), and to its LoRA (rank, targets).
+"""What a config leaves to others: family, architecture and schedule to its checkpoint, strengths or a spectrum of noise
+to its calibration, rank and targets to its LoRA.
 
 The first step of loading a model; `weights.py` is the second, and `trained.py` does both for one that is finished.
 """
@@ -13,10 +14,11 @@ from offsetjax.config import assign, default_config, flatten, is_explicit
 from offsetjax.config.checks import shown
 from offsetjax.config.field import Field
 from offsetjax.config.schema import default, fields
-from offsetjax.diffusion.process import recognised
+from offsetjax.diffusion.calibration import filled, read_calibration
+from offsetjax.diffusion.process import make_process, recognised
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained
-from offsetjax.models.family import FAMILIES, Family, family_of, open_checkpoint
+from offsetjax.models.family import FAMILIES, Family, family_of, latents_of, open_checkpoint
 from offsetjax.models.pipeline import is_from_scratch, network_parts
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import read_lora_of
@@ -35,7 +37,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         _adopt(config, open_checkpoint(config.model.pretrained, config.model.variant))
     elif config.model.from_scratch:
         raise UserError("config: model.from_scratch cannot apply without model.pretrained: all is drawn at random")
-    family = family_of(config)
+    family = family_of(config.model)
     assign(config, "model.family", family.name, explicit=False)
     if config.lora.rank or config.lora.pretrained:
         for field, targets in default_targets(family).items():
@@ -60,10 +62,10 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
         )
     if denoises and pretrained.family:
         assign(config, "model.family", pretrained.family, explicit=False)
-    sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config, part)}
-    if denoises and not is_from_scratch(config, family_of(config).denoiser):
+    sections = {part: config.model[part] for part in network_parts(config) if not is_from_scratch(config.model, part)}
+    if denoises and not is_from_scratch(config.model, family_of(config.model).denoiser):
         sections["scheduler"] = config.schedule
-    declared, family = fields(), family_of(config)
+    declared, family = fields(), family_of(config.model)
     denoiser = family.denoiser
     for part, section in sections.items():
         stored = pretrained.read_config(part)
@@ -125,7 +127,7 @@ def _adopt_value(config: ConfigDict, path: str, value: Any, pretrained: Pretrain
     """
     given = dict(flatten(config))[path]
     is_stated = is_explicit(config, path) or given != default(path)
-    if is_stated and given != value and path not in family_of(config).files.unread:
+    if is_stated and given != value and path not in family_of(config.model).files.unread:
         anew = f", or add {part} to model.from_scratch" if part else ""
         raise UserError(
             f"config: {path} = {given!r}, but {pretrained.path} has {shown(value)}; set it to that, or leave it out"
@@ -163,7 +165,7 @@ def _check_value(what: str, field: Field, value: Any) -> None:
 
 def check_architecture(config: ConfigDict) -> None:
     """Raises a UserError unless the autoencoder takes pictures, and the denoiser what the other networks give."""
-    family = family_of(config)
+    family = family_of(config.model)
     vae = config.model[family.autoencoder]
     if (vae.get("in_channels", 3), vae.get("out_channels", 3)) != (3, 3):
         where = f"model.{family.autoencoder}"
@@ -174,12 +176,12 @@ def check_architecture(config: ConfigDict) -> None:
 
 def resolution_unit(config: ConfigDict) -> int:
     """What the sides of pictures must be a multiple of, in pixels, for the networks of a training."""
-    family = family_of(config)
+    family = family_of(config.model)
     return family.resolution_unit(config.model, _networks(config))
 
 
 def _networks(config: ConfigDict) -> list[str]:
-    family = family_of(config)
+    family = family_of(config.model)
     return [part for part in (family.autoencoder, family.denoiser) if part in network_parts(config)]
 
 
@@ -193,6 +195,24 @@ def check_resolution(config: ConfigDict) -> None:
         )
 
 
+def calibrated(config: ConfigDict) -> ConfigDict:
+    """The config with what `noise.calibration` fills in; the same config where that is empty.
+
+    Raises:
+        UserError: the file cannot be read, or what it says does not go with the config.
+    """
+    path, (channels, downscale) = config.noise.calibration, latents_of(config.model)
+    if not path:
+        return config
+    process = make_process(config.schedule, downscale)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.noise = filled(
+            config.noise, read_calibration(path), process, config.data.resolution, channels, downscale
+        )
+    return config
+
+
 def adopt_lora(config: ConfigDict) -> tuple[str, ...]:
     """Sets rank, alpha and targets of `config.lora` to those of `lora.pretrained`, where there is one.
 
@@ -204,8 +224,8 @@ def adopt_lora(config: ConfigDict) -> tuple[str, ...]:
     """
     if not config.lora.pretrained:
         return ()
-    loaded = read_lora_of(config)
-    family = family_of(config)
+    loaded = read_lora_of(config.model, config.lora.pretrained)
+    family = family_of(config.model)
     defaults = {**default_config().lora.to_dict(), **default_targets(family)}
     found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}
     found |= {"targets": loaded.targets(family.denoiser)} if family.denoiser in loaded.adapters else {}

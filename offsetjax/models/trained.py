@@ -6,7 +6,7 @@ Its config is read first (`resolve.py`, or the run's own), then its weights (`we
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -28,7 +28,7 @@ from offsetjax.json_text import parse_object
 from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.frozen import frozen_tensors, load_frozen, read_tokenizers, stored_dtype
 from offsetjax.models.lora import merged_tensors
-from offsetjax.models.pipeline import Pipeline, adapter_scale, build, frozen_parts, network_parts
+from offsetjax.models.pipeline import Pipeline, adapter_scale, build, noising_of
 from offsetjax.models.resolve import adopt_lora, resolve
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_trained, initial_trained, load, part_tensors, pretrained_tokenizers
@@ -76,9 +76,10 @@ def load_model(path: epath.PathLike, *, variant: str = "", lora: str = "") -> Tr
     weights = {}
     for part, tree in tensors.items():
         weights[part] = load(tree, place(tree), stored_dtype(pipeline, part))
-    frozen = {part: weights.pop(part) for part in frozen_parts(config)}
+    frozen = {part: weights.pop(part) for part in pipeline.frozen}
     if lora:
-        weights = initial_trained(config, pipeline, place(abstract_trained(config, pipeline)))
+        shardings = place(abstract_trained(pipeline, config.lora))
+        weights = initial_trained(pipeline, config.model, config.lora, config.seed, shardings)
     return Trained(config, pipeline, weights, frozen, step, "raw", mesh)
 
 
@@ -130,7 +131,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
     config, pipeline, which = _open_workdir(workdir, which)
     mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
     place = partial(sharding.shardings, mesh, pipeline.sharding)
-    like = abstract_trained(config, pipeline)
+    like = abstract_trained(pipeline, config.lora)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)
         params = checkpoint.restore_part(manager, _FIELD[which], checkpoint.abstract(like, place(like)), step)
@@ -139,7 +140,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
             f"workdir: {workdir}, step {step}: {_not_finite(params)} of the {which} weights has values that are not "
             "finite; give other --params or an earlier --step"
         )
-    frozen = load_frozen(epath.Path(workdir) / "frozen", pipeline, frozen_parts(config), place)
+    frozen = load_frozen(epath.Path(workdir) / "frozen", pipeline, place)
     return Trained(config, pipeline, params, frozen, step, which, mesh)
 
 
@@ -167,7 +168,7 @@ class Stored:
         tensors = frozen_tensors(self.frozen, part, self.pipeline.parts[part])
         if part not in self.params:
             return tensors
-        return merged_tensors(tensors, self.adapters(part), adapter_scale(self.config))
+        return merged_tensors(tensors, self.adapters(part), adapter_scale(self.config.lora))
 
     def adapters(self, part: str) -> PyTree:
         """The adapters of a part, on the host."""
@@ -183,7 +184,7 @@ def open_stored(workdir: epath.PathLike, step: int | None = None, which: str | N
     config, pipeline, which = _open_workdir(workdir, which)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)
-        params = arrays.open_part(manager, _FIELD[which], abstract_trained(config, pipeline), step)
+        params = arrays.open_part(manager, _FIELD[which], abstract_trained(pipeline, config.lora), step)
     return Stored(config, pipeline, params, epath.Path(workdir) / "frozen", step, which)
 
 
@@ -194,7 +195,7 @@ def _open_workdir(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDic
     if not (folder / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
-    pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config)))
+    pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config.model)))
     if task_of(config).denoises and len(pipeline.tokenizers) != len(pipeline.family.encoders):
         raise UserError(f"workdir: {folder / 'frozen'} lacks a tokenizer; restore it from a copy")
     digests.check(folder / "frozen")
@@ -221,9 +222,11 @@ def _open_pretrained(
         own = read_metadata(lora, "lora.pretrained")
         _adopt_flow(config, own)
         where, header = (f"sample: {lora}", own) if "offsetjax.noise" in own else (where, header)
-    pipeline = build(config, pretrained_tokenizers(config))
-    step, parts = _describe(config, pipeline, header, where), network_parts(config)
-    return config, pipeline, {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in parts}, step
+    pipeline = build(config, pretrained_tokenizers(config.model))
+    step = _describe(config, pipeline, header, where)
+    pipeline = replace(pipeline, noising=noising_of(config, pipeline.autoencoder.downscale))
+    tensors = {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in pipeline.needed}
+    return config, pipeline, tensors, step
 
 
 def _adopt_flow(config: ConfigDict, header: Mapping[str, str]) -> None:

@@ -25,8 +25,7 @@ from offsetjax.formats.pretrained import Pretrained
 from offsetjax.formats.tensors import Tensor, inspected
 from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.lora import init_adapters
-from offsetjax.models.pipeline import Pipeline, build, is_from_scratch, trained_parts
-from offsetjax.models.task import task_of
+from offsetjax.models.pipeline import Pipeline, is_from_scratch
 from offsetjax.parallel.sharding import path_name
 from offsetjax.rng import stream_key
 
@@ -72,19 +71,20 @@ def part_tensors(pretrained: Pretrained, part: str, model: Any) -> PyTree:
     return flax_tensors(pretrained.tensors(part), abstract_params(model), where)
 
 
-def initial_params(config: ConfigDict, part: str, model: Any, shardings: PyTree | None = None) -> PyTree:
+def initial_params(model: ConfigDict, seed: int, part: str, network: Any, shardings: PyTree | None = None) -> PyTree:
     """A part's float32 parameters before training: loaded, or drawn at random from the stream `init/part`.
 
     Args:
+        model: the section of a config.
         shardings: where they lie; None: on the host.
 
     Raises:
         UserError: a loaded one has values that are not finite.
     """
-    if is_from_scratch(config, part):
-        return jax.jit(model.init, out_shardings=shardings)(stream_key(config.seed, f"init/{part}"))
-    tensors = part_tensors(open_checkpoint(config.model.pretrained, config.model.variant), part, model)
-    where = f"model.pretrained: {config.model.pretrained}: {part}"
+    if is_from_scratch(model, part):
+        return jax.jit(network.init, out_shardings=shardings)(stream_key(seed, f"init/{part}"))
+    tensors = part_tensors(open_checkpoint(model.pretrained, model.variant), part, network)
+    where = f"model.pretrained: {model.pretrained}: {part}"
     tensors = jax.tree_util.tree_map_with_path(lambda path, tensor: _finite(tensor, where + path_name(path)), tensors)
     return on_host(tensors) if shardings is None else load(tensors, shardings, np.float32)
 
@@ -97,28 +97,24 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     return inspected(tensor, check)
 
 
-def initial_tensors(config: ConfigDict, part: str, model: Any) -> dict[str, Tensor]:
+def initial_tensors(model: ConfigDict, seed: int, part: str, network: Any) -> dict[str, Tensor]:
     """A part before training by PyTorch's names: loaded, in the type in which it is stored, or drawn at random."""
-    if is_from_scratch(config, part):
-        return torch_tensors(jax.device_get(initial_params(config, part, model)))
-    return torch_tensors(part_tensors(open_checkpoint(config.model.pretrained, config.model.variant), part, model))
+    if is_from_scratch(model, part):
+        return torch_tensors(jax.device_get(initial_params(model, seed, part, network)))
+    return torch_tensors(part_tensors(open_checkpoint(model.pretrained, model.variant), part, network))
 
 
-def carried_tensors(config: ConfigDict) -> dict[str, Tensor]:
+def carried_tensors(model: ConfigDict) -> dict[str, Tensor]:
     """What a single file has beyond the parts, kept so that an export can give it back."""
-    if not config.model.pretrained or not task_of(config).denoises:
-        return {}
-    return open_checkpoint(config.model.pretrained, config.model.variant).carried()
+    return open_checkpoint(model.pretrained, model.variant).carried() if model.pretrained else {}
 
 
-def left_out_tensors(config: ConfigDict) -> tuple[str, ...]:
+def left_out_tensors(model: ConfigDict) -> tuple[str, ...]:
     """The names of what a single file holds of its own training, which is no part of a model."""
-    if not config.model.pretrained:
-        return ()
-    return tuple(open_checkpoint(config.model.pretrained, config.model.variant).ignored())
+    return tuple(open_checkpoint(model.pretrained, model.variant).ignored()) if model.pretrained else ()
 
 
-def pretrained_tokenizers(config: ConfigDict) -> dict[str, Any] | None:
+def pretrained_tokenizers(model: ConfigDict) -> dict[str, Any] | None:
     """The tokenizers that come with the weights, by text encoder; None where captions have to teach one.
 
     A single file has none, and gets those that all models of its family have; so does a text encoder that is drawn at
@@ -127,20 +123,20 @@ def pretrained_tokenizers(config: ConfigDict) -> dict[str, Any] | None:
     Raises:
         UserError: the checkpoint brings none, and its family has none of its own, or they do not fit the encoders.
     """
-    family, folder = family_of(config), epath.Path(config.model.pretrained)
-    tokenizing, is_learned = family.tokenizing, is_from_scratch(config, "tokenizer")
+    family, folder = family_of(model), epath.Path(model.pretrained)
+    tokenizing, is_learned = family.tokenizing, is_from_scratch(model, "tokenizer")
     if not is_learned and folder.is_dir():
         found = {}
         for part, name in tokenizing.folders.items():
             tokenizer = tokenizing.load(folder / name)
             try:
-                found[part] = tokenizing.fit(tokenizer, config.model[part])
+                found[part] = tokenizing.fit(tokenizer, model[part])
             except ValueError as error:
                 raise UserError(
                     f"model.pretrained: {folder}: {part} has {error}; give the tokenizer that it was trained with"
                 ) from error
         return found
-    published = tokenizing.published(config.model)
+    published = tokenizing.published(model)
     if published is None and not is_learned:
         raise UserError(
             f"model.pretrained: {folder} brings no tokenizer, and its text encoders know other tokens than those of "
@@ -149,54 +145,56 @@ def pretrained_tokenizers(config: ConfigDict) -> dict[str, Any] | None:
     return published
 
 
-def new_tokenizers(config: ConfigDict, captions: Sequence[str]) -> dict[str, Any]:
+def new_tokenizers(model: ConfigDict, captions: Sequence[str]) -> dict[str, Any]:
     """Tokenizers by text encoder, which have learnt their words from captions."""
-    return family_of(config).tokenizing.new(config.model, captions)
+    return family_of(model).tokenizing.new(model, captions)
 
 
-def abstract_trained(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]:
-    """The shapes of what a run trains, by part: whole parts, or their adapters."""
-    models = {part: pipeline.parts[part] for part in trained_parts(config)}
-    if not config.lora.rank:
-        return {part: abstract_params(model) for part, model in models.items()}
-    return jax.eval_shape(lambda: {part: _new_adapters(config, part, model) for part, model in models.items()})
+def abstract_trained(pipeline: Pipeline, lora: ConfigDict) -> dict[str, PyTree]:
+    """The shapes of what a run trains, by part: whole parts, or the adapters of the section `lora` of its config."""
+    if not lora.rank:
+        return {part: abstract_params(pipeline.parts[part]) for part in pipeline.trained}
+    return jax.eval_shape(lambda: {part: _new_adapters(pipeline, lora, 0, part) for part in pipeline.trained})
 
 
-def initial_trained(config: ConfigDict, pipeline: Pipeline, shardings: dict[str, PyTree]) -> dict[str, PyTree]:
+def initial_trained(
+    pipeline: Pipeline, model: ConfigDict, lora: ConfigDict, seed: int, shardings: dict[str, PyTree]
+) -> dict[str, PyTree]:
     """What a run trains before its first step, by part, in float32.
+
+    Args:
+        model, lora: the sections of its config.
 
     Raises:
         UserError: the model or the LoRA to start from cannot be read, or is another architecture's.
     """
-    models = {part: pipeline.parts[part] for part in trained_parts(config)}
-    if config.lora.rank:
-        new = {part: _new_adapters(config, part, model) for part, model in models.items()}
-        loaded = read_lora_of(config).adapters if config.lora.pretrained else {}
+    if lora.rank:
+        new = {part: _new_adapters(pipeline, lora, seed, part) for part in pipeline.trained}
+        loaded = read_lora_of(model, lora.pretrained).adapters if lora.pretrained else {}
         return jax.device_put({**new, **loaded}, shardings)
-    return {part: initial_params(config, part, model, shardings[part]) for part, model in models.items()}
+    return {part: initial_params(model, seed, part, pipeline.parts[part], shardings[part]) for part in pipeline.trained}
 
 
-def check_initial(config: ConfigDict, pipeline: Pipeline) -> None:
+def check_initial(pipeline: Pipeline, model: ConfigDict, lora: ConfigDict) -> None:
     """Raises the UserErrors of `initial_trained`, from the headers of the files, before anything is written."""
-    abstract_trained(config, pipeline)
-    for part in trained_parts(config):
-        if not config.lora.rank and not is_from_scratch(config, part):
-            initial_tensors(config, part, pipeline.parts[part])
+    abstract_trained(pipeline, lora)
+    for part in () if lora.rank else pipeline.trained:
+        if not is_from_scratch(model, part):
+            part_tensors(open_checkpoint(model.pretrained, model.variant), part, pipeline.parts[part])
 
 
-def _new_adapters(config: ConfigDict, part: str, model: Any) -> PyTree:
-    key = stream_key(config.seed, f"init/{part}/adapters")
-    field = "targets" if part == family_of(config).denoiser else "text_encoder_targets"
-    return init_adapters(key, abstract_params(model), config.lora[field], config.lora.rank, f"lora.{field}")
+def _new_adapters(pipeline: Pipeline, lora: ConfigDict, seed: int, part: str) -> PyTree:
+    key = stream_key(seed, f"init/{part}/adapters")
+    field = "targets" if part == pipeline.family.denoiser else "text_encoder_targets"
+    return init_adapters(key, abstract_params(pipeline.parts[part]), lora[field], lora.rank, f"lora.{field}")
 
 
-def read_lora_of(config: ConfigDict) -> LoadedLora:
-    """The adapters of `lora.pretrained`, checked against the model."""
-    plain = config.copy_and_resolve_references()
-    plain.lora.rank = 0
-    bare = build(plain)
-    bases = {part: abstract_params(bare.parts[part]) for part in bare.parts if part != bare.family.autoencoder}
-    return read_lora(config.lora.pretrained, bases, bare.family.name)
+def read_lora_of(model: ConfigDict, path: epath.PathLike) -> LoadedLora:
+    """The adapters of a LoRA's file, checked against the networks that they are for."""
+    family = family_of(model)
+    networks = family.build(model, jnp.dtype(model.dtype))
+    bases = {part: abstract_params(networks[part]) for part in networks if part != family.autoencoder}
+    return read_lora(path, bases, family.name)
 
 
 def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:

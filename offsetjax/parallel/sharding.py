@@ -58,14 +58,17 @@ def split_layers(columns: str, rows: str) -> tuple[Rule, ...]:
     return Rule(rf"/({columns})/kernel$", 1, True), Rule(rf"/({rows})/kernel$", 0, True)
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config.mesh`, over all devices of this machine or those given.
+def make_mesh(axes: ConfigDict, train: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of the section `mesh` of a config, over all devices of this machine or those given.
+
+    Args:
+        train: the section that says how large a batch is.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, or the batch or the slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
-    shape = {axis: config.mesh[axis] for axis in AXES}
+    shape = {axis: axes[axis] for axis in AXES}
     known = int(np.prod([size for size in shape.values() if size != -1]))
     if len(devices) % known or (-1 not in shape.values() and known != len(devices)):
         raise UserError(
@@ -78,7 +81,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"config: mesh.data = {shape['data']} must be a multiple of the {slices} slices: parameters are split "
             f"within a slice, and replicated over the slices; set mesh.data = {slices}, with mesh.fsdp = -1"
         )
-    parts, batch = shape["data"] * shape["fsdp"], config.train.global_batch_size // config.train.accumulate_steps
+    parts, batch = shape["data"] * shape["fsdp"], train.global_batch_size // train.accumulate_steps
     if batch % parts:
         split_over = f"{len(devices)} devices" if parts == len(devices) else f"mesh.data x mesh.fsdp = {parts}"
         raise UserError(

@@ -9,16 +9,17 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config, flatten
-from offsetjax.data.buckets import Size
-from offsetjax.diffusion.calibration import fill
+from offsetjax.data.buckets import Size, square
 from offsetjax.errors import UserError
-from offsetjax.models.family import family_of, latents_of
+from offsetjax.models.family import family_of
 from offsetjax.models.pipeline import Pipeline, is_from_scratch
-from offsetjax.models.resolve import adopt_lora, check_resolution, resolve
+from offsetjax.models.resolve import adopt_lora, calibrated, check_resolution, resolve
+from offsetjax.models.weights import abstract_trained
 from offsetjax.parallel import sharding
 from offsetjax.train import jit_train_step
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, abstract_state
 from offsetjax.training.setup import Run
+from offsetjax.training.step import make_update
 
 
 class Program(NamedTuple):
@@ -42,11 +43,13 @@ def make_program(config: ConfigDict, devices: list[Any], size: Size | None = Non
     Raises:
         UserError: the mesh or the batch does not divide, or the architecture is none.
     """
-    mesh = sharding.make_mesh(config, devices)
-    pipeline = abstract_pipeline(config)
-    run = Run(config, epath.Path("."), mesh, pipeline, abstract_frozen(config, pipeline))
-    state, frozen = abstract_state(config, pipeline), run.step_frozen
-    batch = abstract_batch(config, pipeline, size, count)
+    train, data, pipeline = config.train, config.data, abstract_pipeline(config)
+    mesh = sharding.make_mesh(config.mesh, train, devices)
+    run = Run(config, epath.Path("."), mesh, pipeline, abstract_frozen(pipeline))
+    state = abstract_state(abstract_trained(pipeline, config.lora), make_update(config.optimizer, train, config.model))
+    frozen = run.step_frozen
+    size, count = size or square(data.resolution), count or train.global_batch_size
+    batch = abstract_batch(pipeline, size, count, data.cached_latents)
     places = tuple(sharding.shardings(mesh, pipeline.sharding, tree) for tree in (state, frozen))
     over_devices = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.BATCH), batch)
     step = jit_train_step(run, places[0])
@@ -60,13 +63,11 @@ def architecture(config: ConfigDict) -> ConfigDict:
         UserError: settings that contradict it, as in a training.
     """
     if not config.model.pretrained or epath.Path(config.model.pretrained).exists():
-        config = resolve(config)
-        config = fill(config, *latents_of(config))
+        config = calibrated(resolve(config))
         adopt_lora(config)
     else:
-        config = _of_preset(config)
-        config = fill(config, *latents_of(config))
-    vae = config.model[family_of(config).autoencoder]
+        config = calibrated(_of_preset(config))
+    vae = config.model[family_of(config.model).autoencoder]
     if vae.get("scaling_factor") == 0:  # a training standardises the latents before its first step
         vae.scaling_factor = 1.0
     check_resolution(config)
@@ -80,10 +81,10 @@ def _of_preset(config: ConfigDict) -> ConfigDict:
             f"config: the rank of lora.pretrained = {config.lora.pretrained!r} is not read without model.pretrained, "
             f"and {config.model.pretrained} is not there; give it as lora.rank"
         )
-    parts = [part for part in family_of(config).parts if not is_from_scratch(config, part)]
+    parts = [part for part in family_of(config.model).parts if not is_from_scratch(config.model, part)]
     if config.model.family:
         preset, defaults = default_config(), dict(flatten(default_config()))
-        family_of(config).preset(preset)
+        family_of(config.model).preset(preset)
         for path, value in flatten(preset):
             if path.rpartition(".")[0] not in {f"model.{part}" for part in parts}:
                 continue
@@ -95,7 +96,7 @@ def _of_preset(config: ConfigDict) -> ConfigDict:
                     f"{section} in model.from_scratch"
                 )
             config.model[section][leaf] = value
-        for key in family_of(config).files.said_by_index:
+        for key in family_of(config.model).files.said_by_index:
             config.model[key] = preset.model[key]
     # All shapes are known now, and no file has to be there.
     config.model.pretrained, config.model.from_scratch, config.lora.pretrained = "", (), ""

@@ -130,7 +130,7 @@ def _facts(program: Program) -> dict[str, Any]:
     config, (state, frozen, batch) = program.config, program.arguments
     state_at, frozen_at, batch_at = program.shardings
     # Beside what the step takes: an autoencoder that only draws, where latents are cached.
-    idle = {part: tree for part, tree in abstract_frozen(config, program.pipeline).items() if part not in frozen}
+    idle = {part: tree for part, tree in abstract_frozen(program.pipeline).items() if part not in frozen}
     devices = program.mesh.devices.flat
     return {
         "parts": list(program.pipeline.parts),

@@ -31,9 +31,8 @@ from offsetjax.diffusion.calibration import (
     summarise,
     terminal_snr,
 )
-from offsetjax.diffusion.density import make_density
 from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
-from offsetjax.diffusion.process import Process, make_process, mode_snr
+from offsetjax.diffusion.process import Process, mode_snr
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, write_all
 from offsetjax.models.encode import to_unit_range
@@ -73,7 +72,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         )
     if jax.process_index() == 0:  # who writes it
         check_file("calibrate", out)
-    mesh = sharding.make_mesh(config)
+    mesh = sharding.make_mesh(config.mesh, config.train)
     source = open_data(config.data)
     if len(source) < 2:
         raise UserError(f"calibrate: {source.label} has one picture; a variance needs two or more")
@@ -97,15 +96,15 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         target_terminal_snr=target,
     )
     if jax.process_index() == 0:
-        downscale = pipeline.autoencoder.downscale
-        process = make_process(config.schedule, downscale)
-        noise = configured_noise(config, calibration, downscale)
-        strengths, _ = recommended_strengths(config, calibration, process, downscale)
+        resolution, downscale = config.data.resolution, pipeline.autoencoder.downscale
+        process = pipeline.noising.process
+        noise = configured_noise(config.noise, calibration, process, resolution, downscale)
+        strengths, _ = recommended_strengths(config.noise, calibration, process, resolution, downscale)
         has_terminal_snr = terminal_snr(process) > 0
         if has_terminal_snr:
             for line in table(calibration, modes.variance, noise, strengths, process):
                 _log.info("%s", line)
-        drawn = Drawn(process, make_density(config), drawing(pipeline, config))
+        drawn = Drawn(process, pipeline.noising.density, drawing(pipeline, config.sample, resolution))
         advice = reach_advice(drawn, calibration)
         if not has_terminal_snr:  # the strength goes by what the sampler returns; in the config's own terms too
             effective, size = np.full(1, advice.offset or 0.0), (calibration.height, calibration.width)
@@ -113,7 +112,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         suffices = has_terminal_snr or advice.offset is not None
         if suffices:  # of the channel that needs the most
             advice = dataclasses.replace(advice, offset=float(f"{strengths.max():.3g}"))
-        recommended = _with_strength(config, advice.offset or 0.0, process, downscale)
+        recommended = _with_strength(config.noise, advice.offset or 0.0, process, downscale)
         for line in reach_table(drawn, calibration, modes.variance, noise, advice, recommended):
             _log.info("%s", line)
         pictures = {
@@ -184,24 +183,25 @@ def _jit_batch_modes(vae: Any, params: PyTree, mesh: Mesh) -> Callable[..., tupl
     )
 
 
-def configured_noise(config: ConfigDict, calibration: Calibration, downscale: int) -> Noise:
-    """The noise of a training with this config, whose `noise.calibration` will be this one."""
-    process = make_process(config.schedule, downscale)
-    if config.noise.calibration:
+def configured_noise(
+    settings: ConfigDict, calibration: Calibration, process: Process, resolution: int, downscale: int
+) -> Noise:
+    """The noise of a training with this section `noise`, whose `calibration` will be this one."""
+    if settings.calibration:
         try:
-            config = filled(config, calibration, len(calibration.mean), downscale)
+            settings = filled(settings, calibration, process, resolution, len(calibration.mean), downscale)
         except UserError as refusal:  # the training will say so too; what was measured is of use still
             _log.warning("%s; the tables show plain noise instead", refusal)
             return PLAIN
-    noise = make_noise(config.noise, process, downscale)
+    noise = make_noise(settings, process, downscale)
     if noise.adaptive_scale and noise.data_mean is None:
         noise = dataclasses.replace(noise, data_mean=(calibration.mean, np.sqrt(calibration.mean_variance)))
     return noise
 
 
-def _with_strength(config: ConfigDict, strength: float, process: Process, downscale: int) -> Noise:
+def _with_strength(settings: ConfigDict, strength: float, process: Process, downscale: int) -> Noise:
     """The config's noise with another strength of its offset; plain noise with it where the kind has none."""
-    noise = config.noise.copy_and_resolve_references()
+    noise = settings.copy_and_resolve_references()
     noise.update(offset_strength=float(strength), channel_strengths=(), adaptive_scale=0.0, spectrum=())
     noise.kind = "offset" if noise.kind == "spectral" else noise.kind
     return make_noise(noise, process, downscale)

@@ -66,12 +66,12 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         raise UserError("data: `data encode` makes latents of central crops; leave out data.random_crop")
     of_training = open_data(config.data)
     config, pipeline, params, statistics = open_vae(config, of_training)
-    sources = _whole_splits(config)
+    sources = _whole_splits(config.data, config.validation.split)
     buckets = open_buckets(config, of_training)  # a training's; what else its splits hold goes to the same sizes
     sizes = buckets.sizes if buckets else ()
     for line in (*buckets.describe(), *buckets.notes) if buckets else ():
         _log.info("  %s", line)
-    cache = _describe(config, pipeline.autoencoder, params, statistics, sources, sizes)
+    cache = _describe(config.data, pipeline.autoencoder, params, statistics, sources, sizes)
     whole = {split: measured(source) for split, source in sources.items()} if sizes else {}
     placed = {split: assign(each[:, 0], each[:, 1], sizes, limits_of(config.data)) for split, each in whole.items()}
     finished = caches.is_finished(out, cache)
@@ -119,7 +119,9 @@ def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, 
     validate(config)  # what was read may not go with what was set
     check_resolution(config)
     pipeline, statistics = build(config), None
-    params = jax.device_get(initial_params(config, pipeline.family.autoencoder, pipeline.autoencoder))
+    params = jax.device_get(
+        initial_params(config.model, config.seed, pipeline.family.autoencoder, pipeline.autoencoder)
+    )
     if pipeline.autoencoder.scaling_factor == 0:
         statistics = latent_statistics(config, pipeline, params, source)
         params = pipeline.autoencoder.standardised(params, *statistics)
@@ -137,16 +139,16 @@ def _is_shown(is_there: Callable[[], bool]) -> bool:
     return is_shown
 
 
-def _whole_splits(config: ConfigDict) -> dict[str, Source]:
-    """The splits, by their names, that the config takes pictures from: `train` for `train[:95%]`."""
-    names = split_names("+".join(spec for spec in (config.data.split, config.validation.split) if spec))
+def _whole_splits(data: ConfigDict, validation_split: str) -> dict[str, Source]:
+    """The splits, by their names, that a training takes pictures from: `train` for `train[:95%]`."""
+    names = split_names("+".join(spec for spec in (data.split, validation_split) if spec))
     if "all" in names:  # TFDS's name for the sum of them, which no data set can have for one of its own
         raise UserError("data: `data encode` needs the splits that 'all' stands for, such as 'train+test'")
-    return {name: open_data(config.data, name) for name in sorted(names)}
+    return {name: open_data(data, name) for name in sorted(names)}
 
 
 def _describe(
-    config: ConfigDict,
+    data: ConfigDict,
     vae: Any,
     params: PyTree,
     statistics: Statistics | None,
@@ -154,21 +156,21 @@ def _describe(
     sizes: Sequence[Size],
 ) -> Cache:
     mean, std = statistics or (np.array([]), np.array([]))
-    side = config.data.resolution // vae.downscale
+    side = data.resolution // vae.downscale
     return Cache(
         encoder=encoder_checksum(vae, params),
         scaling_factor=vae.scaling_factor,
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
         latent_shape=(vae.latent_channels,) if sizes else (vae.latent_channels, side, side),
-        resolution=config.data.resolution,
-        random_flip=config.data.random_flip,
-        source=config.data.path,
+        resolution=data.resolution,
+        random_flip=data.random_flip,
+        source=data.path,
         num_examples={split: len(source) for split, source in sources.items()},
         num_bytes={split: int(source.fingerprint().get("num_bytes", 0)) for split, source in sources.items()},
         sizes=[str(size) for size in sizes],
-        max_aspect=config.data.max_aspect if sizes else 0.0,
-        max_enlargement=config.data.max_enlargement if sizes else 0.0,
+        max_aspect=data.max_aspect if sizes else 0.0,
+        max_enlargement=data.max_enlargement if sizes else 0.0,
     )
 
 

@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import validate
 from offsetjax.diffusion.noise import PLAIN, Noise, describe
-from offsetjax.diffusion.process import make_process
+from offsetjax.diffusion.noising import Noising
 from offsetjax.diffusion.sampler import ANCESTRAL, coefficients, guided, mean_table, solve
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
 from offsetjax.models.encode import encode_captions
 from offsetjax.models.family import Ids
-from offsetjax.models.pipeline import Pipeline, grid_shift, join, training_noise
+from offsetjax.models.pipeline import Pipeline, grid_shift, join
 from offsetjax.models.resolve import check_resolution
 from offsetjax.models.task import task_of
 from offsetjax.models.trained import Trained, load_trained
@@ -30,7 +30,7 @@ from offsetjax.parallel import sharding
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture, write_comparison, write_samples
 from offsetjax.sampling.reach import start_warning
-from offsetjax.sampling.size import check_drawn_size, drawn_size, latent_shape
+from offsetjax.sampling.size import check_drawn_size, drawn_size
 
 _log = logging.getLogger("offsetjax")
 
@@ -40,25 +40,43 @@ PixelSampler = Callable[..., Float[Array, "b 3 H W"]]
 
 @dataclass(frozen=True)
 class Sampler:
-    """`draw(params, frozen, input_ids, negative_ids, keys [b], shifts [b], step) → uint8 [b, H, W, 3]`.
+    """`draw(params, frozen, input_ids, sampler.negative_ids, keys [b], shifts [b], step) → uint8 [b, H, W, 3]`.
 
     Ids are by text encoder: those of the prompts [b, n], the negative prompt's [n]. The step is the parameters', by
     which `noise.anneal` says how strong their noise is.
+
+    Attributes:
+        batch_size: pictures drawn at once.
+        num_devices: which share a batch that they divide.
+        tokenize: prompts' ids.
+        negative_ids: of all pictures.
+        brightness: the values of `sample.brightness`; each picture is drawn with each.
+        seed: of the run.
     """
 
     draw: Callable[..., UInt8[Array, "b H W 3"]]
-    batch_size: int  # pictures drawn at once
-    num_devices: int  # which share a batch that they divide
+    batch_size: int
+    num_devices: int
+    tokenize: Callable[[Sequence[str]], Ids]
+    negative_ids: Ids
+    brightness: tuple[float, ...]
+    seed: int
 
 
-def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> Sampler:
-    """The sampler of a config, jitted; on a mesh, a batch is split over all devices, and the pictures are everywhere.
+def make_sampler(
+    pipeline: Pipeline, sample: ConfigDict, resolution: int, seed: int, mesh: Mesh | None = None
+) -> Sampler:
+    """The sampler of the section `sample` of a config, jitted.
 
     The start is drawn from the noise of training (`sample.start_noise = "matched"`) or is plain; `shifts` are values of
     `sample.brightness`, and are not read where it is empty.
+
+    Args:
+        resolution: of the training's pictures, in pixels: by default, of those that are drawn.
+        mesh: a batch is split over all of its devices, and the pictures are everywhere.
     """
-    pixels_of = pixel_sampler(pipeline, config)
-    _, height, width = latent_shape(pipeline, config)
+    pixels_of = pixel_sampler(pipeline, sample, resolution)
+    shape = pipeline.latent_shape(*drawn_size(sample, resolution))
     num_devices = mesh.size if mesh else 1
 
     def split(array: Array) -> Array:
@@ -75,87 +93,93 @@ def make_sampler(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = Non
         shifts: Float[Array, " b"],
         step: Int[Array, ""] | None = None,
     ) -> UInt8[Array, "b H W 3"]:
-        start = start_noise(pipeline, config, keys, step)
-        if config.sample.brightness:
-            start = set_brightness(pipeline, config, frozen[pipeline.family.autoencoder], start, shifts, step)
+        noise = sampling_noise(pipeline.noising, sample.start_noise, step)
+        start = start_noise(noise, shape, keys)
+        if sample.brightness:
+            vae_params = frozen[pipeline.family.autoencoder]
+            start = set_brightness(pipeline.autoencoder, vae_params, noise, start, shifts)
         ids = jax.tree.map(split, input_ids)
         pixels = split(pixels_of(params, frozen, ids, negative_ids, split(start), keys, step))
         return jnp.transpose(jnp.round(pixels * 255.0).astype(jnp.uint8), (0, 2, 3, 1))
 
     # What a device can decode at once shrinks fast as pictures grow: 16 of 512 px, one of 1024 px.
-    each = max(1, min(_BATCH, round(_BATCH * (_LATENTS / (height * width)) ** 2)))
+    each = max(1, min(_BATCH, round(_BATCH * (_LATENTS / (shape[1] * shape[2])) ** 2)))
     jitted = jax.jit(draw, out_shardings=NamedSharding(mesh, P()) if mesh else None)
-    return Sampler(jitted, each * num_devices, num_devices)
+    return Sampler(
+        draw=jitted,
+        batch_size=each * num_devices,
+        num_devices=num_devices,
+        tokenize=pipeline.tokenize,
+        negative_ids=pipeline.tokens(sample.negative_prompt).input_ids,
+        brightness=tuple(sample.brightness),
+        seed=seed,
+    )
 
 
-def sampling_noise(pipeline: Pipeline, config: ConfigDict, step: Any = None) -> Noise:
+def sampling_noise(noising: Noising, start_noise: str, step: Any = None) -> Noise:
     """The noise that sampling starts from and injects: that of training, or by `sample.start_noise` plain noise.
 
     "plain" is how other programs sample: they know nothing of the noise of training, neither at the start nor later.
 
     Args:
-        step: after which training's noise is meant, as of `training_noise`.
+        step: after which training's noise is meant, as of `Noising.noise`.
     """
-    if config.sample.start_noise == "plain":
-        return PLAIN
-    return training_noise(pipeline, config, step)
+    return PLAIN if start_noise == "plain" else noising.noise(step)
 
 
-def start_noise(
-    pipeline: Pipeline, config: ConfigDict, keys: Key[Array, " b"], step: Any = None
-) -> Float[Array, "b c h w"]:
-    """The `x_T` that sampling starts from, one for each key, for parameters of a step."""
-    noise, shape = sampling_noise(pipeline, config, step), latent_shape(pipeline, config)
+def start_noise(noise: Noise, shape: tuple[int, int, int], keys: Key[Array, " b"]) -> Float[Array, "b c h w"]:
+    """The `x_T` of a shape `(c, h, w)` that sampling starts from, one for each key."""
     return jax.vmap(lambda key: noise.start(key, shape))(keys)
 
 
 def set_brightness(
-    pipeline: Pipeline,
-    config: ConfigDict,
-    vae_params: PyTree,
-    start: Float[Array, "b c h w"],
-    shifts: Float[Array, " b"],
-    step: Any = None,
+    autoencoder: Any, vae_params: PyTree, noise: Noise, start: Float[Array, "b c h w"], shifts: Float[Array, " b"]
 ) -> Float[Array, "b c h w"]:
     """The same start with its mean moved to a given place between dark and bright.
 
     A start's channel means are independent normal values. Their component along the direction in which the
     autoencoder's latents go from a black picture to a white one becomes `shifts`, in standard deviations; the others,
     and all that is not the mean, stay. A deterministic sampler takes a brighter start to a brighter picture.
+
+    Args:
+        noise: that the start was drawn from.
+
+    Raises:
+        UserError: its means are all the same.
     """
-    channels, height, width = latent_shape(pipeline, config)
-    if not sampling_noise(pipeline, config).power(height, width)[:, 0, 0].all():
+    _, channels, height, width = start.shape
+    if not noise.weighted(1.0).power(height, width)[:, 0, 0].all():
         raise UserError("sample: --brightness cannot apply: the noise has no power at f = 0, so every mean is the same")
-    power = sampling_noise(pipeline, config, step).power(height, width)[:, 0, 0]
+    power = noise.power(height, width)[:, 0, 0]
     deviation = jnp.sqrt(jnp.broadcast_to(jnp.asarray(power, jnp.float32), channels) / (height * width))
-    size = drawn_size(config)
-    black_and_white = jnp.stack([jnp.full((3, size.height, size.width), x) for x in (-1.0, 1.0)])
-    black, white = pipeline.autoencoder.encode(vae_params, black_and_white)[0].mean((2, 3))
+    pixels = (3, height * autoencoder.downscale, width * autoencoder.downscale)
+    black_and_white = jnp.stack([jnp.full(pixels, x) for x in (-1.0, 1.0)])
+    black, white = autoencoder.encode(vae_params, black_and_white)[0].mean((2, 3))
     direction = (white - black) / deviation
     direction /= jnp.linalg.norm(direction)
     place = (start.mean((2, 3)) / deviation) @ direction
     return start + ((shifts - place)[:, None] * direction * deviation)[..., None, None]
 
 
-def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
+def pixel_sampler(pipeline: Pipeline, sample: ConfigDict, resolution: int) -> PixelSampler:
     """The pure `(trained, frozen, input_ids, negative_ids, start, keys, step) → pixels`, as `Sampler.draw`.
 
     The start is `[b, c, h, w]`, and pixels are in [0, 1].
 
     The keys are those of the noise that ancestral samplers inject; the others have no use for them.
     """
-    process, sample = make_process(config.schedule, pipeline.autoencoder.downscale), config.sample
-    noise, shape = sampling_noise(pipeline, config), latent_shape(pipeline, config)
+    wide, high = drawn_size(sample, resolution)
+    noising, shape = pipeline.noising, pipeline.latent_shape(wide, high)
+    process, noise = noising.process, sampling_noise(noising, sample.start_noise)
     is_ancestral = sample.sampler in ANCESTRAL
     grid = process.grid(
-        sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, config, shape[1] * shape[2])
+        sample.sampler, sample.num_steps, sample.spacing, grid_shift(pipeline, sample.shift, shape[1] * shape[2])
     )
     table = coefficients(sample.sampler, grid)
     means = mean_table(sample.sampler, grid, process, noise, *shape[1:])
 
     empty_ids = pipeline.tokens("").input_ids
     # Micro-conditioning as of a picture that was trained on whole: its own size, nothing cropped.
-    wide, high = drawn_size(config)
     time_ids = jnp.asarray((high, wide, 0, 0, high, wide), jnp.float32)
 
     def draw(
@@ -168,7 +192,7 @@ def pixel_sampler(pipeline: Pipeline, config: ConfigDict) -> PixelSampler:
         step: Int[Array, ""] | None = None,
     ) -> Float[Array, "b 3 H W"]:
         params, count = join(trained, frozen), len(start)
-        injected = sampling_noise(pipeline, config, step)
+        injected = sampling_noise(noising, sample.start_noise, step)
         is_guided = sample.guidance_scale != 1.0
         ids = input_ids
         if is_guided:
@@ -204,14 +228,7 @@ def _interleaved(first: Array, second: Array | np.ndarray) -> Array:
 
 
 def draw_pictures(
-    sampler: Sampler,
-    pipeline: Pipeline,
-    config: ConfigDict,
-    params: PyTree,
-    frozen: PyTree,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    step: int,
+    sampler: Sampler, params: PyTree, frozen: PyTree, prompts: Sequence[str], seeds: Sequence[int], step: int
 ) -> list[Picture]:
     """A picture for each prompt, seed and value of `sample.brightness`.
 
@@ -220,10 +237,9 @@ def draw_pictures(
     Args:
         step: of the parameters.
     """
-    shifts = config.sample.brightness or (None,)
+    shifts = sampler.brightness or (None,)
     requests = [(prompt, seed, shift) for prompt in prompts for seed in seeds for shift in shifts]
-    negative_ids = pipeline.tokens(config.sample.negative_prompt).input_ids
-    key = stream_key(config.seed, "sample")
+    key = stream_key(sampler.seed, "sample")
     pictures: list[Picture] = []
     # The last chunk is filled up so that one compiled program serves all, and that all devices have a share.
     size = min(sampler.batch_size, -(-len(requests) // sampler.num_devices) * sampler.num_devices)
@@ -231,23 +247,19 @@ def draw_pictures(
         chunk = requests[begin : begin + size]
         padded = chunk + [chunk[-1]] * (size - len(chunk))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([seed for _, seed, _ in padded], jnp.uint32))
-        input_ids = pipeline.tokenize([prompt for prompt, *_ in padded])
+        input_ids = sampler.tokenize([prompt for prompt, *_ in padded])
         moved = np.array([shift or 0.0 for *_, shift in padded], np.float32)
-        given = (params, frozen, input_ids, negative_ids, keys, moved, np.int32(step))
+        given = (params, frozen, input_ids, sampler.negative_ids, keys, moved, np.int32(step))
         images = jax.device_get(sampler.draw(*given))
         pictures += [Picture(*request[:2], image, request[2]) for request, image in zip(chunk, images, strict=False)]
     return pictures
 
 
-def about_samples(config: ConfigDict, step: int, params: str) -> dict[str, Any]:
+def about_samples(sample: ConfigDict, resolution: int, step: int, params: str) -> dict[str, Any]:
     """How pictures were drawn, for the record beside them."""
     keys = ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "spacing")
-    return {
-        "step": step,
-        "params": params,
-        "size": str(drawn_size(config)),
-        **{key: config.sample[key] for key in keys},
-    }
+    about = {"step": step, "params": params, "size": str(drawn_size(sample, resolution))}
+    return {**about, **{key: sample[key] for key in keys}}
 
 
 def draw_model(
@@ -270,17 +282,18 @@ def draw_model(
     check_drawn_size(config)
     if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
-    _, height, width = latent_shape(model.pipeline, config)
-    started = describe(sampling_noise(model.pipeline, config, model.step), config.noise, height, width)
+    pipeline, resolution = model.pipeline, config.data.resolution
+    noise = sampling_noise(pipeline.noising, config.sample.start_noise, model.step)
+    _, *size = pipeline.latent_shape(*drawn_size(config.sample, resolution))
+    started = describe(noise, config.noise, *size)
     _log.info("starts from %s noise: %s", config.sample.start_noise, started)
-    for line in start_warning(model.pipeline, config, model.step):
+    for line in start_warning(pipeline, config.sample, resolution, model.step):
         _log.warning("%s", line)
-    sampler = make_sampler(model.pipeline, config, model.mesh)
-    given = (model.params, model.frozen, prompts, seeds, model.step)
-    pictures = draw_pictures(sampler, model.pipeline, config, *given)
+    sampler = make_sampler(pipeline, config.sample, resolution, config.seed, model.mesh)
+    pictures = draw_pictures(sampler, model.params, model.frozen, prompts, seeds, model.step)
     for picture in pictures:
         _log.info("%s  seed %d  brightness %.3f", picture.prompt or "(no prompt)", picture.seed, picture.brightness)
-    return pictures, about_samples(config, model.step, model.which)
+    return pictures, about_samples(config.sample, resolution, model.step, model.which)
 
 
 def sample(

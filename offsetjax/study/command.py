@@ -71,10 +71,10 @@ def _run_all(out: Path, runs: Sequence[tuple[str, int]], jobs: int) -> None:
 def _run(out: Path, name: str, seed: int) -> tuple[str, int]:
     """Trains one run and draws from it, each in a process of its own; what is finished is left alone."""
     workdir = out / f"{name} {seed}"
-    log = out / f"{name} {seed}.log"
+    output = out / f"{name} {seed}.log"
     changes = {**TRAININGS[name], "seed": seed, "data.path": str(out / "data")}
     overrides = [f"--config.{path}={value}" for path, value in changes.items()]
-    _offsetjax("train", f"--config={_CONFIG}", f"--workdir={workdir}", *overrides, log=log)
+    _offsetjax("train", f"--config={_CONFIG}", f"--workdir={workdir}", *overrides, output=output)
     for training, start in VARIANTS.values():
         for prompts, count in (((), UNCONDITIONAL_SEEDS), (PROMPTS, PROMPT_SEEDS)):
             folder = drawn(out, name, seed, start, bool(prompts))
@@ -82,17 +82,17 @@ def _run(out: Path, name: str, seed: int) -> tuple[str, int]:
                 continue
             wanted = [f"--prompt={prompt}" for prompt in prompts or ("",)] + [f"--seed={i}" for i in range(count)]
             arguments = [f"--workdir={workdir}", f"--start_noise={start}", f"--out={folder}", *wanted]
-            _offsetjax("sample", *arguments, log=log)
+            _offsetjax("sample", *arguments, output=output)
     return name, seed
 
 
-def _offsetjax(*arguments: str, log: Path) -> None:
+def _offsetjax(*arguments: str, output: Path) -> None:
     """Runs the command on one core, with its output in a file."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
     command: Sequence[str] = [sys.executable, "-m", "offsetjax", *arguments]
-    with log.open("a") as file:
+    with output.open("a") as file:
         status = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if status == 2:
-        raise UserError(f"study: offsetjax {arguments[0]} refused its settings; {log} says why")
+        raise UserError(f"study: offsetjax {arguments[0]} refused its settings; {output} says why")
     if status:
         raise subprocess.CalledProcessError(status, command)

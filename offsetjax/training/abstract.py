@@ -1,7 +1,6 @@
 """What a train step takes, as shapes: to compile it, or to count its FLOPs, without any weight or picture."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,49 +9,43 @@ from ml_collections import ConfigDict
 
 from offsetjax.data.buckets import Size, square
 from offsetjax.models.frozen import stored_dtype
-from offsetjax.models.pipeline import Pipeline, build, for_training, frozen_parts
+from offsetjax.models.pipeline import Pipeline, build, for_training
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, abstract_trained, new_tokenizers, pretrained_tokenizers
 from offsetjax.training.flops import count_flops
-from offsetjax.training.objective import add_position, make_objective
-from offsetjax.training.step import TrainState, init_state
+from offsetjax.training.objective import Batch, add_position
+from offsetjax.training.step import TrainState, Update, init_state
 
 
 def abstract_pipeline(config: ConfigDict) -> Pipeline:
     """The parts, with tokenizers that have read no caption: a program depends on the captions' length alone."""
     if not task_of(config).denoises:
         return build(config)
-    if (tokenizers := pretrained_tokenizers(config)) is None:
-        tokenizers = new_tokenizers(config, ("",))
+    if (tokenizers := pretrained_tokenizers(config.model)) is None:
+        tokenizers = new_tokenizers(config.model, ("",))
     return build(config, tokenizers)
 
 
-def abstract_state(config: ConfigDict, pipeline: Pipeline) -> TrainState:
-    """The state before the first step."""
-    return jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
+def abstract_state(trained: PyTree, update: Update) -> TrainState:
+    """The state before the first step, of what is trained."""
+    return jax.eval_shape(lambda params: init_state(params, update), trained)
 
 
-def abstract_frozen(config: ConfigDict, pipeline: Pipeline) -> dict[str, PyTree]:
+def abstract_frozen(pipeline: Pipeline) -> dict[str, PyTree]:
     """The frozen parts, in the types in which `weights.load_frozen` places them."""
     frozen = {}
-    for part in frozen_parts(config):
+    for part in pipeline.frozen:
         dtype = stored_dtype(pipeline, part)
         like = abstract_params(pipeline.parts[part])
         frozen[part] = jax.tree.map(lambda leaf, dtype=dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), like)
     return frozen
 
 
-def abstract_batch(
-    config: ConfigDict, pipeline: Pipeline, size: Size | None = None, count: int | None = None
-) -> Mapping[str, Any]:
-    """A global batch, as `data.devices` hands it to the step; of squares where no size is given.
-
-    Args:
-        count: its examples; by default `train.global_batch_size`.
-    """
-    count, (width, height) = count or config.train.global_batch_size, size or square(config.data.resolution)
+def abstract_batch(pipeline: Pipeline, size: Size, count: int, cached_latents: bool = False) -> Batch:
+    """A global batch of `count` pictures of a size, or of their latents, as `data.devices` hands it to the step."""
+    width, height = size
     pictures = {"pixels": jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)}
-    if config.data.cached_latents:
+    if cached_latents:
         vae = pipeline.autoencoder
         latent = (vae.latent_channels, height // vae.downscale, width // vae.downscale)
         pictures = {"moments": jax.ShapeDtypeStruct((count, 2, *latent), jnp.float16)}
@@ -70,15 +63,16 @@ def abstract_batch(
 
 def model_flops(config: ConfigDict, pipeline: Pipeline, size: Size | None = None, count: int | None = None) -> int:
     """Matrix FLOPs of a step's forward and backward pass, over all devices together; nothing is computed twice."""
-    config = config.copy_and_resolve_references()
-    config.model.update(attention="xla", remat="none", scan_layers="always")  # loops are traced the fastest
-    pipeline = for_training(pipeline, config, "cpu")
-    objective = make_objective(pipeline, config)
+    resolution = config.data.resolution
+    quick = {"attention": "xla", "remat": "none", "scan_layers": "always"}  # loops are traced the fastest
+    traced = for_training(replace(pipeline, settings={**pipeline.settings, **quick}), resolution, "cpu")
+    objective = task_of(config).objective(traced, config)
 
-    def gradient(params: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], step: jax.Array) -> PyTree:
+    def gradient(params: PyTree, frozen: PyTree, batch: Batch, step: jax.Array) -> PyTree:
         batch = add_position(batch, batch["is_truncated"].shape[0])
         return jax.grad(lambda params: objective(params, frozen, batch, step).mean())(params)
 
-    state = abstract_state(config, pipeline)
-    batch = abstract_batch(config, pipeline, size, count)
-    return count_flops(gradient, state.params, abstract_frozen(config, pipeline), batch, state.step)
+    size, count = size or square(resolution), count or config.train.global_batch_size
+    batch = abstract_batch(traced, size, count, config.data.cached_latents)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return count_flops(gradient, abstract_trained(traced, config.lora), abstract_frozen(traced), batch, step)

@@ -39,7 +39,7 @@ def _own(family: Family) -> tuple[str, ...]:
 def _objective(pipeline: Any, config: ConfigDict) -> Any:
     from offsetjax.training.objective import autoencoder_objective
 
-    return autoencoder_objective(pipeline, config)
+    return autoencoder_objective(pipeline, config.seed, config.loss.kl_weight)
 
 
 def _rules(values: Values) -> Iterator[tuple[object, str]]:

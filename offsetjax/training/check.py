@@ -22,6 +22,7 @@ from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_trained
 from offsetjax.parallel import sharding
 from offsetjax.training.setup import reopened, settled
+from offsetjax.training.step import make_update
 from offsetjax.training.streams import open_buckets
 from offsetjax.training.summary import GIB, free_bytes, state_bytes, summary
 from offsetjax.training.validation import check_apart
@@ -60,14 +61,14 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
     if source:
         _look_at_records(found, source, data.resolution, data.max_bad_fraction)
         if config.validation.every_steps:
-            found.of(lambda: _check_held_out(config, source))
-    mesh = found.of(lambda: sharding.make_mesh(config))
+            found.of(lambda: check_apart(source, open_data(data, config.validation.split)))
+    mesh = found.of(lambda: sharding.make_mesh(config.mesh, config.train))
     ready = found.of(lambda: _ready(config, folder, source)) if source else None
     if source and mesh and ready:
         resolved, pipeline = ready
         if task_of(resolved).denoises:
             platform = mesh.devices.flat[0].platform
-            found.of(lambda: for_training(pipeline, resolved, platform, mesh.shape["fsdp"]))
+            found.of(lambda: for_training(pipeline, data.resolution, platform, mesh.shape["fsdp"]))
         found.notes += _long_prompts(resolved, pipeline)
         found.of(lambda: _check_room(resolved, pipeline, folder))
         if not found.wrong:
@@ -102,10 +103,6 @@ def _see(source: Source, index: int, resolution: int) -> None:
     seen(source, index, source[index], square(resolution))
 
 
-def _check_held_out(config: ConfigDict, source: Source) -> None:
-    check_apart(source, open_data(config.data, config.validation.split))
-
-
 def _long_prompts(config: ConfigDict, pipeline: Pipeline) -> Iterator[str]:
     """The prompts that the text encoders do not read to their end."""
     if not task_of(config).denoises:
@@ -124,8 +121,8 @@ def _long_prompts(config: ConfigDict, pipeline: Pipeline) -> Iterator[str]:
 
 def _check_room(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
     """Raises a UserError where the disk cannot hold the checkpoints: those that are kept, and the one being written."""
-    free = free_bytes(folder)
-    needed = (config.checkpoint.max_to_keep + 1) * state_bytes(config, abstract_trained(config, pipeline))
+    free, update = free_bytes(folder), make_update(config.optimizer, config.train, config.model)
+    needed = (config.checkpoint.max_to_keep + 1) * state_bytes(update, abstract_trained(pipeline, config.lora))
     if free is not None and not (folder / "checkpoints").exists() and free < needed:
         raise UserError(
             f"train: {folder} has room for {free / GIB:.2f} GiB, where {config.checkpoint.max_to_keep} checkpoints, "

@@ -17,7 +17,7 @@ def _trained(family: Family, learns_text: bool) -> tuple[str, ...]:
 def _objective(pipeline: Any, config: ConfigDict) -> Any:
     from offsetjax.training.objective import diffusion_objective
 
-    return diffusion_objective(pipeline, config)
+    return diffusion_objective(pipeline, config.seed, config.encode.caption_dropout, config.loss)
 
 
 def _evaluators(run: Any, source: Any) -> Sequence[Any]:
@@ -29,7 +29,7 @@ def _evaluators(run: Any, source: Any) -> Sequence[Any]:
 def _advice(pipeline: Any, config: ConfigDict) -> Sequence[str]:
     from offsetjax.sampling.reach import training_advice
 
-    return list(training_advice(pipeline, config))
+    return list(training_advice(pipeline, config.sample, config.data.resolution, config.optimizer.ema_decay))
 
 
 def _rules(values: Values) -> Iterator[tuple[object, str]]:

@@ -70,16 +70,20 @@ def open_evaluators(run: Run, source: Source) -> list[Evaluator]:
 def of_diffusion(run: Run, source: Source) -> Iterator[Evaluator]:
     """Sample grids, validation losses and the brightness of what is drawn, of a model that draws from prompts."""
     config = run.config
-    sampler = make_sampler(run.pipeline, config, run.mesh)  # nothing is compiled before its first use
-    if config.sample.every_steps and config.sample.prompts:
-        yield Evaluator(config.sample.every_steps, _sample(run, sampler))
+    resolution, sample = config.data.resolution, config.sample
+    # Nothing is compiled before its first use.
+    sampler = make_sampler(run.pipeline, sample, resolution, config.seed, run.mesh)
+    if sample.every_steps and sample.prompts:
+        yield Evaluator(sample.every_steps, _sample(run, sampler))
     if config.validation.every_steps:
         yield Evaluator(config.validation.every_steps, _validation(run, source))
     if config.probe.every_steps:
-        probed = dataclasses.replace(run, config=config.copy_and_resolve_references())
-        probed.config.seed, probed.config.sample.brightness = 0, ()  # the same starts in every run, none of them moved
-        sampler = make_sampler(run.pipeline, probed.config, run.mesh) if config.sample.brightness else sampler
-        yield Evaluator(config.probe.every_steps, _probe(probed, sampler, source))
+        if sample.brightness:  # no start is moved
+            still = sample.copy_and_resolve_references()
+            still.brightness = ()
+            sampler = make_sampler(run.pipeline, still, resolution, 0, run.mesh)
+        sampler = dataclasses.replace(sampler, seed=0)  # the same starts in every run
+        yield Evaluator(config.probe.every_steps, _probe(run, sampler, source))
 
 
 def _evaluated(run: Run, state: TrainState) -> PyTree:
@@ -90,11 +94,11 @@ def _draw(
     run: Run, sampler: Sampler, state: TrainState, step: int, prompts: tuple[str, ...], num_seeds: int
 ) -> list[Picture]:
     params = _evaluated(run, state)
-    return draw_pictures(sampler, run.pipeline, run.config, params, run.frozen, prompts, range(num_seeds), step)
+    return draw_pictures(sampler, params, run.frozen, prompts, range(num_seeds), step)
 
 
 def _about(run: Run, step: int) -> dict[str, Any]:
-    return about_samples(run.config, step, run.config.sample.params)
+    return about_samples(run.config.sample, run.config.data.resolution, step, run.config.sample.params)
 
 
 def _sample(run: Run, sampler: Sampler) -> Evaluate:
@@ -138,29 +142,30 @@ def validation_config(config: ConfigDict) -> ConfigDict:
 
 
 def _validation(run: Run, source: Source) -> Evaluate:
-    config = validation_config(run.config)
-    held_out = open_data(config.data, config.validation.split)
+    config, settings = validation_config(run.config), run.config.validation
+    held_out = open_data(config.data, settings.split)
     check_apart(source, held_out)
     trained = open_buckets(run.config, source)
     buckets = None
     if trained:  # at their sizes, so that no others are compiled for, and the losses are of what is trained
-        most, batch_size = config.validation.num_examples, config.train.global_batch_size
+        most, batch_size = settings.num_examples, config.train.global_batch_size
         buckets, _ = once_each(held_out, trained.sizes, limits_of(config.data), batch_size, most)
     stream = open_stream(config, run.pipeline, held_out, run.mesh, buckets)
     frozen = sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen)
     replicated = NamedSharding(run.mesh, P())
     # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
-    as_trained = for_training(run.pipeline, config, run.mesh.devices.flat[0].platform, run.mesh.shape["fsdp"])
+    platform = run.mesh.devices.flat[0].platform
+    as_trained = for_training(run.pipeline, config.data.resolution, platform, run.mesh.shape["fsdp"])
     exact = {run.pipeline.family.autoencoder: run.pipeline.autoencoder}
     pipeline = dataclasses.replace(as_trained, parts={**as_trained.parts, **exact})
     losses = jax.jit(
-        make_losses(pipeline, config, run.mesh),
+        make_losses(pipeline, settings.timesteps, config.train.global_batch_size, run.mesh),
         in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated, replicated),
         out_shardings=replicated,
     )
 
     def evaluate(state: TrainState, step: int) -> Evaluation:
-        found = validate(losses, config, stream, run.mesh, _evaluated(run, state), run.step_frozen, step)
+        found = validate(losses, settings, stream, run.mesh, _evaluated(run, state), run.step_frozen, step)
         if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
             _log.warning("step %d: the validation loss is not finite: %s", step, ", ".join(wrong))
         return Evaluation(found)

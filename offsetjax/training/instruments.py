@@ -4,7 +4,8 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,10 @@ import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from offsetjax.data.buckets import Size
 from offsetjax.leftovers import temporary_prefix
-from offsetjax.models.pipeline import Pipeline
 from offsetjax.parallel.chips import chip_of
-from offsetjax.training.abstract import model_flops
 
 _log = logging.getLogger("offsetjax")
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -103,28 +101,32 @@ class Instruments:
             )
 
 
-def ideal_seconds(
-    config: ConfigDict, pipeline: Pipeline, devices: Any, size: Size | None = None, count: int | None = None
-) -> float | None:
+def ideal_seconds(count_flops: Callable[[], int], devices: Any) -> float | None:
     """How long a step would take if its devices did the model's matrix products at their peak, and nothing else.
 
-    None where a device's peak is not known. Of one size of pictures where there are several.
+    None where a device's peak is not known.
+
+    Args:
+        count_flops: gives those of the model, of one step; they are counted where they are of use.
     """
     chip = chip_of(devices[0].device_kind)
-    return model_flops(config, pipeline, size, count) / (chip.peak_flops * len(devices)) if chip else None
+    return count_flops() / (chip.peak_flops * len(devices)) if chip else None
 
 
 def ideal_of_sizes(
-    config: ConfigDict, pipeline: Pipeline, devices: Any, sizes: Mapping[Size, int]
+    flops_of: Callable[[Size, int], int], devices: Any, sizes: Mapping[Size, int]
 ) -> dict[Size, float] | None:
     """The same for each size, of which a batch has so many examples.
 
     One and its mirror image take as many FLOPs, which are counted once.
+
+    Args:
+        flops_of: (size, examples) → those of a step.
     """
     found: dict[tuple[int, ...], float | None] = {}
     for size, count in sizes.items():
         if (sides := tuple(sorted(size))) not in found:
-            found[sides] = ideal_seconds(config, pipeline, devices, size, count)
+            found[sides] = ideal_seconds(partial(flops_of, size, count), devices)
     known = {size: ideal for size in sizes if (ideal := found[tuple(sorted(size))]) is not None}
     return known if len(known) == len(sizes) else None
 

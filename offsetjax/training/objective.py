@@ -12,11 +12,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion import loss as losses
-from offsetjax.diffusion.density import make_density
-from offsetjax.diffusion.process import add_noise, make_process
+from offsetjax.diffusion.process import add_noise
 from offsetjax.models.encode import drop_captions, encode_batch, encode_captions, sample_latent, to_unit_range
-from offsetjax.models.pipeline import Pipeline, join, training_noise
-from offsetjax.models.task import task_of
+from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.rng import stream_key
 
 Batch = Mapping[str, Any]  # arrays, and token ids by text encoder
@@ -29,27 +27,32 @@ def batch_keys(seed: int, name: str, step: Int[Array, ""], batch: Batch) -> Key[
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
 
 
-def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
-    """The weighted error of what the process of `config.schedule` predicts, with the noise of `config.noise`.
+def diffusion_objective(pipeline: Pipeline, seed: int, caption_dropout: float, loss: ConfigDict) -> Objective:
+    """The weighted error of what the process of the pipeline's noising predicts, with the noise of the training.
 
     Each draw has a stream of its own: vae, caption_dropout, timestep, noise and input_perturbation.
 
     The batch holds `pixels` uint8 [b, H, W, 3] or, cached, `moments` float16 [b, 2, c, h, w]; `input_ids` by
     text encoder, int32 [b, n]; `time_ids` float32 [b, 6] and `position` int32 [b].
+
+    Args:
+        seed: of all draws.
+        caption_dropout: the share of the captions that are replaced by the empty one.
+        loss: the section of a config.
     """
-    process, density = make_process(config.schedule, pipeline.autoencoder.downscale), make_density(config)
+    noising, process, density = pipeline.noising, pipeline.noising.process, pipeline.noising.density
     empty_ids = pipeline.tokens("").input_ids
 
     def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
-        params, noises = join(trained, frozen), training_noise(pipeline, config, step)
+        params, noises = join(trained, frozen), noising.noise(step)
 
         def keys(name: str) -> Key[Array, " b"]:
-            return batch_keys(config.seed, name, step, batch)
+            return batch_keys(seed, name, step, batch)
 
         # encode
         latents = encode_batch(pipeline.autoencoder, params.get(pipeline.family.autoencoder), batch, keys("vae"))
         params = after(latents, params)
-        input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, config.encode.caption_dropout)
+        input_ids = drop_captions(keys("caption_dropout"), batch["input_ids"], empty_ids, caption_dropout)
         conditions = encode_captions(pipeline, params, input_ids, batch["time_ids"], empty_ids)
         params = after(conditions, params)
         # noise
@@ -61,7 +64,7 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         noise = jax.vmap(noises.draw)(keys("noise"), latents, timesteps)
         rate = jax.vmap(noises.rate)(keys("noise"), latents, timesteps)
         # In the input alone (arXiv 2301.11706): the target stays the noise itself.
-        perturbed = perturb(keys("input_perturbation"), noise, config.noise.input_perturbation)
+        perturbed = perturb(keys("input_perturbation"), noise, noising.settings.input_perturbation)
         # loss
         noisy = jax.vmap(lambda x, n, t: add_noise(process, x, n, t))(latents, perturbed, timesteps)
         prediction = pipeline.denoise(params, noisy, process.network_timestep(timesteps), conditions)
@@ -69,9 +72,9 @@ def diffusion_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
         def example_loss(prediction, latent, noise, rate, timestep):
             error = losses.mean_squared_error(prediction, process.target(latent, noise, rate, timestep))
             variance = noises.variance(latent.shape[1], latent.shape[2], timestep)
-            weight = losses.min_snr_weight(process, timestep, config.loss.min_snr_gamma, variance)
-            if config.loss.weighting != "none":
-                weight *= losses.flow_weight(process, timestep, config.loss.weighting)
+            weight = losses.min_snr_weight(process, timestep, loss.min_snr_gamma, variance)
+            if loss.weighting != "none":
+                weight *= losses.flow_weight(process, timestep, loss.weighting)
             return weight * error
 
         return jax.vmap(example_loss)(prediction, latents, noise, rate, timesteps)
@@ -102,28 +105,23 @@ def perturb(keys: Key[Array, " b"], noise: Float[Array, "b c h w"], gamma: float
     return noise + gamma * jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
 
 
-def autoencoder_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
-    """Squared error of the reconstruction and `loss.kl_weight` times the KL divergence of the posterior."""
+def autoencoder_objective(pipeline: Pipeline, seed: int, kl_weight: float) -> Objective:
+    """Squared error of the reconstruction and `kl_weight` times the KL divergence of the posterior."""
 
     def objective(trained: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]) -> Float[Array, " b"]:
         params = join(trained, frozen)[pipeline.family.autoencoder]
         pixels = to_unit_range(batch["pixels"])
         means, log_variances = pipeline.autoencoder.encode(params, pixels)
-        latents = jax.vmap(sample_latent)(batch_keys(config.seed, "vae", step, batch), means, log_variances)
+        latents = jax.vmap(sample_latent)(batch_keys(seed, "vae", step, batch), means, log_variances)
         reconstruction = pipeline.autoencoder.decode(params, latents)
 
         def example_loss(reconstruction, pixels, mean, log_variance):
             kl = losses.kl_to_standard_normal(mean, log_variance)
-            return losses.mean_squared_error(reconstruction, pixels) + config.loss.kl_weight * kl
+            return losses.mean_squared_error(reconstruction, pixels) + kl_weight * kl
 
         return jax.vmap(example_loss)(reconstruction, pixels, means, log_variances)
 
     return objective
-
-
-def make_objective(pipeline: Pipeline, config: ConfigDict) -> Objective:
-    """The objective of `config.task`."""
-    return task_of(config).objective(pipeline, config)
 
 
 def add_position(batch: Batch, global_batch_size: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Another optimizer is a function of the section `optimizer`, the number of steps 
 `OPTIMIZERS.register(name, function)` makes known; it need know nothing of parts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,6 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config.registries import OPTIMIZERS
-from offsetjax.models.family import family_of
 
 # Parameters → a tree of the same structure of whether each may decay.
 Mask = Callable[[PyTree], PyTree]
@@ -64,28 +63,33 @@ def learning_rate(settings: ConfigDict, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(config: ConfigDict) -> Optimizer:
-    """The optimizer of a config, for parameters by part; it sees those that are trained alone.
+def make_optimizer(
+    settings: ConfigDict, num_steps: int, encoders: Collection[str] = (), unread: tuple[str, ...] = ()
+) -> Optimizer:
+    """The optimizer of the section `optimizer` of a config, for parameters by part; it sees those that are trained.
 
     The text encoders have `optimizer.text_encoder_learning_rate`, if it is set, with the same warm-up and decay; the
     gradient's norm is that of all parts together.
 
+    Args:
+        num_steps: of the whole training.
+        encoders: the parts that are text encoders.
+        unread: what the paths begin with of parameters that no loss depends on, which get no weight decay.
+
     Raises:
         UserError: an unknown `optimizer.name`.
     """
-    settings = config.optimizer
     build: BuildOptimizer = OPTIMIZERS[settings.name]
-    family = family_of(config)
-    decays = partial(_is_read, unread=family.unread(config.model))
-    first = build(settings, config.train.steps, decays)
+    decays = partial(_is_read, unread=unread)
+    first = build(settings, num_steps, decays)
     transform = first.transform
     if settings.text_encoder_learning_rate:
         of_text = settings.copy_and_resolve_references()
         of_text.learning_rate = settings.text_encoder_learning_rate
-        second = build(of_text, config.train.steps, decays)
+        second = build(of_text, num_steps, decays)
         transform = optax.partition(
             {"denoiser": first.transform, "encoders": second.transform},
-            lambda params: {part: "encoders" if part in family.encoders else "denoiser" for part in params},
+            lambda params: {part: "encoders" if part in encoders else "denoiser" for part in params},
         )
     return Optimizer(optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), transform), first.learning_rate)
 

@@ -18,14 +18,14 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import assign, default_config, flatten, is_explicit, may_change_on_resume, validate
 from offsetjax.data.source import captions
-from offsetjax.diffusion.calibration import FILLED, fill
+from offsetjax.diffusion.calibration import FILLED
 from offsetjax.errors import UserError
 from offsetjax.formats.names import flax_tensors, torch_tensors
 from offsetjax.formats.tensors import Tensor
-from offsetjax.models.family import family_of, latents_of
+from offsetjax.models.family import family_of
 from offsetjax.models.frozen import load_frozen, read_tokenizers, write_frozen
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts, step_parts
-from offsetjax.models.resolve import adopt_lora, check_resolution, resolve
+from offsetjax.models.pipeline import Pipeline, build
+from offsetjax.models.resolve import adopt_lora, calibrated, check_resolution, resolve
 from offsetjax.models.task import task_of
 from offsetjax.models.trained import read_config, write_config
 from offsetjax.models.weights import (
@@ -60,8 +60,12 @@ class Run:
 
     @property
     def step_frozen(self) -> PyTree:
-        """The frozen parts that a step and a validation compute with; drawing takes all."""
-        return {part: self.frozen[part] for part in step_parts(self.config)}
+        """The frozen parts that a step and a validation compute with; drawing takes all.
+
+        Where the latents are cached, there is no autoencoder among them.
+        """
+        unused = self.pipeline.family.autoencoder if self.config.data.cached_latents else None
+        return {part: params for part, params in self.frozen.items() if part != unused}
 
 
 def open_run(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLock | None = None) -> Run:
@@ -74,15 +78,13 @@ def open_run(config: ConfigDict, workdir: epath.Path, source: Any, lock: Workdir
         UserError: the config contradicts the checkpoint that it starts from, or the run that it resumes; or another
             training holds the lock.
     """
-    mesh = sharding.make_mesh(config)
+    mesh = sharding.make_mesh(config.mesh, config.train)
     is_new = not (workdir / "config.json").exists()
     barrier("the work directory is looked at")  # the first process must not write before the others have looked
     config = _begin(config, workdir, source, lock) if is_new else _reopen(config, workdir, lock)
     digests.check(workdir / "frozen")
-    pipeline = build(config, read_tokenizers(workdir / "frozen", family_of(config)))
-    frozen = load_frozen(
-        workdir / "frozen", pipeline, frozen_parts(config), partial(sharding.shardings, mesh, pipeline.sharding)
-    )
+    pipeline = build(config, read_tokenizers(workdir / "frozen", family_of(config.model)))
+    frozen = load_frozen(workdir / "frozen", pipeline, partial(sharding.shardings, mesh, pipeline.sharding))
     if not is_new:  # the data may be others than those that the run was begun with
         check_cache(config, source, pipeline, frozen.get(pipeline.family.autoencoder))
     return Run(config, workdir, mesh, pipeline, frozen)
@@ -92,7 +94,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
     """Writes what a work directory has from the start, once all that can be wrong has been looked at."""
     config, tokenizers = settled(config, workdir, source)
     pipeline = build(config, tokenizers)
-    tensors = {part: initial_tensors(config, part, pipeline.parts[part]) for part in frozen_parts(config)}
+    tensors = {part: initial_tensors(config.model, config.seed, part, pipeline.parts[part]) for part in pipeline.frozen}
     autoencoder = pipeline.family.autoencoder
     if task_of(config).denoises and pipeline.autoencoder.scaling_factor == 0:
         vae = _vae_params(tensors[autoencoder], pipeline)
@@ -103,13 +105,14 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
         _log.info("%s: latents standardised; mean %s, standard deviation %s", autoencoder, mean.round(3), std.round(3))
     if config.data.cached_latents:
         check_cache(config, source, pipeline, _vae_params(tensors[autoencoder], pipeline))
-    if left_out := left_out_tensors(config):
+    if left_out := left_out_tensors(config.model):
         _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         if lock:
             lock.acquire()
-        write_frozen(workdir / "frozen", pipeline, tensors, carried_tensors(config))
+        carried = carried_tensors(config.model) if task_of(config).denoises else {}
+        write_frozen(workdir / "frozen", pipeline, tensors, carried)
         write_config(workdir, config)
         record.note_begun(workdir)
     barrier("the work directory is written")
@@ -127,14 +130,14 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
             f"workdir: {workdir} has been trained but has no config.json; restore it, or give another --workdir"
         )
     config = resolve(config)
-    config = fill(config, *latents_of(config))
+    config = calibrated(config)
     adopt_lora(config)
     validate(config)  # what was read and filled in may not go with what was set
     check_resolution(config)
     check_drawn_size(config)
     open_buckets(config, source)  # which cannot be changed once the run has begun
     tokenizers = _tokenizers(config, source)
-    check_initial(config, build(config, tokenizers))
+    check_initial(build(config, tokenizers), config.model, config.lora)
     return config, tokenizers
 
 
@@ -166,7 +169,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     if not is_lora_gone:
         adopt_lora(config)
     given, defaults = dict(flatten(config)), dict(flatten(default_config()))
-    scale = f"model.{family_of(stored).autoencoder}.scaling_factor"
+    scale = f"model.{family_of(stored.model).autoencoder}.scaling_factor"
     if given.get(scale) == 0:  # the latents were standardised when the run began
         given[scale] = dict(flatten(stored))[scale]
     for path, value in flatten(stored):
@@ -201,13 +204,13 @@ def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     like = stored.copy_and_resolve_references()
     like.noise = config.noise
-    config.noise = fill(like, *latents_of(like)).noise
+    config.noise = calibrated(like).noise
     return config
 
 
 def _tokenizers(config: ConfigDict, source: Any) -> dict[str, Any]:
     if not task_of(config).denoises:
         return {}
-    if (pretrained := pretrained_tokenizers(config)) is not None:
+    if (pretrained := pretrained_tokenizers(config.model)) is not None:
         return pretrained
-    return new_tokenizers(config, captions(source))
+    return new_tokenizers(config.model, captions(source))

@@ -17,7 +17,7 @@ from offsetjax.storage import checkpoint, record
 from offsetjax.training import rollback
 from offsetjax.training.rollback import RollBack
 from offsetjax.training.setup import Run
-from offsetjax.training.step import TrainState, init_state
+from offsetjax.training.step import TrainState, init_state, make_update
 from offsetjax.training.summary import summary
 
 _log = logging.getLogger("offsetjax")
@@ -34,7 +34,8 @@ def first_state(
         rolled_back: where the run went back to, if it did.
     """
     config, pipeline = run.config, run.pipeline
-    like = jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, pipeline))
+    update = make_update(config.optimizer, config.train, config.model)
+    like = jax.eval_shape(lambda params: init_state(params, update), abstract_trained(pipeline, config.lora))
     shardings = sharding.shardings(run.mesh, pipeline.sharding, like)
     for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
         _log.info("%s", line)
@@ -60,9 +61,9 @@ def first_state(
     warmup, steps = config.optimizer.warmup_steps, config.train.steps
     if warmup > steps:
         _log.warning("optimizer.warmup_steps = %d is cut to train.steps = %d", warmup, steps)
-    params = initial_trained(config, pipeline, shardings.params)
+    params = initial_trained(pipeline, config.model, config.lora, config.seed, shardings.params)
     # Donated: the first state holds the parameters once, whatever their size.
-    begin = jax.jit(lambda params: init_state(params, config), out_shardings=shardings, donate_argnums=0)
+    begin = jax.jit(lambda params: init_state(params, update), out_shardings=shardings, donate_argnums=0)
     return begin(params), shardings, 0
 
 

@@ -1,6 +1,7 @@
 """`TrainState` and the pure `train_step`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -10,11 +11,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 from ml_collections import ConfigDict
 
-from offsetjax.models.task import task_of
+from offsetjax.models.family import family_of
 from offsetjax.parallel.finite import all_finite
 from offsetjax.parallel.fsdp import Gradient
 from offsetjax.training.objective import Batch, Objective, add_position
-from offsetjax.training.optimizer import make_optimizer
+from offsetjax.training.optimizer import Optimizer, make_optimizer
 from offsetjax.training.spikes import followed, no_spikes, spike_ratio
 
 Metrics = Mapping[str, Float[Array, ""]]
@@ -35,35 +36,60 @@ class TrainState:
     spikes: PyTree = None  # None without train.max_spike
 
 
-def init_state(params: PyTree, config: ConfigDict) -> TrainState:
+@dataclass(frozen=True)
+class Update:
+    """How a gradient changes the state.
+
+    Attributes:
+        ema_decay: of the average of the parameters; 0: there is none.
+        max_spike: how many times its usual size a loss or a gradient may have; 0: any.
+    """
+
+    optimizer: Optimizer
+    ema_decay: float = 0.0
+    max_spike: float = 0.0
+
+
+def make_update(optimizer: ConfigDict, train: ConfigDict, model: ConfigDict) -> Update:
+    """The update that these sections of a config say.
+
+    Raises:
+        UserError: an unknown `optimizer.name`.
+    """
+    family = family_of(model)
+    made = make_optimizer(optimizer, train.steps, family.encoders, family.unread(model))
+    return Update(made, optimizer.ema_decay, train.max_spike)
+
+
+def init_state(params: PyTree, update: Update) -> TrainState:
     """The state before the first step; the average starts at the parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(config).transform.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
+        opt_state=update.optimizer.transform.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if update.ema_decay else None,
         skipped=jnp.zeros((), jnp.int32),
         truncated=jnp.zeros((), jnp.uint32),
         replaced=jnp.zeros((), jnp.uint32),
-        spikes=no_spikes() if config.train.max_spike else None,
+        spikes=no_spikes() if update.max_spike else None,
     )
 
 
-def make_gradient(objective: Objective, config: ConfigDict) -> Gradient:
-    """(params, frozen, batch, step) → the mean loss of a batch and its gradient, in `train.accumulate_steps` parts."""
+def make_gradient(objective: Objective, parts: int = 1) -> Gradient:
+    """(params, frozen, batch, step) → the mean loss of a batch and its gradient, in so many parts of the batch."""
 
     def gradient(params: PyTree, frozen: PyTree, batch: Batch, step: Array) -> tuple[Float[Array, ""], PyTree]:
         def loss(params: PyTree, part: Batch) -> Float[Array, ""]:
             return objective(params, frozen, part, step).mean()
 
-        return accumulate(loss, params, batch, config.train.accumulate_steps)
+        return accumulate(loss, params, batch, parts)
 
     return gradient
 
 
 def make_train_step(
     gradient: Gradient,
-    config: ConfigDict,
+    update: Update,
     is_finite: Callable[[PyTree], Bool[Array, ""]] = all_finite,
     saves_memory: bool = False,
 ) -> TrainStep:
@@ -78,13 +104,13 @@ def make_train_step(
         saves_memory: the update is computed to be looked at, and once more to be written. Accelerators' compilers would
             else hold the state before and after it at once; that for CPUs holds little of it, and compiles faster so.
     """
-    optimizer, rate = make_optimizer(config)
-    max_spike = config.train.max_spike
+    optimizer, rate = update.optimizer
+    max_spike = update.max_spike
 
-    def update(state: TrainState, gradients: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    def updated(state: TrainState, gradients: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return params, opt_state, _average(state, params, config.optimizer.ema_decay)
+        return params, opt_state, _average(state, params, update.ema_decay)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = add_position(batch, len(batch["is_truncated"]))
@@ -97,12 +123,12 @@ def make_train_step(
             metrics["spike"] = spike_ratio(spikes, loss, grad_norm)
             is_taken &= metrics["spike"] <= max_spike
 
-        params, opt_state, ema_params = update(state, gradients)
+        params, opt_state, ema_params = updated(state, gradients)
         # What is written. The average is finite where the parameters are, a part of which goes into it at each step.
         is_taken &= is_finite({"opt_state": opt_state, "params": params if ema_params is None else ema_params})
         if saves_memory:
             state, gradients, is_taken = jax.lax.optimization_barrier((state, gradients, is_taken))
-            params, opt_state, ema_params = update(state, gradients)
+            params, opt_state, ema_params = updated(state, gradients)
         new, old = (params, opt_state, ema_params), (state.params, state.opt_state, state.ema_params)
         params, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(is_taken, n, o), new, old)
         if max_spike:
@@ -113,7 +139,7 @@ def make_train_step(
         replaced = state.replaced + batch["is_replaced"].sum(dtype=jnp.uint32)
         applied = rate(state.step - state.skipped)  # a skipped step does not count in the schedule
         metrics |= {"learning_rate": applied, "skipped": skipped, "records_replaced": replaced}
-        if task_of(config).denoises:
+        if batch.get("input_ids"):  # an autoencoder's training reads no captions
             metrics["captions_truncated"] = truncated
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated, replaced, spikes), metrics
 

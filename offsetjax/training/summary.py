@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import describe
-from offsetjax.models.pipeline import Pipeline, frozen_parts, training_noise
+from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, abstract_trained
-from offsetjax.training.step import init_state
+from offsetjax.training.step import Update, init_state, make_update
 
 GIB = 2**30
 
@@ -34,16 +34,16 @@ def summary(
     parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
     yield f"steps: {train.steps:,} of {train.global_batch_size} examples{parts}, {epochs:.3g} epochs"
     if task_of(config).denoises:
-        side = config.data.resolution // pipeline.autoencoder.downscale
+        _, *size = pipeline.latent_shape(config.data.resolution)
         vanishing = f"; plain over the last {config.noise.anneal:.3g} of the training" * (config.noise.anneal > 0)
-        yield f"noise: {describe(training_noise(pipeline, config), config.noise, side, side)}{vanishing}"
-    trained = abstract_trained(config, pipeline)
+        yield f"noise: {describe(pipeline.noising.noise(), config.noise, *size)}{vanishing}"
+    trained = abstract_trained(pipeline, config.lora)
     rank = f" in adapters of rank {config.lora.rank}" if config.lora.rank else ""
     yield f"trained: {_counted({part: _size(params) for part, params in trained.items()})}{rank}"
-    frozen = {part: _size(abstract_params(_bare(pipeline.parts[part]))) for part in frozen_parts(config)}
+    frozen = {part: _size(abstract_params(_bare(pipeline.parts[part]))) for part in pipeline.frozen}
     yield f"frozen: {_counted(frozen)}"
     yield f"devices: {devices_in_words(mesh)}"
-    saved = state_bytes(config, trained) / GIB
+    saved = state_bytes(make_update(config.optimizer, config.train, config.model), trained) / GIB
     yield (
         f"checkpoints: {workdir}/checkpoints, every {config.checkpoint.every_steps:,} steps, {saved:.2f} GiB each; the "
         f"newest {config.checkpoint.max_to_keep} are kept"
@@ -75,9 +75,9 @@ def devices_in_words(mesh: Mesh) -> str:
     return f"{len(devices)} {devices[0].device_kind}{processes}; mesh {axes}"
 
 
-def state_bytes(config: ConfigDict, trained: Mapping[str, PyTree]) -> int:
+def state_bytes(update: Update, trained: Mapping[str, PyTree]) -> int:
     """The bytes of one checkpoint: parameters, moments and averages."""
-    state = jax.eval_shape(lambda params: init_state(params, config), trained)
+    state = jax.eval_shape(lambda params: init_state(params, update), trained)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

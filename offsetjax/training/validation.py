@@ -5,7 +5,7 @@ noise share one curve; `training` is that for the noise of the training. Both us
 every step and in every run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,10 @@ from offsetjax.data.source import Source
 from offsetjax.data.stream import Stream
 from offsetjax.diffusion.loss import mean_squared_error
 from offsetjax.diffusion.noise import PLAIN, Noise
-from offsetjax.diffusion.process import add_noise, make_process
+from offsetjax.diffusion.process import add_noise
 from offsetjax.errors import UserError
 from offsetjax.models.encode import batch_moments, encode_captions
-from offsetjax.models.pipeline import Pipeline, join, training_noise
+from offsetjax.models.pipeline import Pipeline, join
 from offsetjax.parallel import fsdp, sharding
 from offsetjax.rng import stream_key
 from offsetjax.training.objective import Batch, add_position
@@ -32,15 +32,18 @@ from offsetjax.training.objective import Batch, add_position
 Losses = Callable[..., dict[str, Float[Array, " t"]]]
 
 
-def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> Losses:
+def make_losses(
+    pipeline: Pipeline, timesteps: Sequence[int], global_batch_size: int, mesh: Mesh | None = None
+) -> Losses:
     """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count.
 
     Args:
+        timesteps: at which the loss is taken.
         mesh: each of its devices computes the losses of its own examples, as in training.
     """
-    process = make_process(config.schedule, pipeline.autoencoder.downscale)
+    noising, process = pipeline.noising, pipeline.noising.process
     empty_ids = pipeline.tokens("").input_ids
-    is_plain = training_noise(pipeline, config).is_plain
+    is_plain = noising.noise().is_plain
 
     def sums(
         trained: PyTree,
@@ -50,13 +53,13 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
         count: Int[Array, ""],
         step: Int[Array, ""],
     ) -> dict[str, Float[Array, " t"]]:
-        noises = {"plain": PLAIN} | ({} if is_plain else {"training": training_noise(pipeline, config, step)})
+        noises = {"plain": PLAIN} | ({} if is_plain else {"training": noising.noise(step)})
         params = join(trained, frozen)
         # The posterior's mean: a draw from it would only add noise to the curve.
         means, _ = batch_moments(pipeline.autoencoder, params.get(pipeline.family.autoencoder), batch)
         latents = means * pipeline.autoencoder.scaling_factor
         conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
-        places = number * config.train.global_batch_size + batch["position"]
+        places = number * global_batch_size + batch["position"]
 
         def at(noise: Noise, number: Int[Array, ""]) -> Float[Array, ""]:
             key = stream_key(0, "validation", number)
@@ -71,8 +74,8 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
             errors = jax.vmap(mean_squared_error)(prediction, wanted) * process.weight(timestep)
             return (errors * (places < count)).sum()
 
-        timesteps = jnp.asarray(config.validation.timesteps, jnp.int32)
-        return {name: jax.lax.map(lambda t, noise=noise: at(noise, t), timesteps) for name, noise in noises.items()}
+        numbers = jnp.asarray(timesteps, jnp.int32)
+        return {name: jax.lax.map(lambda t, noise=noise: at(noise, t), numbers) for name, noise in noises.items()}
 
     on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.sharding, pipeline.dtypes) if mesh else sums
 
@@ -84,22 +87,29 @@ def make_losses(pipeline: Pipeline, config: ConfigDict, mesh: Mesh | None = None
         count: Int[Array, ""],
         step: Int[Array, ""],
     ) -> dict[str, Float[Array, " t"]]:
-        return on_devices(trained, frozen, add_position(batch, config.train.global_batch_size), number, count, step)
+        return on_devices(trained, frozen, add_position(batch, global_batch_size), number, count, step)
 
     return losses
 
 
 def validate(
-    losses: Losses, config: ConfigDict, stream: Stream, mesh: Mesh, params: PyTree, frozen: PyTree, step: int = 0
+    losses: Losses,
+    settings: ConfigDict,
+    stream: Stream,
+    mesh: Mesh,
+    params: PyTree,
+    frozen: PyTree,
+    step: int = 0,
 ) -> dict[str, float]:
     """The mean of each noise, over pictures and timesteps, and at each timestep: `validation_plain`, `…_t999`.
 
     Of pictures of several sizes also the mean over those of each, `validation_plain_1152x896`.
 
     Args:
+        settings: the section `validation` of a config; where it asks for more pictures than there are, it is all.
         step: after which the training's noise is as strong as `noise.anneal` says.
     """
-    counts = _counts(config, stream)
+    counts = _counts(settings.num_examples, stream)
     host_batches = stream.iterator()
     try:
         batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.whole_size, ahead=0)
@@ -118,7 +128,7 @@ def validate(
     total = mean()
     named = {f"validation_{name}": float(values.mean()) for name, values in total.items()}
     for name, values in total.items():
-        each = zip(config.validation.timesteps, values, strict=True)
+        each = zip(settings.timesteps, values, strict=True)
         named |= {f"validation_{name}_t{timestep}": float(value) for timestep, value in each}
     sizes = dict.fromkeys(size for size, _ in counts)
     for size in sizes if len(sizes) > 1 else ():
@@ -126,17 +136,12 @@ def validate(
     return named
 
 
-def _counts(config: ConfigDict, stream: Stream) -> list[tuple[str, int]]:
+def _counts(num_examples: int, stream: Stream) -> list[tuple[str, int]]:
     """Of each batch, its size and how many of its examples count."""
     if stream.buckets and isinstance(stream.buckets.plan, EachOnce):
         return [(str(stream.buckets.sizes[size]), count) for size, count in stream.buckets.plan.batches()]
-    total, size = num_examples(config, stream), stream.global_batch_size
+    total, size = min(num_examples, len(stream.source)), stream.global_batch_size
     return [("", min(size, total - first)) for first in range(0, total, size)]
-
-
-def num_examples(config: ConfigDict, stream: Stream) -> int:
-    """How many pictures a validation has: those asked for, or all that there are."""
-    return min(config.validation.num_examples, len(stream.source))
 
 
 def check_apart(training: Source, validation: Source) -> None:

@@ -77,7 +77,8 @@ def test_all_of_it_is_float16_and_small():
 def test_its_weights_fit_and_keep_brightness():
     config = resolve(load_config(str(CONFIGS / "fine_tune.py")))
     pipeline = build(config)
-    params = {part: initial_params(config, part, pipeline.parts[part]) for part in ("unet", "text_encoder", "vae")}
+    parts = ("unet", "text_encoder", "vae")
+    params = {part: initial_params(config.model, config.seed, part, pipeline.parts[part]) for part in parts}
     rng = np.random.default_rng(7)
     pictures = np.stack([draw(p, b, rng) for p in PROMPTS for b in np.linspace(*BRIGHTNESS_RANGES[p], 4)])
     mean, _ = jax.jit(pipeline.autoencoder.encode)(params["vae"], to_unit_range(pictures))

@@ -16,7 +16,7 @@ from offsetjax.config import to_json
 from offsetjax.errors import UserError
 from offsetjax.models.family import family_of
 from offsetjax.models.frozen import frozen_tensors, read_tokenizers
-from offsetjax.models.pipeline import build, frozen_parts
+from offsetjax.models.pipeline import build
 from offsetjax.models.trained import read_config
 from offsetjax.report.read import _read_samples, read_picture
 from offsetjax.storage import arrays as step_arrays
@@ -41,10 +41,10 @@ def _frozen(workdir: Path) -> Any:
     folder = workdir / "frozen"
     digests.check(folder)
     config = read_config(workdir)
-    pipeline = build(config, read_tokenizers(folder, family_of(config)))
+    pipeline = build(config, read_tokenizers(folder, family_of(config.model)))
     return {
         part: {name: tensor() for name, tensor in frozen_tensors(folder, part, pipeline.parts[part]).items()}
-        for part in frozen_parts(config)
+        for part in pipeline.frozen
     } | {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.suffix != ".safetensors"}
 
 

@@ -150,7 +150,7 @@ def test_it_goes_with_the_published_model(family: str, kind: str, published_file
         (8,) * 4 if family == "sd1" else tuple(width // 64 for width in config.model.unet.block_out_channels)
     )
     assert (
-        sum(config.model[part].hidden_size for part in family_of(config).encoders)
+        sum(config.model[part].hidden_size for part in family_of(config.model).encoders)
         == config.model.unet.cross_attention_dim
     )
 
@@ -203,7 +203,7 @@ def test_fine_tuning_begins_with_the_denoiser_of_the_model(
     family: str, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run, state = begin(base, family, "offset", tmp_path / "run")
-    config, text = run.config, family_of(run.config).encoders
+    config, text = run.config, family_of(run.config.model).encoders
     stored = open_pretrained(config.model.pretrained).read_config("scheduler")
     assert config.schedule.prediction_type == stored["prediction_type"]
     assert (config.schedule.prediction_type == "v_prediction") == (family == "sd2")
@@ -226,7 +226,7 @@ def test_a_lora_training_begins_with_adapters_that_change_nothing(
     family: str, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run, state = begin(base, family, "offset_lora", tmp_path / "run")
-    text = family_of(run.config).encoders
+    text = family_of(run.config.model).encoders
     assert state.params.keys() == {"unet"}
     assert run.frozen.keys() == {"unet", "vae", *text}
     adapters = jax.tree_util.tree_leaves_with_path(state.params)
@@ -244,7 +244,7 @@ def test_pretraining_begins_with_a_random_denoiser_and_the_models_other_parts(
     family: str, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run, state = begin(base, family, "pretrain", tmp_path / "run")
-    config, text = run.config, family_of(run.config).encoders
+    config, text = run.config, family_of(run.config.model).encoders
     assert config.schedule.prediction_type == ("v_prediction" if family == "sd2" else "epsilon")
     assert config.model.force_zeros_for_empty_prompt == (family == "sdxl")
     assert state.params.keys() == {"unet"}

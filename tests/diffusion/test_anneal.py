@@ -16,11 +16,10 @@ from offsetjax.exporting.comfyui import comfyui_node
 from offsetjax.exporting.export import write_spectrum
 from offsetjax.exporting.metadata import header
 from offsetjax.exporting.model_card import matched_sampler, model_card
-from offsetjax.models.pipeline import build, training_noise
+from offsetjax.models.pipeline import build
 from offsetjax.sampling.reach import start_warning, training_advice
-from offsetjax.sampling.sample import start_noise
 from tests.exporting.test_model_card import NOISES, powers
-from tests.tiny import tiny_config
+from tests.tiny import start_of, tiny_config
 from tests.training.test_objective import _config, _look
 
 STEPS, SHARE = 1000, 0.4
@@ -70,14 +69,14 @@ def test_min_snr_weights_know_the_variance_that_is_left() -> None:
 def test_half_of_it_has_the_power_of_theory(name: str) -> None:
     config = tiny_config(**NOISES[name], **ANNEALED)
     pipeline = build(config)
-    whole, half = (training_noise(pipeline, config, step) for step in (0, MIDDLE))
+    whole, half = (pipeline.noising.noise(step) for step in (0, MIDDLE))
     expected = 1 + (whole.power(8, 8) - 1) / 4
     np.testing.assert_allclose(half.power(8, 8), expected)
     assert half.variance(8, 8) == pytest.approx(1 + (whole.variance(8, 8) - 1) / 4)
     keys = jax.random.split(jax.random.key(0), 4096)
-    drawn = np.asarray(jax.jit(lambda keys, step: start_noise(pipeline, config, keys, step))(keys, jnp.int32(MIDDLE)))
+    drawn = np.asarray(jax.jit(lambda keys, step: start_of(pipeline, config, keys, step))(keys, jnp.int32(MIDDLE)))
     assert np.abs(powers(drawn) / np.broadcast_to(expected, powers(drawn).shape) - 1).max() < 5 * np.sqrt(6 / 4096)
-    np.testing.assert_allclose(start_noise(pipeline, config, keys[:9], MIDDLE), drawn[:9], atol=1e-5)
+    np.testing.assert_allclose(start_of(pipeline, config, keys[:9], MIDDLE), drawn[:9], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["offset", "spectral", "adaptive", "pyramid"])
@@ -86,30 +85,32 @@ def test_at_the_end_the_start_is_plain_and_all_that_is_exported_says_so(name: st
     pipeline = build(config)
     keys = jax.random.split(jax.random.key(0), 9)
     plain = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], (4, 8, 8)))(keys)
-    assert jnp.array_equal(start_noise(pipeline, config, keys, STEPS), plain)
-    traced = jax.jit(lambda keys, step: start_noise(pipeline, config, keys, step))(keys, jnp.int32(STEPS))
+    assert jnp.array_equal(start_of(pipeline, config, keys, STEPS), plain)
+    traced = jax.jit(lambda keys, step: start_of(pipeline, config, keys, step))(keys, jnp.int32(STEPS))
     np.testing.assert_allclose(traced, plain, atol=2e-6)
-    card = model_card(pipeline, config, STEPS)
+    settings = (pipeline, config.sample, config.data.resolution)
+    card = model_card(*settings, STEPS)
     assert "PyTorch's default start is the right one" in card and "over the last 0.4 of it the noise became" in card
     assert "Training noise: plain." in card and "strength =" not in card and "Do not start" not in card
-    assert "PyTorch's default start is the right one" not in model_card(pipeline, config, STEPS - 1)
-    write_spectrum(tmp_path, pipeline, config, STEPS)
+    assert "PyTorch's default start is the right one" not in model_card(*settings, STEPS - 1)
+    write_spectrum(tmp_path, pipeline, config.data.resolution, STEPS)
     assert list(tmp_path.iterdir()) == []
-    assert matched_sampler(pipeline, config, STEPS) == "euler_ancestral" != matched_sampler(pipeline, config, MIDDLE)
+    given = config.sample.sampler
+    assert matched_sampler(pipeline, given, STEPS) == "euler_ancestral" != matched_sampler(pipeline, given, MIDDLE)
     said = header(pipeline, config, STEPS, "diffusers", "model")
     unused = ("ss_adaptive_noise_scale", "ss_multires_noise_iterations", "ss_multires_noise_discount")
     assert {said[name] for name in unused} == {"None"}
     assert said["ss_noise_offset_random_strength"] == "False"
     assert said["ss_noise_offset"] == "0.0" and "from plain noise, the noise of training" in said["offsetjax.start"]
     config.sample.start_noise = "plain"
-    assert list(start_warning(pipeline, config, STEPS)) == []
+    assert list(start_warning(*settings, STEPS)) == []
 
 
 @pytest.mark.parametrize("name", ["adaptive", "pyramid"])
 def test_a_node_of_a_model_that_was_not_annealed_to_the_end(name: str) -> None:
     config = tiny_config(**NOISES[name], **ANNEALED)
     pipeline, names = build(config), {}
-    exec(compile(comfyui_node(pipeline, config, "x", MIDDLE), "node.py", "exec"), names)
+    exec(compile(comfyui_node(pipeline, config.data.resolution, "x", MIDDLE), "node.py", "exec"), names)
     keys = jax.random.split(jax.random.key(3), 6)
 
     def draws(key: jax.Array) -> tuple[jax.Array, ...]:
@@ -121,7 +122,7 @@ def test_a_node_of_a_model_that_was_not_annealed_to_the_end(name: str) -> None:
 
     drawn = [torch.tensor(np.asarray(each)) for each in jax.vmap(draws)(keys)]
     theirs: Any = names["matched_noise"](names["PARAMETERS"], *drawn)
-    np.testing.assert_allclose(theirs, start_noise(pipeline, config, keys, MIDDLE), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(theirs, start_of(pipeline, config, keys, MIDDLE), rtol=2e-5, atol=2e-5)
 
 
 def test_what_is_said_before_a_training() -> None:
@@ -129,7 +130,7 @@ def test_what_is_said_before_a_training() -> None:
             "sample__shift": 3.0, "noise__offset_strength": 0.1}  # fmt: skip
     config = tiny_config(**flow, **ANNEALED)
     config.optimizer.ema_decay, config.sample.params = 0.999, "ema"
-    spread, average = training_advice(build(config), config)
+    spread, average = training_advice(build(config), config.sample, config.data.resolution, 0.999)
     assert "28 steps return 67% of it" in spread and "noise.anneal=0 returns 95%" in spread
     assert "400 steps" in average and "6000 steps and more" in average
 

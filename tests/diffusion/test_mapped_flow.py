@@ -88,7 +88,7 @@ def test_an_export_says_what_others_programs_return_who_draw_it_by_its_own_sched
         for each, is_exported in ((as_base, False), (config, False), (config, True))
     )
     assert theirs.matched == base.matched != ours.matched and theirs.plain == base.plain
-    said = start_in_words(build(config), config, 0)
+    said = start_in_words(build(config), config.sample, config.data.resolution, 0)
     assert f"return {theirs.matched:.0%} from the noise of training, and {theirs.plain:.0%} from plain noise" in said
 
 

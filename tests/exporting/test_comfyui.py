@@ -13,7 +13,7 @@ from offsetjax.errors import UserError
 from offsetjax.exporting.comfyui import comfyui_node
 from offsetjax.exporting.export import export
 from offsetjax.exporting.model_card import model_card
-from offsetjax.models.pipeline import build, training_noise
+from offsetjax.models.pipeline import build
 from tests import tiny
 from tests.exporting.test_model_card import NOISES
 
@@ -37,7 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def nodes_of(title: str = 'A "model" \\ ü', **changes: Any) -> dict[str, Any]:
     config = tiny.tiny_config(**changes)
     names: dict[str, Any] = {}
-    exec(compile(comfyui_node(build(config), config, title, 0), "node.py", "exec"), names)
+    exec(compile(comfyui_node(build(config), config.data.resolution, title, 0), "node.py", "exec"), names)
     return names
 
 
@@ -46,7 +46,7 @@ def nodes_of(title: str = 'A "model" \\ ü', **changes: Any) -> dict[str, Any]:
 def test_the_nodes_noise_is_ours(name: str, size: tuple[int, int]) -> None:
     changes = {**NOISES, **OTHERS}[name]
     config = tiny.tiny_config(**changes)
-    noise, shape = training_noise(build(config), config), (4, *size)
+    noise, shape = build(config).noising.noise(), (4, *size)
     keys = jax.random.split(jax.random.key(3), COUNT)
     ours = jax.vmap(lambda key: noise.start(key, shape))(keys)
 
@@ -113,4 +113,4 @@ def test_it_is_exported(tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPat
     assert names["PARAMETERS"]["strengths"] == [0.1] and names["PARAMETERS"]["title"] == "node"
     assert [path.name for path in tmp_path.iterdir()] == ["node.py"]
     config = tiny.tiny_config()
-    assert "--format=comfyui_node" in model_card(build(config), config, 1)
+    assert "--format=comfyui_node" in model_card(build(config), config.sample, config.data.resolution, 1)

@@ -20,7 +20,7 @@ from offsetjax.exporting.export import export
 from offsetjax.formats import diffusers as files
 from offsetjax.models.resolve import resolve
 from offsetjax.models.trained import Trained, load_trained
-from offsetjax.sampling.sample import pixel_sampler, start_noise
+from offsetjax.sampling.sample import pixel_sampler
 from offsetjax.train import train
 from tests import tiny, torch_models
 
@@ -86,9 +86,9 @@ def test_pytorch_draws_our_pictures(spacing: str, trained: Trained, exported: pa
     exported_spacing = config.sample.spacing
     config.sample.update(num_steps=10, guidance_scale=3.0, spacing=spacing)
     keys = jax.random.split(jax.random.key(5), len(PROMPTS))
-    start = np.array(start_noise(trained.pipeline, config, keys))
+    start = np.array(tiny.start_of(trained.pipeline, config, keys))
     input_ids, negative_ids = trained.pipeline.tokenize(PROMPTS), trained.pipeline.tokens("").input_ids
-    draw = jax.jit(pixel_sampler(trained.pipeline, config))
+    draw = jax.jit(pixel_sampler(trained.pipeline, config.sample, config.data.resolution))
     ours = np.transpose(draw(trained.params, trained.frozen, input_ids, negative_ids, start), (0, 2, 3, 1))
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(exported, safety_checker=None)

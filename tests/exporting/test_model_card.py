@@ -11,7 +11,6 @@ import torch
 from offsetjax.exporting.export import export, write_spectrum
 from offsetjax.exporting.model_card import matched_sampler, model_card
 from offsetjax.models.pipeline import build
-from offsetjax.sampling.sample import sampling_noise, start_noise
 from tests import tiny
 
 COUNT = 4096
@@ -59,16 +58,16 @@ def test_the_recipes_latents_are_distributed_like_our_start(
 ) -> None:
     config = tiny.tiny_config(**NOISES[name])
     pipeline = build(config)
-    write_spectrum(tmp_path, pipeline, config, 1)
+    write_spectrum(tmp_path, pipeline, config.data.resolution, 1)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {"torch": torch, "b": COUNT}
-    exec(latent_lines(model_card(pipeline, config, 1)), names)
+    exec(latent_lines(model_card(pipeline, config.sample, config.data.resolution, 1)), names)
     theirs = names["latents"].numpy()
-    ours = np.asarray(start_noise(pipeline, config, jax.random.split(jax.random.key(0), COUNT)))
+    ours = np.asarray(tiny.start_of(pipeline, config, jax.random.split(jax.random.key(0), COUNT)))
     assert theirs.shape == ours.shape and theirs.dtype == ours.dtype
     # Both have, a mode, the power of theory; a mode's power has a standard error of at most √(2 kurtosis / count).
-    expected = np.broadcast_to(sampling_noise(pipeline, config).power(8, 8), powers(ours).shape)
+    expected = np.broadcast_to(pipeline.noising.noise().power(8, 8), powers(ours).shape)
     for drawn in (ours, theirs):
         assert np.abs(powers(drawn) / expected - 1).max() < 5 * np.sqrt(6 / COUNT), name
     # And the same shape of distribution where it is not normal.
@@ -90,7 +89,7 @@ def test_the_recipes_latents_are_distributed_like_our_start(
 )
 def test_the_exported_scheduler_needs_no_more_than_the_start(noise: str, sampler: str, expected: str) -> None:
     config = tiny.tiny_config(**NOISES[noise], sample__sampler=sampler)
-    assert matched_sampler(build(config), config, 1) == expected
+    assert matched_sampler(build(config), config.sample.sampler, 1) == expected
 
 
 def test_the_whole_recipe_runs_in_the_exported_folder(

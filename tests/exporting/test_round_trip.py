@@ -26,6 +26,7 @@ from offsetjax.storage.exported import verify_export
 from offsetjax.training.setup import open_run
 from offsetjax.training.step import init_state
 from tests import families
+from tests.tiny import update_of
 
 
 def imported(model: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> pathlib.Path:
@@ -35,8 +36,10 @@ def imported(model: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> path
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
     run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
-    state = init_state(initial_trained(run.config, run.pipeline, place), run.config)
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
+    config = run.config
+    trained = initial_trained(run.pipeline, config.model, config.lora, config.seed, place)
+    state = init_state(trained, update_of(config))
     with checkpoint.open_checkpoints(workdir) as manager:
         checkpoint.save(manager, 0, state, {"next_batch": 0})
     return workdir

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _trained(config: ConfigDict, platform: str = "tpu", shares: int = 1) -> Pipeline:
-    return for_training(build(config), config, platform, shares)
+    return for_training(build(config), config.data.resolution, platform, shares)
 
 
 def test_the_denoiser_has_the_settings_also_under_adapters() -> None:

@@ -16,9 +16,10 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.models.pipeline import build, for_training
+from offsetjax.models.task import task_of
 from offsetjax.models.tokenizer import train_tokenizer
 from offsetjax.parallel import fsdp, sharding
-from offsetjax.training.objective import add_position, make_objective
+from offsetjax.training.objective import add_position
 from offsetjax.training.step import make_gradient
 from tests.tiny import quick_compilation, tiny_config
 
@@ -44,7 +45,7 @@ class Program:
         self.config = config
         texts = config.model.text_encoder
         tokenizer = train_tokenizer(("a black square",), texts.vocab_size, texts.max_position_embeddings)
-        self.pipeline = for_training(build(config, {"text_encoder": tokenizer}), config, "cpu")
+        self.pipeline = for_training(build(config, {"text_encoder": tokenizer}), config.data.resolution, "cpu")
         keys = jax.random.split(jax.random.key(0), 3)
         params = {part: model.init(key) for (part, model), key in zip(self.pipeline.parts.items(), keys, strict=True)}
         self.params, self.frozen = {"unet": params.pop("unet")}, params
@@ -60,7 +61,7 @@ class Program:
             },
             BATCH,
         )
-        self.gradient = make_gradient(make_objective(self.pipeline, config), config)
+        self.gradient = make_gradient(task_of(config).objective(self.pipeline, config))
 
     def alone(self) -> tuple[jax.Array, PyTree]:
         return jax.jit(self.gradient)(self.params, self.frozen, self.batch, jnp.int32(3))

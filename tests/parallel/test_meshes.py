@@ -22,7 +22,7 @@ from offsetjax.config import default_config
 from offsetjax.parallel import fsdp, sharding
 from offsetjax.storage import checkpoint
 from offsetjax.training.step import TrainState, init_state, make_gradient, make_train_step
-from tests.tiny import quick_compilation
+from tests.tiny import quick_compilation, update_of
 
 SIZES = [shape for shape in itertools.product(range(1, 9), repeat=3) if np.prod(shape) <= 8]
 RULES = sharding.split_layers("to_q", "to_out_0")
@@ -78,19 +78,17 @@ class Trainer:
         data, parts, tensor = shape
         config, self.mesh = _config(), sharding.mesh_of(data=data, fsdp=parts, tensor=tensor)
         self.params, frozen, batch = _start()
-        like = jax.eval_shape(lambda params: init_state(params, config), self.params)
+        like = jax.eval_shape(lambda params: init_state(params, update_of(config)), self.params)
         self.shardings = sharding.shardings(self.mesh, RULES, like)
-        gradient = fsdp.on_mesh(
-            make_gradient(_objective, config), self.mesh, RULES, {"unet": jnp.float32, "vae": jnp.float32}
-        )
+        gradient = fsdp.on_mesh(make_gradient(_objective), self.mesh, RULES, {"unet": jnp.float32, "vae": jnp.float32})
         frozen_shardings, self.rows = (
             sharding.shardings(self.mesh, RULES, frozen),
             NamedSharding(self.mesh, sharding.BATCH),
         )
         self.frozen, self.batch = jax.device_put(frozen, frozen_shardings), jax.device_put(batch, self.rows)
-        self.begin = jax.jit(lambda params: init_state(params, config), out_shardings=self.shardings)
+        self.begin = jax.jit(lambda params: init_state(params, update_of(config)), out_shardings=self.shardings)
         self.step = jax.jit(
-            make_train_step(gradient, config),
+            make_train_step(gradient, update_of(config)),
             in_shardings=(self.shardings, frozen_shardings, self.rows),
             out_shardings=(self.shardings, NamedSharding(self.mesh, P())),
         )
@@ -127,7 +125,7 @@ def _train_and_resume(shapes: list[tuple[int, int, int]], workdir: pathlib.Path)
     for number, saved in enumerate(shapes):
         with checkpoint.open_checkpoints(workdir / str(number)) as manager:
             for shape, trainer in trainers.items():
-                like = jax.eval_shape(lambda params: init_state(params, _config()), trainer.params)
+                like = jax.eval_shape(lambda params: init_state(params, update_of(_config())), trainer.params)
                 state, _ = checkpoint.restore(manager, checkpoint.abstract(like, trainer.shardings))
                 assert _difference(trainer.gathered(trainer.run(state, 1)), third) < 2e-5, (saved, shape)
 

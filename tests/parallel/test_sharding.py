@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from offsetjax.models.weights import abstract_trained
 from offsetjax.parallel import sharding
 from offsetjax.training.step import TrainState, init_state
 from tests.plan import topology
+from tests.tiny import update_of
 
 FSDP = 8
 RULES = build(default_config()).sharding
@@ -25,7 +26,8 @@ MESH = {"data": 1, "fsdp": FSDP, "tensor": 1}
 def state() -> TrainState:
     """The train state of Stable Diffusion 1.x, abstract: its shapes are real, its 860 M parameters are not there."""
     config = default_config()
-    return jax.eval_shape(lambda params: init_state(params, config), abstract_trained(config, build(config)))
+    trained = abstract_trained(build(config), config.lora)
+    return jax.eval_shape(lambda params: init_state(params, update_of(config)), trained)
 
 
 def _placed(tree: PyTree, data: int = 1, fsdp: int = FSDP) -> dict[str, tuple[tuple[int, ...], P]]:
@@ -87,11 +89,15 @@ def _config(data: int, fsdp: int, global_batch_size: int = 8, accumulate_steps: 
     return config
 
 
+def _mesh(config: ConfigDict) -> Mesh:
+    return sharding.make_mesh(config.mesh, config.train)
+
+
 @pytest.mark.parametrize(
     ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (1, -1, (1, 8)), (-1, 4, (2, 4)), (2, 4, (2, 4)), (8, 1, (8, 1))]
 )
 def test_the_mesh_takes_all_devices(data: int, fsdp: int, shape: tuple[int, int]) -> None:
-    mesh = sharding.make_mesh(_config(data, fsdp))
+    mesh = _mesh(_config(data, fsdp))
     assert tuple(mesh.shape.values()) == (*shape, 1)
     assert len(set(mesh.devices.flat)) == 8
 
@@ -99,13 +105,13 @@ def test_the_mesh_takes_all_devices(data: int, fsdp: int, shape: tuple[int, int]
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (4, 1), (16, 1), (2, 2), (4, 4)])
 def test_a_mesh_that_does_not_fit_is_refused(data: int, fsdp: int) -> None:
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        sharding.make_mesh(_config(data, fsdp))
+        _mesh(_config(data, fsdp))
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(4, 1), (12, 1), (8, 2), (24, 2)])
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(batch: int, parts: int) -> None:
     with pytest.raises(UserError, match=f"= {batch // parts} must be a multiple of the 8 devices"):
-        sharding.make_mesh(_config(-1, 1, batch, parts))
+        _mesh(_config(-1, 1, batch, parts))
 
 
 def test_a_batch_is_split_over_both_axes() -> None:

@@ -15,9 +15,10 @@ import pytest
 from offsetjax.cli import main
 from offsetjax.config import load_config
 from offsetjax.errors import UserError
+from offsetjax.models.weights import abstract_trained
 from offsetjax.plan.program import architecture
 from offsetjax.training.abstract import abstract_frozen, abstract_pipeline, abstract_state, model_flops
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, update_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 SD2 = str(ROOT / "configs" / "sd21_offset.py")
@@ -60,7 +61,8 @@ def on_tpu(folder: pathlib.Path) -> dict[str, Any]:
 def test_memory_is_that_of_the_shards(on_cpu: dict[str, Any]) -> None:
     config = tiny_config(train__global_batch_size=16)
     pipeline = abstract_pipeline(config)
-    state, frozen = abstract_state(config, pipeline), abstract_frozen(config, pipeline)
+    state = abstract_state(abstract_trained(pipeline, config.lora), update_of(config))
+    frozen = abstract_frozen(pipeline)
     elements = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     memory = on_cpu["bytes_per_device"]
     assert on_cpu["mesh"]["data"] == 2 and on_cpu["mesh"]["fsdp"] == 4

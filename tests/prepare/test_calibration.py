@@ -22,7 +22,6 @@ from offsetjax.data.source import open_source
 from offsetjax.diffusion.calibration import (
     Calibration,
     band_means,
-    fill,
     noise_spectrum,
     offset_strengths,
     radial_bands,
@@ -34,6 +33,7 @@ from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.process import make_process, mode_snr
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import UserError
+from offsetjax.models.resolve import calibrated
 from offsetjax.models.trained import read_config
 from offsetjax.parallel import sharding
 from offsetjax.prepare.calibrate import calibrate, measure
@@ -149,7 +149,7 @@ def test_strengths_are_filled_in_for_each_kind_and_size(
     config = _config(
         file, noise__kind=kind, data__resolution=resolution, noise__reference_resolution=reference, **pyramid
     )
-    filled = fill(config, 4, 8)
+    filled = calibrated(config)
     validate(filled)
     assert config.noise.channel_strengths == ()
     changed = {path for (path, new), (_, old) in zip(flatten(filled), flatten(config), strict=True) if new != old}
@@ -163,23 +163,23 @@ def test_a_reference_at_which_the_mean_is_hidden_by_plain_noise_is_refused(file:
     with pytest.raises(
         UserError, match=r"reference_resolution = 64 .* which no strength at that size has; leave it out"
     ):
-        fill(_config(file, data__resolution=256, noise__reference_resolution=64), 4, 8)
+        calibrated(_config(file, data__resolution=256, noise__reference_resolution=64))
 
 
 def test_a_spectrum_is_filled_in(file: pathlib.Path) -> None:
-    config = fill(_config(file, noise__kind="spectral"), 4, 8)
+    config = calibrated(_config(file, noise__kind="spectral"))
     validate(config)
     assert config.noise.spectrum == noise_spectrum(_calibration(), SCHEDULE, 0.1)
     assert config.noise.channel_strengths == ()
 
 
 def test_the_data_mean_is_filled_in_for_an_adaptive_strength(file: pathlib.Path) -> None:
-    config = fill(_config(file, noise__offset_strength=0.1, noise__adaptive_scale=0.2), 4, 8)
+    config = calibrated(_config(file, noise__offset_strength=0.1, noise__adaptive_scale=0.2))
     validate(config)
     assert config.noise.data_mean == (0.5, -1.0, 0.0, 2.0)
     np.testing.assert_allclose(config.noise.data_mean_std, np.sqrt(_calibration().mean_variance), rtol=1e-5)
     assert config.noise.channel_strengths == () and config.noise.offset_strength == 0.1
-    alone = fill(_config(file, noise__adaptive_scale=0.2), 4, 8).noise
+    alone = calibrated(_config(file, noise__adaptive_scale=0.2)).noise
     assert alone.data_mean == config.noise.data_mean
     assert alone.channel_strengths == (), "an adaptive strength may stand alone"
 
@@ -198,7 +198,7 @@ def test_the_data_mean_is_filled_in_for_an_adaptive_strength(file: pathlib.Path)
 def test_what_is_filled_in_brings_the_expected_terminal_snr_to_the_target(
     file: pathlib.Path, changes: dict[str, Any], resolution: int
 ) -> None:
-    config = fill(_config(file, data__resolution=resolution, **changes), 4, 8)
+    config = calibrated(_config(file, data__resolution=resolution, **changes))
     validate(config)
     schedule, side = make_process(config.schedule), resolution // 8
     power = make_noise(config.noise, schedule, downscale=8).power(side, side)[:3, 0, 0]
@@ -208,7 +208,7 @@ def test_what_is_filled_in_brings_the_expected_terminal_snr_to_the_target(
 
 def test_a_config_without_calibration_stays_as_it_is() -> None:
     config = _config("", noise__offset_strength=0.1)
-    assert fill(config, 4, 8) is config
+    assert calibrated(config) is config
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_calibration_that_cannot_apply_is_refused(
     write_calibration(tmp_path / "c.json", _calibration(**measured), None)
     config = _config(tmp_path / "c.json", **changes)
     with pytest.raises(UserError) as caught:
-        fill(config, 4, 8)
+        calibrated(config)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

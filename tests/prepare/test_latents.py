@@ -20,14 +20,15 @@ from PIL import Image
 from offsetjax.cli import main
 from offsetjax.commands.explain import explain
 from offsetjax.data.brightness import data_brightness
-from offsetjax.data.buckets import Size
+from offsetjax.data.buckets import Size, square
 from offsetjax.data.cache import Shard
 from offsetjax.data.images import UnreadableImage
 from offsetjax.data.sizes import measured
 from offsetjax.data.source import Source, captions, open_source
 from offsetjax.errors import UserError
 from offsetjax.models.encode import encode_batch, to_unit_range
-from offsetjax.models.pipeline import build, step_parts
+from offsetjax.models.pipeline import build
+from offsetjax.models.task import task_of
 from offsetjax.models.trained import load_trained
 from offsetjax.models.weights import initial_params, new_tokenizers
 from offsetjax.plan.program import architecture, make_program
@@ -37,7 +38,7 @@ from offsetjax.prepare.latents import encode_data, open_vae
 from offsetjax.train import train
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, model_flops
 from offsetjax.training.flops import count_flops
-from offsetjax.training.objective import add_position, make_objective
+from offsetjax.training.objective import add_position
 from offsetjax.training.setup import open_run
 from offsetjax.training.streams import check_cache, open_buckets, open_stream
 from offsetjax.training.validation import make_losses, validate
@@ -159,9 +160,10 @@ def test_validation_and_calibration_agree(base: pathlib.Path, cache: pathlib.Pat
     for config, source in opened(base, cache):
         config.data.random_flip, config.validation.timesteps = False, (500,)
         stream = open_stream(config, trained.pipeline, source)
-        frozen = {part: trained.frozen[part] for part in step_parts(config)}
-        losses = jax.jit(make_losses(trained.pipeline, config, mesh))
-        found.append(validate(losses, config, stream, mesh, trained.params, frozen))
+        frozen = {part: params for part, params in trained.frozen.items() if part != "vae" or not source.cache}
+        batch_size = config.train.global_batch_size
+        losses = jax.jit(make_losses(trained.pipeline, config.validation.timesteps, batch_size, mesh))
+        found.append(validate(losses, config.validation, stream, mesh, trained.params, frozen))
         measured.append(measure(config, trained.pipeline, trained.frozen["vae"], source, mesh))
     assert found[1] == pytest.approx(found[0], rel=2e-3) and found[1] != found[0]
     for seen, read in zip(*measured, strict=True):  # the means of the modes, and their variances
@@ -185,11 +187,14 @@ def test_latents_of_several_sizes_come_in_the_batches_of_their_pictures(
     from_pictures = tiny_config(pictures_of_shapes(base), **SEVERAL)
     from_cache = tiny_config(of_shapes, data__cached_latents=True, **SEVERAL)
     opened = open_source(pictures_of_shapes(base)), open_source(of_shapes, cached_latents=True)
-    pipeline = build(from_pictures, new_tokenizers(from_pictures, captions(opened[0])))
-    params = {part: initial_params(from_pictures, part, model) for part, model in pipeline.parts.items()}
+    pipeline = build(from_pictures, new_tokenizers(from_pictures.model, captions(opened[0])))
+    params = {
+        part: initial_params(from_pictures.model, from_pictures.seed, part, model)
+        for part, model in pipeline.parts.items()
+    }
     trained, frozen = {"unet": params.pop("unet")}, params
     encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(frozen["vae"], to_unit_range(pixels)))
-    losses = [jax.jit(make_objective(pipeline, each)) for each in (from_pictures, from_cache)]
+    losses = [jax.jit(task_of(each).objective(pipeline, each)) for each in (from_pictures, from_cache)]
     shapes: set[tuple[int, ...]] = set()
     with contextlib.ExitStack() as stack:
         streams = [
@@ -425,11 +430,15 @@ def test_the_step_is_planned_without_the_autoencoder(base: pathlib.Path, cache: 
     assert program.step.trace(*program.arguments).out_info[0].step.shape == ()
     keys = jax.random.split(jax.random.key(0), cached.train.global_batch_size)
     encode = lambda params, batch: encode_batch(pipeline.autoencoder, params, batch, keys)  # noqa: E731
-    encoding = count_flops(encode, abstract_frozen(plain, pipeline)["vae"], abstract_batch(plain, pipeline))
+    encoding = count_flops(
+        encode,
+        abstract_frozen(pipeline)["vae"],
+        abstract_batch(pipeline, square(plain.data.resolution), plain.train.global_batch_size),
+    )
     assert model_flops(plain, pipeline) - model_flops(cached, pipeline) == encoding > 0
     config, source = opened(base, cache)[1]
     with contextlib.closing(open_stream(config, build(config), source).iterator()) as batches:
         batch = next(batches)
-    for name, expected in abstract_batch(config, pipeline).items():
+    for name, expected in abstract_batch(pipeline, square(config.data.resolution), len(batch["index"]), True).items():
         if name != "input_ids":  # without a tokenizer there are none
             assert (batch[name].shape, batch[name].dtype) == (expected.shape, expected.dtype)

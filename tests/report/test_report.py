@@ -33,7 +33,9 @@ def _samples(workdir: pathlib.Path, name: str, config: Any, step: int, brightnes
         for prompt, values in brightness.items()
         for seed, value in enumerate(values)
     ]
-    write_samples(workdir / "samples", name, pictures, about_samples(config, step, "ema"))
+    write_samples(
+        workdir / "samples", name, pictures, about_samples(config.sample, config.data.resolution, step, "ema")
+    )
 
 
 def _workdir(

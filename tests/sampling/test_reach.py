@@ -23,7 +23,7 @@ FLOW = {
 
 def advice(**changes: Any) -> list[str]:
     config = tiny.tiny_config(**{**FLOW, **changes})
-    return list(training_advice(build(config), config))
+    return list(training_advice(build(config), config.sample, config.data.resolution, config.optimizer.ema_decay))
 
 
 def test_the_issues_own_line() -> None:
@@ -52,13 +52,13 @@ def test_a_plain_start_of_an_offset_model_is_a_failure() -> None:
         "sample.start_noise='matched' returns 95%"
     )
     config = tiny.tiny_config(**{**FLOW, **changes})
-    [warning] = start_warning(build(config), config, 0)
+    [warning] = start_warning(build(config), config.sample, config.data.resolution, 0)
     assert warning.startswith(
         "a start of plain noise returns 7% of the spread of brightness, the noise of training 95%"
     )
     for quiet in ({"noise__offset_strength": 0.0}, {"sample__start_noise": "matched"}):
         config = tiny.tiny_config(**{**FLOW, **changes, **quiet})
-        assert list(start_warning(build(config), config, 0)) == []
+        assert list(start_warning(build(config), config.sample, config.data.resolution, 0)) == []
 
 
 def test_the_present_process_in_its_own_terms() -> None:
@@ -76,9 +76,11 @@ def test_a_calibration_says_what_the_datas_spread_is(spread: float, tmp_path: pa
     write_calibration(tmp_path / "calibration.json", measured, None)
     config.noise.calibration = str(tmp_path / "calibration.json")
     pipeline = build(config)
-    found = brightness_reach(pipeline, config)
+    found = brightness_reach(pipeline, config.sample, config.data.resolution)
     assert found.equal == pytest.approx(1 / (1 + 1 / (128 * spread)), abs=2e-4)
-    for line in training_advice(pipeline, config):
+    for line in training_advice(pipeline, config.sample, config.data.resolution, config.optimizer.ema_decay):
         assert "for the data's own spread" in line
     (tmp_path / "calibration.json").unlink()  # as on the machine where a run is resumed
-    assert brightness_reach(pipeline, config).equal == pytest.approx(1 / (1 + 1 / (128 * 0.6)), abs=2e-4)
+    assert brightness_reach(pipeline, config.sample, config.data.resolution).equal == pytest.approx(
+        1 / (1 + 1 / (128 * 0.6)), abs=2e-4
+    )

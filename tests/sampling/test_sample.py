@@ -1,5 +1,6 @@
 """Pictures: what is written is what was drawn, and a picture depends on its own seed, prompt and start alone."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from offsetjax.errors import UserError
+from offsetjax.models.pipeline import noising_of
 from offsetjax.models.trained import Trained, load_trained
 from offsetjax.sampling.pictures import Picture, grid
 from offsetjax.sampling.reach import drawing
@@ -22,7 +24,7 @@ from offsetjax.sampling.sample import (
     set_brightness,
     start_noise,
 )
-from offsetjax.sampling.size import drawn_size, latent_shape
+from offsetjax.sampling.size import drawn_size
 from tests.tiny import CAPTIONS, RESOLUTION, quick_compilation, trained_workdir
 
 SETTINGS = {"num_steps": 2, "guidance_scale": 1.0}
@@ -52,10 +54,9 @@ def _draw(
 ) -> list[Picture]:
     config = trained.config.copy_and_resolve_references()
     config.noise.offset_strength, config.sample.start_noise = strength, start
-    sampler = make_sampler(trained.pipeline, config, trained.mesh)
-    return draw_pictures(
-        sampler, trained.pipeline, config, trained.params, trained.frozen, prompts, seeds, trained.step
-    )
+    pipeline = dataclasses.replace(trained.pipeline, noising=noising_of(config, trained.pipeline.autoencoder.downscale))
+    sampler = make_sampler(pipeline, config.sample, RESOLUTION, config.seed, trained.mesh)
+    return draw_pictures(sampler, trained.params, trained.frozen, prompts, seeds, trained.step)
 
 
 def test_the_files_are_the_pictures(drawn: tuple[pathlib.Path, list[Picture]]) -> None:
@@ -115,11 +116,13 @@ def test_pictures_of_any_size_are_drawn(trained: Trained, tmp_path: pathlib.Path
 def test_each_size_has_its_own_shift_and_conditions(trained: Trained) -> None:
     config = trained.config.copy_and_resolve_references()
     config.schedule.update(process="flow", shift=2.0, shift_rule="resolution", shift_resolution=16)
+    pipeline = dataclasses.replace(trained.pipeline, noising=noising_of(config, downscale=2))
     config.sample.size = "32x8"
-    assert drawn_size(config) == (32, 8) and latent_shape(trained.pipeline, config) == (4, 4, 16)
-    assert drawing(trained.pipeline, config).shift == pytest.approx(2.0)
+    size = drawn_size(config.sample, RESOLUTION)
+    assert size == (32, 8) and pipeline.latent_shape(*size) == (4, 4, 16)
+    assert drawing(pipeline, config.sample, RESOLUTION).shift == pytest.approx(2.0)
     config.sample.size = "64x16"
-    assert drawing(trained.pipeline, config).shift == pytest.approx(4.0)
+    assert drawing(pipeline, config.sample, RESOLUTION).shift == pytest.approx(4.0)
 
 
 def test_seeds_differ(drawn: tuple[pathlib.Path, list[Picture]]) -> None:
@@ -139,14 +142,13 @@ def test_the_start_is_matched_to_the_noise_of_training(trained: Trained) -> None
 
 
 def test_brightness_moves_the_starts_mean_and_nothing_else(trained: Trained) -> None:
-    config = trained.config.copy_and_resolve_references()
-    config.sample.brightness = (0.0,)
-    shape, keys = latent_shape(trained.pipeline, config), jax.random.split(jax.random.key(0), 512)
-    start = start_noise(trained.pipeline, config, keys)
+    noise, autoencoder = trained.pipeline.noising.noise(), trained.pipeline.autoencoder
+    shape, keys = trained.pipeline.latent_shape(RESOLUTION), jax.random.split(jax.random.key(0), 512)
+    start = start_noise(noise, shape, keys)
     vae = trained.frozen["vae"]
 
     def moved(value: float) -> np.ndarray:
-        return np.asarray(set_brightness(trained.pipeline, config, vae, start, jnp.full(len(keys), value)))
+        return np.asarray(set_brightness(autoencoder, vae, noise, start, jnp.full(len(keys), value)))
 
     dark, bright = moved(-2.0), moved(2.0)
     step = (bright - dark).mean((2, 3))
@@ -165,7 +167,7 @@ def test_brightness_moves_the_starts_mean_and_nothing_else(trained: Trained) -> 
     assert cosine == pytest.approx(1.0, abs=1e-4)
     # Drawn from the distribution itself, the values leave the start's distribution as it is.
     values = jax.random.normal(jax.random.key(1), (len(keys),))
-    redrawn = np.asarray(set_brightness(trained.pipeline, config, vae, start, values))
+    redrawn = np.asarray(set_brightness(autoencoder, vae, noise, start, values))
     assert redrawn.mean((2, 3)).std(0) == pytest.approx(np.full(4, deviation), rel=0.15)
 
 

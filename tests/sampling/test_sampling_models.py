@@ -35,7 +35,7 @@ from offsetjax.storage import checkpoint
 from offsetjax.training.setup import open_run
 from offsetjax.training.step import init_state
 from tests import torch_models
-from tests.tiny import quick_compilation
+from tests.tiny import quick_compilation, update_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS, SEEDS = ("a dark alley in a rainstorm", "a ski slope on a sunny day"), (3, 8)
@@ -63,8 +63,10 @@ def begin(model: pathlib.Path, workdir: pathlib.Path, **noise: Any) -> None:
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.noise.update(noise)
     run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
-    state = init_state(initial_trained(run.config, run.pipeline, place), run.config)
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
+    config = run.config
+    trained = initial_trained(run.pipeline, config.model, config.lora, config.seed, place)
+    state = init_state(trained, update_of(config))
     with checkpoint.open_checkpoints(workdir) as manager:
         checkpoint.save(manager, 0, state, {"next_batch": 0})
 
@@ -233,7 +235,7 @@ def test_eight_devices_hold_an_eighth_of_the_weights_each_and_draw_an_eighth_of_
     model.config.sample.num_steps = 2
     keys, shifts = jax.random.split(jax.random.key(0), 8), np.zeros(8, np.float32)
     ids, negative = model.pipeline.tokenize(["a"] * 8), model.pipeline.tokens("").input_ids
-    draw = make_sampler(model.pipeline, model.config, model.mesh).draw
+    draw = make_sampler(model.pipeline, model.config.sample, model.config.data.resolution, 0, model.mesh).draw
     program = draw.lower(model.params, model.frozen, ids, negative, keys, shifts).compile().as_text()
     # Of the program of one device: a picture of the autoencoder's, two of the denoiser's, with and without the prompt.
     assert set(re.findall(r"= f32\[(\d+),\d+,\d+,\d+\]\S* convolution\(", program)) == {"1", "2"}

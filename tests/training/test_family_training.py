@@ -25,7 +25,7 @@ from offsetjax.models.family import family_of
 from offsetjax.models.trained import load_trained
 from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
-from offsetjax.sampling.sample import pixel_sampler, start_noise
+from offsetjax.sampling.sample import pixel_sampler
 from offsetjax.storage import checkpoint
 from offsetjax.train import train
 from offsetjax.training.setup import open_run
@@ -73,7 +73,7 @@ class Case:
     @property
     def text(self) -> tuple[str, ...]:
         """Its text encoders."""
-        return family_of(self.config()).encoders
+        return family_of(self.config().model).encoders
 
 
 QUICK = Case("sd2", is_shallow=True, learns_text=True)
@@ -164,9 +164,10 @@ def draw(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """Our pictures of a training, [b, h, w, 3] in [0, 1], and the latents that they start from."""
     model = load_trained(workdir)
     model.config.sample.update(num_steps=4, guidance_scale=3.0)
-    start = np.array(start_noise(model.pipeline, model.config, jax.random.split(jax.random.key(5), len(PROMPTS))))
+    start = np.array(tiny.start_of(model.pipeline, model.config, jax.random.split(jax.random.key(5), len(PROMPTS))))
     ids, negative = model.pipeline.tokenize(PROMPTS), model.pipeline.tokens("").input_ids
-    pixels = jax.jit(pixel_sampler(model.pipeline, model.config))(model.params, model.frozen, ids, negative, start)
+    draw = pixel_sampler(model.pipeline, model.config.sample, model.config.data.resolution)
+    pixels = jax.jit(draw)(model.params, model.frozen, ids, negative, start)
     return np.transpose(pixels, (0, 2, 3, 1)), start
 
 
@@ -241,8 +242,8 @@ def test_text_encoders_learn_at_their_own_rate(case: Case, train_case: Callable[
     """Adam's first step is as long as the learning rate wherever there is a gradient, whatever its size."""
     trained = train_case(case)
     run = open_run(trained.config, epath.Path(trained.workdir), source=None)
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
-    begin = flat(initial_trained(run.config, run.pipeline, place))
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
+    begin = flat(initial_trained(run.pipeline, run.config.model, run.config.lora, run.config.seed, place))
     after = flat(load_trained(trained.workdir, 1, "raw").params)
     assert begin.keys() == after.keys()
     steps: dict[str, list[np.ndarray]] = {"unet": [], **{part: [] for part in case.text}}

@@ -24,7 +24,7 @@ from offsetjax.train import train
 from offsetjax.training.goodput import Goodput, read_goodput
 from offsetjax.training.spikes import followed, no_spikes, spike_ratio
 from offsetjax.training.step import init_state, make_gradient, make_train_step
-from tests.tiny import data_path, quick_compilation, tiny_config
+from tests.tiny import data_path, quick_compilation, tiny_config, update_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,9 +58,9 @@ def test_no_setting_of_the_optimizer_writes_what_is_not_finite(
 ) -> None:
     config = tiny_config(optimizer__ema_decay=ema_decay, train__global_batch_size=2)
     config.optimizer.update(settings)  # beyond the ranges of the fields
-    gradient = make_gradient(lambda params, *_: (params["w"] - 3.0) ** 2, config)
-    train_step = jax.jit(make_train_step(gradient, config, saves_memory=saves_memory))
-    state = init_state({"w": jnp.ones(2)}, config)
+    gradient = make_gradient(lambda params, *_: (params["w"] - 3.0) ** 2)
+    train_step = jax.jit(make_train_step(gradient, update_of(config), saves_memory=saves_memory))
+    state = init_state({"w": jnp.ones(2)}, update_of(config))
     for _ in range(20):
         before = state
         state, _ = train_step(state, None, {"is_truncated": np.zeros(2, bool), "is_replaced": np.zeros(2, bool)})

@@ -151,9 +151,9 @@ def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch, tmp_path:
     pipeline = abstract_pipeline(config)
     flops = model_flops(config, pipeline)
     h100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
-    ideal = ideal_seconds(config, pipeline, [h100] * 4)
+    ideal = ideal_seconds(lambda: model_flops(config, pipeline), [h100] * 4)
     assert ideal == pytest.approx(flops / (4 * 989e12))
-    assert ideal_seconds(config, pipeline, jax.devices()) is None
+    assert ideal_seconds(lambda: model_flops(config, pipeline), jax.devices()) is None
 
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

@@ -19,7 +19,7 @@ from offsetjax.config import default_config
 from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
 from offsetjax.models.trained import Trained, load_model, load_trained
-from offsetjax.sampling.sample import pixel_sampler, start_noise
+from offsetjax.sampling.sample import pixel_sampler
 from offsetjax.train import train
 from tests import families, tiny
 
@@ -63,10 +63,11 @@ def draw(base: pathlib.Path) -> Callable[[Trained], tuple[np.ndarray, np.ndarray
     def pictures(model: Trained) -> tuple[np.ndarray, np.ndarray]:
         config = model.config.copy_and_resolve_references()
         config.sample.update(num_steps=5, guidance_scale=3.0)
-        start = np.array(start_noise(model.pipeline, config, jax.random.split(jax.random.key(5), len(PROMPTS))))
+        start = np.array(tiny.start_of(model.pipeline, config, jax.random.split(jax.random.key(5), len(PROMPTS))))
         ids, negative = model.pipeline.tokenize(PROMPTS), model.pipeline.tokens("").input_ids
         with tiny.quick_compilation(base):
-            images = jax.jit(pixel_sampler(model.pipeline, config))(model.params, model.frozen, ids, negative, start)
+            drawn = jax.jit(pixel_sampler(model.pipeline, config.sample, config.data.resolution))
+            images = drawn(model.params, model.frozen, ids, negative, start)
         return np.transpose(images, (0, 2, 3, 1)), start
 
     return pictures

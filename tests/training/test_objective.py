@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 from offsetjax.config import default_config
 from offsetjax.diffusion.process import make_process
 from offsetjax.models.family import Tokens
-from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.pipeline import Pipeline, noising_of
 from offsetjax.models.stable_diffusion import SD1
+from offsetjax.models.task import task_of
 from offsetjax.rng import stream_key
-from offsetjax.training.objective import add_position, autoencoder_objective, diffusion_objective, make_objective
+from offsetjax.training.objective import add_position
 from tests.tiny import quick_compilation
 
 EMPTY = np.zeros(3, np.int32)
@@ -70,10 +71,10 @@ class StandInPipeline(Pipeline):
         return Tokens({"text_encoder": EMPTY}, 2, len(EMPTY))
 
 
-def stand_in(vae: Any = StandInEncoder()) -> Pipeline:
+def stand_in(config: ConfigDict, vae: Any = StandInEncoder()) -> Pipeline:
     """Stable Diffusion 1.x of stand-ins."""
     parts = {"unet": StandInUNet(), "vae": vae, "text_encoder": StandInTextEncoder()}
-    return StandInPipeline(SD1, parts, {"force_zeros_for_empty_prompt": False})
+    return StandInPipeline(SD1, parts, noising_of(config, downscale=8), {"force_zeros_for_empty_prompt": False})
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def _config(**changes: Any) -> ConfigDict:
 def _look(
     config: ConfigDict, count: int = 256, shape: tuple[int, ...] = LATENT, step: int = 0, log_variance: float = -60.0
 ) -> Seen:
-    pipeline = stand_in()
-    objective = diffusion_objective(pipeline, config)
+    pipeline = stand_in(config)
+    objective = task_of(config).objective(pipeline, config)
     frozen = {"vae": (jnp.zeros((count, *shape)), jnp.full((count, *shape), log_variance)), "text_encoder": None}
     pixels, ids = jnp.zeros((count, 2, 2, 3), jnp.uint8), {"text_encoder": jnp.ones((count, 3), jnp.int32)}
     batch = add_position({"pixels": pixels, "input_ids": ids, "time_ids": jnp.zeros((count, 6))}, count)
@@ -248,12 +249,13 @@ def test_the_autoencoders_objective_is_error_and_divergence() -> None:
     pixels = jnp.stack([jnp.zeros((4, 4, 3), jnp.uint8), jnp.full((4, 4, 3), 255, jnp.uint8)])
     batch = add_position({"pixels": pixels}, 2)
     config = _config(task="autoencoder", loss__kl_weight=0.01)
-    objective = autoencoder_objective(stand_in(Reconstruction()), config)
+    objective = task_of(config).objective(stand_in(config, Reconstruction()), config)
     losses = objective({"vae": None}, {}, batch, jnp.int32(0))
     divergence = (9.0 + 0.0 + 60.0 - 1.0) / 2  # of N(3, e^-60) from N(0, 1), in nats
     assert np.asarray(losses) == pytest.approx([1.5**2 + 0.01 * divergence, 0.5**2 + 0.01 * divergence], rel=1e-5)
 
 
 def test_the_task_chooses_the_objective() -> None:
-    names = {task: make_objective(stand_in(), _config(task=task)).__qualname__ for task in ("diffusion", "autoencoder")}
+    configs = {task: _config(task=task) for task in ("diffusion", "autoencoder")}
+    names = {task: task_of(each).objective(stand_in(each), each).__qualname__ for task, each in configs.items()}
     assert all(name.startswith(f"{task}_objective") for task, name in names.items())

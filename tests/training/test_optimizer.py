@@ -17,6 +17,7 @@ from offsetjax.models.pipeline import build
 from offsetjax.models.weights import abstract_params
 from offsetjax.training.optimizer import make_optimizer
 from tests import families, tiny
+from tests.tiny import update_of
 
 
 def _config(**optimizer: object) -> ConfigDict:
@@ -35,7 +36,7 @@ def _config(**optimizer: object) -> ConfigDict:
     ],
 )
 def test_the_learning_rate_at_its_landmarks(decay: str, expected: dict[int, float]) -> None:
-    rate = make_optimizer(_config(decay=decay)).learning_rate
+    rate = make_optimizer(_config(decay=decay).optimizer, 1100).learning_rate
     for step, value in {0: 1e-5 * 1.0, 50: 1e-5 + 0.5 * (1e-3 - 1e-5), **expected}.items():
         assert float(rate(step)) == pytest.approx(value, rel=1e-4, abs=1e-10), step
 
@@ -44,13 +45,13 @@ def test_the_learning_rate_at_its_landmarks(decay: str, expected: dict[int, floa
 def test_without_a_warm_up_the_first_step_has_the_full_rate(decay: str) -> None:
     config = _config(decay=decay)
     config.optimizer.warmup_steps = 0
-    assert float(make_optimizer(config).learning_rate(0)) == pytest.approx(1e-3)
+    assert float(make_optimizer(config.optimizer, config.train.steps).learning_rate(0)) == pytest.approx(1e-3)
 
 
 def test_every_step_of_a_run_shorter_than_its_warm_up_moves() -> None:
     config = _config()
     config.train.steps = 10
-    rate = make_optimizer(config).learning_rate
+    rate = make_optimizer(config.optimizer, config.train.steps).learning_rate
     rates = [float(rate(step)) for step in range(10)]
     assert min(rates) > 0
     assert rates == sorted(rates)
@@ -58,7 +59,7 @@ def test_every_step_of_a_run_shorter_than_its_warm_up_moves() -> None:
 
 def test_a_large_gradient_is_clipped_to_the_norm_and_a_small_one_is_left_alone() -> None:
     config = _config(max_grad_norm=1.0)
-    optimizer, params = make_optimizer(config).transform, {"w": jnp.zeros(4)}
+    optimizer, params = make_optimizer(config.optimizer, config.train.steps).transform, {"w": jnp.zeros(4)}
 
     def first_moment(gradient: jax.Array) -> np.ndarray:
         _, state = optimizer.update({"w": gradient}, optimizer.init(params), params)
@@ -75,7 +76,7 @@ def test_one_step_is_adamws() -> None:
     config = _config(decay="constant", weight_decay=0.1, b1=0.8, b2=0.9, eps=1e-3)
     config.optimizer.warmup_steps = 0
     weight, gradient = np.float64(2.0), np.float64(0.5)
-    optimizer, params = make_optimizer(config).transform, {"w": jnp.float32(weight)}
+    optimizer, params = make_optimizer(config.optimizer, config.train.steps).transform, {"w": jnp.float32(weight)}
     updates, _ = optimizer.update({"w": jnp.float32(gradient)}, optimizer.init(params), params)
     # I. Loshchilov and F. Hutter, arXiv 1711.05101, algorithm 2, at t = 1: both corrected moments are exact.
     expected = weight - 1e-3 * (gradient / (abs(gradient) + 1e-3) + 0.1 * weight)
@@ -84,7 +85,7 @@ def test_one_step_is_adamws() -> None:
 
 def test_the_optimizer_holds_two_moments_of_the_trained_parameters_and_nothing_else() -> None:
     params = {"conv": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
-    leaves = jax.tree.leaves(make_optimizer(_config()).transform.init(params))
+    leaves = jax.tree.leaves(make_optimizer(_config().optimizer, 1100).transform.init(params))
     assert sorted(leaf.shape for leaf in leaves) == sorted([(), (), (3, 5), (3, 5), (5,), (5,)])
 
 
@@ -94,7 +95,7 @@ def test_text_encoders_learn_at_their_rate_or_at_the_denoisers(rate: float, leng
     config = _config(text_encoder_learning_rate=rate, weight_decay=0.0, max_grad_norm=10.0)
     config.train.text_encoders, config.optimizer.warmup_steps = True, 0
     params = {"unet": {"w": jnp.ones(())}, "text_encoder": {"w": jnp.ones(())}}
-    transform = make_optimizer(config).transform
+    transform = make_optimizer(config.optimizer, config.train.steps, encoders=("text_encoder",)).transform
     updates, _ = transform.update(params, transform.init(params), params)
     assert float(updates["unet"]["w"]) == pytest.approx(-1e-3, rel=1e-5)
     assert float(updates["text_encoder"]["w"]) == pytest.approx(-length, rel=1e-5)
@@ -120,7 +121,7 @@ def test_what_sdxl_does_not_read_of_its_first_text_encoder_stays_as_it_is(tmp_pa
         told = [model.apply(params[part], jnp.arange(8)[None]) for part, model in encoders.items()]
         return sum((leaf**2).sum() for leaf in jax.tree.leaves(told))
 
-    optimizer = make_optimizer(config).transform
+    optimizer = update_of(config).optimizer.transform
     with tiny.quick_compilation(tmp_path):
         gradients = jax.jit(jax.grad(loss))(params)
         updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)

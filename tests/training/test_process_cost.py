@@ -8,26 +8,27 @@ import pytest
 from ml_collections import ConfigDict
 
 from offsetjax.models.pipeline import build
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, abstract_trained, new_tokenizers
-from offsetjax.training.objective import add_position, make_objective
+from offsetjax.training.objective import add_position
 from tests.tiny import tiny_config
 
 
 def _costs(config: ConfigDict) -> dict[str, float]:
     """Of the loss and its gradient, from cached latents."""
-    pipeline, count = build(config, new_tokenizers(config, ("a square",))), 8
+    pipeline, count = build(config, new_tokenizers(config.model, ("a square",))), 8
     frozen = {part: abstract_params(pipeline.parts[part]) for part in pipeline.family.encoders}
     batch = {
         "moments": jax.ShapeDtypeStruct((count, 2, 4, 8, 8), jnp.float16),
         "input_ids": {"text_encoder": jax.ShapeDtypeStruct((count, 8), jnp.int32)},
         "time_ids": jax.ShapeDtypeStruct((count, 6), jnp.float32),
     }
-    objective = make_objective(pipeline, config)
+    objective = task_of(config).objective(pipeline, config)
 
     def loss(params: Any, frozen: Any, batch: Any) -> jax.Array:
         return objective(params, frozen, add_position(batch, count), jnp.int32(1)).mean()
 
-    lowered = jax.jit(jax.value_and_grad(loss)).lower(abstract_trained(config, pipeline), frozen, batch)
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(abstract_trained(pipeline, config.lora), frozen, batch)
     return dict(lowered.cost_analysis())
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +13,12 @@ import pytest
 import offsetjax.train
 from offsetjax.data.stream import Stream
 from offsetjax.errors import UserError
+from offsetjax.models.task import task_of
 from offsetjax.storage import checkpoint
 from offsetjax.storage.checkpoint import UnreadableError
 from offsetjax.storage.saving import Saver
 from offsetjax.training import rollback
 from offsetjax.training.goodput import Goodput, read_goodput
-from offsetjax.training.objective import make_objective
 from offsetjax.training.rollback import RollBack
 from tests.tiny import data_path, quick_compilation, tiny_config
 
@@ -93,8 +94,8 @@ def run(
         for number, batch in enumerate(iterator(stream, start), start):
             yield {**batch, "is_truncated": batch["is_truncated"] | (number in hurting)}
 
-    def make(*arguments: Any) -> Any:
-        objective = make_objective(*arguments)
+    def make(pipeline: Any, config: Any) -> Any:
+        objective = task_of(config).objective(pipeline, config)
 
         def hurt(params: Any, frozen: Any, batch: Any, step: Any) -> Any:
             return jnp.where(batch["is_truncated"], jnp.nan, objective(params, frozen, batch, step))
@@ -102,7 +103,7 @@ def run(
         return hurt
 
     monkeypatch.setattr(Stream, "iterator", marked)
-    monkeypatch.setattr(offsetjax.train, "make_objective", make)
+    monkeypatch.setattr(offsetjax.train, "task_of", lambda config: replace(task_of(config), objective=make))
     base = tmp_path_factory.getbasetemp()
 
     def train(workdir: pathlib.Path, *more: int, **changes: Any) -> dict[int, Any]:

@@ -14,9 +14,10 @@ from offsetjax.config import default_config
 from offsetjax.data.source import open_source
 from offsetjax.models.encode import encode_captions
 from offsetjax.models.pipeline import join
+from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_trained, initial_trained
 from offsetjax.parallel import sharding
-from offsetjax.training.objective import add_position, diffusion_objective
+from offsetjax.training.objective import add_position
 from offsetjax.training.setup import Run, open_run
 from offsetjax.training.streams import open_stream
 from tests import families, tiny
@@ -44,8 +45,8 @@ def begun(base: pathlib.Path) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     batches = open_stream(run.config, run.pipeline, source).iterator(0)
     batch = add_position(next(batches), COUNT)
     batches.close()
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.config, run.pipeline))
-    return run, initial_trained(run.config, run.pipeline, place), batch
+    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
+    return run, initial_trained(run.pipeline, run.config.model, run.config.lora, run.config.seed, place), batch
 
 
 def test_the_sizes_are_those_of_the_pictures_and_each_of_them_counts(
@@ -58,7 +59,7 @@ def test_the_sizes_are_those_of_the_pictures_and_each_of_them_counts(
         scale = 16 / min(height, width)
         assert (top, left) == pytest.approx(((height * scale - 16) // 2, (width * scale - 16) // 2), abs=1)
         assert target == [16, 16]
-    objective = jax.jit(diffusion_objective(run.pipeline, run.config))
+    objective = jax.jit(task_of(run.config).objective(run.pipeline, run.config))
     plain = np.asarray(objective(trained, run.frozen, batch, 0))
     for number in range(6):
         changed = batch["time_ids"].copy()

@@ -14,16 +14,18 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import offset_noise
+from offsetjax.diffusion.noising import Noising
 from offsetjax.models.family import Family, Tokens
-from offsetjax.models.pipeline import Pipeline
+from offsetjax.models.pipeline import Pipeline, noising_of
 from offsetjax.models.stable_diffusion import SD1
+from offsetjax.models.task import task_of
 from offsetjax.parallel import sharding
 from offsetjax.train import place
-from offsetjax.training.objective import add_position, batch_keys, diffusion_objective, make_objective
+from offsetjax.training.objective import add_position, batch_keys
 from offsetjax.training.optimizer import make_optimizer
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState, accumulate, init_state, make_gradient, make_train_step
-from tests.tiny import quick_compilation, tiny_config
+from tests.tiny import quick_compilation, tiny_config, update_of
 
 SIZE = 3 * 4 * 4
 MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (2, 4))
@@ -72,10 +74,15 @@ class LinearPipeline(Pipeline):
     parts: Mapping[str, Any] = field(
         default_factory=lambda: {"vae": _Identity(), "unet": _Matrix(), "text_encoder": _Embedding()}
     )
+    noising: Noising = field(default_factory=lambda: noising_of(tiny_config(), downscale=1))
     settings: Mapping[str, Any] = field(default_factory=lambda: {"force_zeros_for_empty_prompt": False})
 
     def tokens(self, caption: str) -> Tokens:
         return Tokens({"text_encoder": np.zeros(2, np.int32)}, 2, 2)
+
+
+def _pipeline(config: ConfigDict) -> LinearPipeline:
+    return LinearPipeline(noising=noising_of(config, downscale=1))
 
 
 def _config(**changes: Any) -> ConfigDict:
@@ -107,13 +114,14 @@ class Trainer:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        state = init_state(_params(), self.config)
+        state = init_state(_params(), update_of(self.config))
         shardings = sharding.shardings(self.mesh, (), state)
         frozen = {"vae": {"gain": jnp.float32(self.gain)}, "text_encoder": {"unused": jnp.zeros(1)}}
         self.frozen = jax.device_put(frozen, sharding.shardings(self.mesh, (), frozen))
         self.state: TrainState = jax.device_put(state, shardings)
-        run = Run(self.config, None, self.mesh, LinearPipeline(), self.frozen)
-        self.train_step = place(make_objective(run.pipeline, run.config), run.pipeline.dtypes, run, shardings)
+        run = Run(self.config, None, self.mesh, _pipeline(self.config), self.frozen)
+        objective = task_of(run.config).objective(run.pipeline, run.config)
+        self.train_step = place(objective, run.pipeline.dtypes, run, shardings)
 
     def step(self, number: int = 0) -> dict[str, float]:
         batch = jax.device_put(_batch(number), NamedSharding(self.mesh, sharding.BATCH))
@@ -153,7 +161,7 @@ def test_the_noise_is_the_same_bit_for_bit_on_any_mesh() -> None:
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
     config = _config()
-    objective = diffusion_objective(LinearPipeline(), config)
+    objective = task_of(config).objective(_pipeline(config), config)
     frozen = {"vae": {"gain": jnp.float32(1.0)}, "text_encoder": None}
     batch = add_position(jax.tree.map(jnp.asarray, _batch()), 32)
 
@@ -199,14 +207,14 @@ def test_a_batch_that_makes_nan_changes_nothing_but_the_counters() -> None:
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too_however_often(times: int) -> None:
     config = _config()
     config.optimizer.warmup_steps = 10
-    gradient = make_gradient(lambda params, *_: jnp.sqrt(params["w"]), config)  # slope ∞ at 0
-    train_step = jax.jit(make_train_step(gradient, config))
-    state = first = init_state({"w": jnp.zeros(2)}, config)
+    gradient = make_gradient(lambda params, *_: jnp.sqrt(params["w"]))  # slope ∞ at 0
+    train_step = jax.jit(make_train_step(gradient, update_of(config)))
+    state = first = init_state({"w": jnp.zeros(2)}, update_of(config))
     for _ in range(times):
         state, metrics = train_step(state, None, _batch())
         assert float(metrics["loss"]) == 0.0
         assert float(metrics["learning_rate"]) == float(
-            make_optimizer(config).learning_rate(0)
+            make_optimizer(config.optimizer, config.train.steps).learning_rate(0)
         )  # the schedule waits as well
     assert int(state.skipped) == times
     assert _bytes((state.params, state.opt_state, state.ema_params)) == _bytes(
@@ -216,8 +224,10 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too_however_often(ti
 
 def test_the_average_follows_with_its_warm_up() -> None:
     config = _config(optimizer__ema_decay=0.5)
-    train_step = jax.jit(make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1), config), config))
-    state = init_state({"w": jnp.ones(1)}, config)
+    train_step = jax.jit(
+        make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1)), update_of(config))
+    )
+    state = init_state({"w": jnp.ones(1)}, update_of(config))
     average = 1.0
     for step in range(12):
         state, _ = train_step(state, None, _batch())
@@ -244,8 +254,10 @@ def test_the_state_is_donated_and_the_step_is_compiled_once() -> None:
 
 def test_captions_that_were_cut_are_counted_from_the_first_step_on() -> None:
     config = _config()
-    train_step = jax.jit(make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1), config), config))
-    state = init_state({"w": jnp.ones(1)}, config)
+    train_step = jax.jit(
+        make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1)), update_of(config))
+    )
+    state = init_state({"w": jnp.ones(1)}, update_of(config))
     for total in (3, 6):
         batch = _batch() | {"is_truncated": np.arange(32) < 3}
         state, metrics = train_step(state, None, batch)
@@ -254,8 +266,10 @@ def test_captions_that_were_cut_are_counted_from_the_first_step_on() -> None:
 
 def test_records_that_were_left_out_are_counted_from_the_first_step_on() -> None:
     config = _config()
-    train_step = jax.jit(make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1), config), config))
-    state = init_state({"w": jnp.ones(1)}, config)
+    train_step = jax.jit(
+        make_train_step(make_gradient(lambda params, *_: params["w"] * jnp.ones(1)), update_of(config))
+    )
+    state = init_state({"w": jnp.ones(1)}, update_of(config))
     for total in (2, 4):
         state, metrics = train_step(state, None, _batch() | {"is_replaced": np.arange(32) < 2})
         assert int(state.replaced) == int(metrics["records_replaced"]) == total
@@ -264,7 +278,7 @@ def test_records_that_were_left_out_are_counted_from_the_first_step_on() -> None
 def test_the_metrics_are_those_of_the_step() -> None:
     trainer = Trainer(_config(), _mesh(1, 1))
     batch = add_position(jax.tree.map(jnp.asarray, _batch()), 32)
-    objective = diffusion_objective(LinearPipeline(), trainer.config)
+    objective = task_of(trainer.config).objective(_pipeline(trainer.config), trainer.config)
 
     def loss(params: PyTree) -> jax.Array:
         return objective(params, trainer.frozen, batch, jnp.int32(0)).mean()

@@ -25,11 +25,12 @@ from offsetjax.diffusion.noise import offset_noise
 from offsetjax.errors import UserError
 from offsetjax.models.encode import to_unit_range
 from offsetjax.models.frozen import load_frozen, read_tokenizers
-from offsetjax.models.pipeline import Pipeline, build, frozen_parts
+from offsetjax.models.pipeline import Pipeline, build
 from offsetjax.models.stable_diffusion import SD1
 from offsetjax.parallel.sharding import mesh_of, shardings
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture
+from offsetjax.sampling.sample import Sampler
 from offsetjax.train import train
 from offsetjax.training.evaluators import open_evaluators, validation_config
 from offsetjax.training.setup import Run
@@ -53,7 +54,7 @@ def _parts(base: pathlib.Path, config: ConfigDict, mesh: Mesh) -> tuple[Pipeline
     """The pipeline and the frozen parts of a finished training."""
     folder = trained_workdir(base) / "frozen"
     pipeline = build(config, read_tokenizers(folder, SD1))
-    return pipeline, load_frozen(folder, pipeline, frozen_parts(config), partial(shardings, mesh, pipeline.sharding))
+    return pipeline, load_frozen(folder, pipeline, partial(shardings, mesh, pipeline.sharding))
 
 
 def _validate(base: pathlib.Path, *, fsdp: int = 1, step: int = 0, **changes: Any) -> dict[str, float]:
@@ -61,13 +62,13 @@ def _validate(base: pathlib.Path, *, fsdp: int = 1, step: int = 0, **changes: An
     settings = {"validation__num_examples": 5, "validation__timesteps": TIMESTEPS, "data__random_flip": False}
     config = tiny_config(data_path(base), **settings, **changes)
     mesh = mesh_of(data=2 if fsdp > 1 else 1, fsdp=fsdp)
-    pipeline, frozen = _parts(base, tiny_config(data_path(base)), mesh)
+    pipeline, frozen = _parts(base, config, mesh)
     params = {"unet": jax.jit(pipeline.denoiser.init)(jax.random.key(3))}
     stream_config = config.copy_and_resolve_references()
     stream_config.seed = 0
     stream = open_stream(stream_config, pipeline, open_source(config.data.path))
-    losses = jax.jit(make_losses(pipeline, config, mesh))
-    return validate(losses, config, stream, mesh, params, frozen, step)
+    losses = jax.jit(make_losses(pipeline, config.validation.timesteps, config.train.global_batch_size, mesh))
+    return validate(losses, config.validation, stream, mesh, params, frozen, step)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +132,11 @@ def test_the_losses_are_unweighted_errors_of_the_noise_that_they_name(base: path
     settings = {"noise__offset_strength": 2.0, "loss__min_snr_gamma": 5.0, "validation__num_examples": 16}
     config = tiny_config(data_path(base), **settings, validation__timesteps=tuple(range(0, 1000, 50)))
     mesh = mesh_of(data=1, fsdp=1)
-    pipeline, frozen = _parts(base, tiny_config(), mesh)
+    pipeline, frozen = _parts(base, config, mesh)
     pipeline = dataclasses.replace(pipeline, parts={**pipeline.parts, "unet": PredictsNothing()})
     stream = open_stream(config, pipeline, open_source(config.data.path))
-    seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, {"unet": None}, frozen)
+    losses = jax.jit(make_losses(pipeline, config.validation.timesteps, config.train.global_batch_size))
+    seen = validate(losses, config.validation, stream, mesh, {"unet": None}, frozen)
     assert seen["validation_plain"] == pytest.approx(1.0, abs=0.03)
     assert seen["validation_training"] == pytest.approx(1 + 2.0**2, rel=0.15)  # 1,280 shifts
 
@@ -160,11 +162,12 @@ def test_a_flows_validation_is_the_error_of_the_velocity_by_hand(base: pathlib.P
         validation__timesteps=TIMESTEPS,
     )
     mesh = mesh_of(data=1, fsdp=1)
-    pipeline, frozen = _parts(base, tiny_config(), mesh)
+    pipeline, frozen = _parts(base, config, mesh)
     pipeline = dataclasses.replace(pipeline, parts={**pipeline.parts, "unet": PredictsItsInput()})
     config.seed = 0  # as evaluators do
     stream = open_stream(config, pipeline, open_source(config.data.path))
-    seen = validate(jax.jit(make_losses(pipeline, config)), config, stream, mesh, {"unet": None}, frozen)
+    losses = jax.jit(make_losses(pipeline, config.validation.timesteps, config.train.global_batch_size))
+    seen = validate(losses, config.validation, stream, mesh, {"unet": None}, frozen)
     batches, pixels = stream.iterator(), []
     while sum(map(len, pixels)) < count:
         pixels.append(next(batches)["pixels"])
@@ -264,7 +267,7 @@ def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base
         return {"plain": np.array([values[places < int(end)].sum()])}
 
     stream = open_stream(config, build(config), source, None, buckets)
-    found = validate(sums, config, stream, mesh_of(data=1, fsdp=1), None, None)
+    found = validate(sums, config.validation, stream, mesh_of(data=1, fsdp=1), None, None)
     assert found["validation_plain"] == found["validation_plain_t5"] == pytest.approx((7 * shown + 1).mean())
     for size, group in zip(buckets.sizes, plan.groups, strict=True):
         assert found[f"validation_plain_{size}"] == pytest.approx((7 * group + 1).mean())
@@ -283,8 +286,8 @@ def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, mon
     """Also where the sample grids move the start's brightness."""
     seen = []
 
-    def draw(sampler: Any, pipeline: Any, config: ConfigDict, *_: Any) -> list[Picture]:
-        seen.append((config.seed, config.sample.brightness))
+    def draw(sampler: Sampler, *_: Any) -> list[Picture]:
+        seen.append((sampler.seed, sampler.brightness))
         return [Picture("", 0, np.zeros((2, 2, 3), np.uint8))]
 
     monkeypatch.setattr("offsetjax.training.evaluators.draw_pictures", draw)
