@@ -16,6 +16,7 @@ from offsetjax.formats.lora import write_lora
 from offsetjax.formats.pretrained import open_pretrained
 from offsetjax.formats.safetensors import write_tensors
 from offsetjax.formats.single_file import to_original
+from offsetjax.models.family import family_of
 from offsetjax.models.lora import init_adapters
 from offsetjax.models.pipeline import build
 from offsetjax.models.resolve import resolve
@@ -73,7 +74,9 @@ def write_adapters(directory: pathlib.Path, file: pathlib.Path) -> None:
     config = resolve(config)
     like = abstract_params(build(config).denoiser)
     adapters = init_adapters(stream_key(0, "test"), like, ("to_q",), 2)
-    write_lora(file, {"unet": adapters}, base_like={"unet": like}, family=config.model.family, rank=2, alpha=2.0)
+    family = family_of(config.model)
+    names = {"family": family.name, "kohya": family.files.kohya}
+    write_lora(file, {"unet": adapters}, base_like={"unet": like}, **names, rank=2, alpha=2.0)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -26,7 +26,6 @@ from offsetjax.exporting.model_card import SPECTRUM_FILE, matched_sampler, model
 from offsetjax.files import is_remote
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
-from offsetjax.formats.lora_names import has_kohya_names
 from offsetjax.formats.memory import freed_memory_kept
 from offsetjax.formats.safetensors import NotFiniteError, write_tensors
 from offsetjax.formats.single_file import write_single_file
@@ -123,7 +122,7 @@ def _check_layout(family: Family, form: str, lora_keys: str) -> None:
             f"export: {family.title} has no single-file layout, which --format=single_file asks for; use "
             "--format=diffusers"
         )
-    if form == "lora" and lora_keys == "kohya" and not has_kohya_names(family.name):
+    if form == "lora" and lora_keys == "kohya" and not family.files.kohya.prefixes:
         raise UserError(
             f"export: {family.title} has no layer names of kohya's, which --format=lora writes by default; add "
             "--lora_keys=diffusers, or use --format=diffusers, which merges the adapters"
@@ -177,6 +176,7 @@ def _write_lora(out: epath.Path, stored: Stored, dtype: str, title: str, lora_ke
         base_like={part: abstract_params(pipeline.parts[part]) for part in pipeline.trained},
         keys=lora_keys,
         family=pipeline.family.name,
+        kohya=pipeline.family.files.kohya,
         rank=config.lora.rank,
         alpha=config.lora.alpha or config.lora.rank,
         dtype=dtype,

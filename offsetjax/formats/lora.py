@@ -20,13 +20,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
 
 from offsetjax.errors import UserError, one_line
-from offsetjax.formats.lora_names import Path, has_kohya_names, known_names, kohya_names, layers
+from offsetjax.formats.lora_names import Kohya, Path, known_names, kohya_names, layers
 from offsetjax.formats.names import from_torch, to_torch
 from offsetjax.formats.safetensors import PICKLES, open_file, write_tensors
 from offsetjax.formats.tensors import Tensor, cast, of_array, with_ndim
 from offsetjax.json_text import parse_object
 
-_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # as kohya's scripts call them
 _PEFT_CONFIGS = "lora_adapter_metadata"  # diffusers' entry of the header, as JSON
 
 _KERNEL = ("kernel",)  # both halves are laid out as the layer's kernel is
@@ -98,6 +97,7 @@ def write_lora(
     *,
     base_like: Mapping[str, PyTree],
     family: str,
+    kohya: Kohya,
     rank: int,
     alpha: float,
     keys: str = "kohya",
@@ -109,7 +109,8 @@ def write_lora(
     Args:
         adapters: by part, trees of arrays.
         base_like: the parameters of these parts, or abstract ones: kohya's names for SDXL need all layers.
-        family: sd1, sd2 or sdxl.
+        family: its name.
+        kohya: what the family is to kohya's scripts.
         keys: "kohya", which most programs read, or "diffusers".
         dtype: of the weights in the file.
         metadata: further entries of the header, which go before those written here.
@@ -121,7 +122,7 @@ def write_lora(
     configs: dict[str, Any] = {}
     for part, tree in adapters.items():
         adapted, arrays = layers(tree, "down"), flatten_dict(tree)
-        named = kohya_names(part, layers(base_like[part]), family) if keys == "kohya" else {}
+        named = kohya_names(part, layers(base_like[part]), kohya) if keys == "kohya" else {}
         for name, path in adapted.items():
             down, up = (
                 cast(of_array(to_torch(_KERNEL, np.asarray(arrays[*path, half]))), dtype) for half in ("down", "up")
@@ -141,8 +142,8 @@ def write_lora(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
-        "ss_base_model_version": _BASE_VERSIONS.get(family, family),
-        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": kohya.base_version or family,
+        "ss_v2": str(kohya.is_v2),
         **(metadata or {}),
     }
     if keys == "diffusers":  # which refuses a file that has it along with kohya's alphas
@@ -150,7 +151,7 @@ def write_lora(
     write_tensors(file, tensors, metadata=header)
 
 
-def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str) -> LoadedLora:
+def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str, kohya: Kohya) -> LoadedLora:
     """Reads a LoRA of the parts of `base_like`, whatever its keys.
 
     The layers of a file may differ in rank and alpha. Here the rank is the highest of them, others being filled up with
@@ -159,19 +160,20 @@ def read_lora(file: epath.PathLike, base_like: Mapping[str, PyTree], family: str
 
     Args:
         base_like: by part, the parameters or abstract ones.
-        family: sd1, sd2 or sdxl.
+        family: its name.
+        kohya: what the family is to kohya's scripts.
 
     Raises:
         UserError: the file is missing, damaged, a pickle or another kind of adapter, or it does not fit the model.
     """
     file = epath.Path(file)
     tensors, metadata = _open(file)
-    if not has_kohya_names(family) and (key := next((key for key in tensors if key.startswith("lora_")), None)):
+    if not kohya.prefixes and (key := next((key for key in tensors if key.startswith("lora_")), None)):
         raise UserError(
             f"lora.pretrained: {file} has {key}, but kohya's scripts have no names for layers of {family}; give a file "
             "with diffusers' names"
         )
-    known = {key: layer for part, tree in base_like.items() for key, layer in _known(part, tree, family).items()}
+    known = {key: layer for part, tree in base_like.items() for key, layer in _known(part, tree, kohya).items()}
     configs = _peft_configs(metadata, file)
     found, problems = _by_layer(tensors, known)
     adapters = {}
@@ -231,10 +233,10 @@ def _open(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _known(part: str, tree: PyTree, family: str) -> dict[str, _Layer]:
+def _known(part: str, tree: PyTree, kohya: Kohya) -> dict[str, _Layer]:
     kernels = flatten_dict(tree)
     found = {name: _Layer(part, name, path, kernels[*path, "kernel"].shape) for name, path in layers(tree).items()}
-    return {key: found[name] for key, name in known_names(part, found, family).items()}
+    return {key: found[name] for key, name in known_names(part, found, kohya).items()}
 
 
 def _by_layer(

@@ -11,18 +11,14 @@ those that the model's own layers would have.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 
 from offsetjax.formats.names import TEXT_MODULE, torch_name
 
-_PREFIXES = {
-    "sd1": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    "sd2": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
-}
 _OLD_ENDS = {"to_out.0": "to_out", "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 # The original code's names in its UNet: of what stands alone, and inside a residual block.
@@ -43,6 +39,26 @@ _ORIGINAL_RESNET = {
 _BLOCK = re.compile(r"(down|mid|up)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 Path = tuple[str, ...]
+Renamed = Callable[[Collection[str]], dict[str, str]]  # of all layers of a part, by diffusers' names
+
+
+@dataclass(frozen=True)
+class Kohya:
+    """What a family is to kohya's scripts.
+
+    Attributes:
+        prefixes: by part, what the names of its layers begin with; none of a family that the scripts do not know.
+        original: by part, the original code's names of its layers, which a file may have too.
+        writes_original: whether it is these that the scripts write.
+        base_version: what they call the family in a file's header; empty: as it is called here.
+        is_v2: whether they call it a Stable Diffusion 2.
+    """
+
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    original: Mapping[str, Renamed] = field(default_factory=dict)
+    writes_original: bool = False
+    base_version: str = ""
+    is_v2: bool = False
 
 
 def layers(params: PyTree, leaf: str = "kernel") -> dict[str, Path]:
@@ -51,27 +67,24 @@ def layers(params: PyTree, leaf: str = "kernel") -> dict[str, Path]:
     return {torch_name((*path, "kernel")).removesuffix(".weight"): path for path in paths}
 
 
-def kohya_names(part: str, names: Collection[str], family: str) -> dict[str, str]:
-    """Kohya's name for each layer of a part; `names` are all that it has. None of a family that kohya does not know."""
-    if part not in _PREFIXES.get(family, {}):
+def kohya_names(part: str, names: Collection[str], kohya: Kohya) -> dict[str, str]:
+    """Kohya's name for each layer of a part; `names` are all that it has. None of a part that kohya does not know."""
+    if part not in kohya.prefixes:
         return {}
-    original = original_names(names) if (part, family) == ("unet", "sdxl") else {name: name for name in names}
-    return {name: _underscored(_PREFIXES[family][part], other) for name, other in original.items()}
+    is_original = kohya.writes_original and part in kohya.original
+    written = kohya.original[part](names) if is_original else {name: name for name in names}
+    return {name: _underscored(kohya.prefixes[part], other) for name, other in written.items()}
 
 
-def has_kohya_names(family: str) -> bool:
-    """Whether kohya's scripts have names for a family's layers."""
-    return family in _PREFIXES
-
-
-def known_names(part: str, names: Collection[str], family: str) -> dict[str, str]:
+def known_names(part: str, names: Collection[str], kohya: Kohya) -> dict[str, str]:
     """Every name that a file may have for a layer of a part → the layer; a `.processor` in old ones is left out."""
     known = {f"{part}.{name}": name for name in names}
-    if part == "unet":
-        known |= {name: name for name in names}
-        known |= {_underscored("lora_unet_", name): name for name in names}
-        known |= {_underscored("lora_unet_", other): name for name, other in original_names(names).items()}
-    known |= {other: name for name, other in kohya_names(part, names, family).items()}
+    if part in kohya.original:
+        prefix, others = kohya.prefixes[part], kohya.original[part](names)
+        known |= {name: name for name in names}  # saved alone
+        known |= {_underscored(prefix, name): name for name in names}
+        known |= {_underscored(prefix, other): name for name, other in others.items()}
+    known |= {other: name for name, other in kohya_names(part, names, kohya).items()}
     for module in (f"{TEXT_MODULE}.", f"{TEXT_MODULE}_"):
         known |= {name.replace(module, ""): layer for name, layer in known.items() if module in name}
     for end, old_end in _OLD_ENDS.items():

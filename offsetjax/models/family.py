@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import flatten
 from offsetjax.config.families import FAMILIES, family_of_values
+from offsetjax.formats.lora_names import Kohya
 from offsetjax.formats.pretrained import Pretrained, open_pretrained
 
 __all__ = [
@@ -139,6 +140,7 @@ class Files:
         index: (the settings of the config's `model`) → the entries of `model_index.json` but for the scheduler's.
         said_by_index: fields of the config's `model` that `model_index.json` says, and what it means that does not.
         architecture: (what the network predicts) → `modelspec.architecture`.
+        kohya: what the family is to kohya's scripts, whose LoRAs most programs read.
         original: where the original code is, for `modelspec.implementation` of a single file; empty: it has no such
             layout.
     """
@@ -151,6 +153,7 @@ class Files:
     unread: tuple[str, ...] = ()
     index: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda settings: {}
     said_by_index: Mapping[str, bool] = field(default_factory=dict)
+    kohya: Kohya = field(default_factory=Kohya)
     original: str = ""
 
 

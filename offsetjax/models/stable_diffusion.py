@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import presets
 from offsetjax.errors import UserError
+from offsetjax.formats.lora_names import Kohya, original_names
 from offsetjax.models.family import Captions, Conditions, Family, Files, Tokenizing, Values
 
 CLIP_VOCABULARY = 49408  # tokens of CLIP's own vocabulary, which the text encoders of every version know
@@ -231,6 +232,9 @@ def _is_second(values: Values) -> bool:
     return bool(values["model.unet.use_linear_projection"])
 
 
+_LORA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+
+
 def _family(
     name: str,
     title: str,
@@ -258,7 +262,7 @@ def _family(
     )
 
 
-def _files(architecture: Callable[[str], str], original: str) -> Files:
+def _files(architecture: Callable[[str], str], kohya: Kohya, original: str) -> Files:
     return Files(
         pipeline="StableDiffusionPipeline",
         architecture=architecture,
@@ -267,6 +271,7 @@ def _files(architecture: Callable[[str], str], original: str) -> Files:
         unread=WITHOUT_EFFECT,
         index=lambda settings: {**INDEX, "requires_safety_checker": False, "safety_checker": [None, None]},
         said_by_index=SAID_BY_INDEX,
+        kohya=kohya,
         original=original,
     )
 
@@ -277,7 +282,11 @@ SD1 = _family(
     lambda values: not is_xl(values) and not _is_second(values),
     presets.stable_diffusion_1,
     "<|endoftext|>",
-    _files(lambda predicts: "stable-diffusion-v1", "https://github.com/CompVis/stable-diffusion"),
+    _files(
+        lambda predicts: "stable-diffusion-v1",
+        Kohya(_LORA_PREFIXES, {"unet": original_names}, base_version="sd_v1"),
+        "https://github.com/CompVis/stable-diffusion",
+    ),
 )
 
 SD2 = _family(
@@ -288,6 +297,7 @@ SD2 = _family(
     "!",
     _files(
         lambda predicts: "stable-diffusion-v2-768-v" if predicts == "v" else "stable-diffusion-v2-512",
+        Kohya(_LORA_PREFIXES, {"unet": original_names}, base_version="sd_v2", is_v2=True),
         "https://github.com/Stability-AI/stablediffusion",
     ),
 )

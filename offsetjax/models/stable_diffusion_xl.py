@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import presets
 from offsetjax.errors import UserError
+from offsetjax.formats.lora_names import Kohya, original_names
 from offsetjax.models.family import Captions, Conditions, Family, Files
 from offsetjax.models.stable_diffusion import (
     BY_DEFAULT,
@@ -102,6 +103,12 @@ SDXL = Family(
         unread=WITHOUT_EFFECT,
         index=_index,
         said_by_index=SAID_BY_INDEX,
+        kohya=Kohya(
+            {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+            {"unet": original_names},
+            writes_original=True,
+            base_version="sdxl_base_v1-0",
+        ),
         original="https://github.com/Stability-AI/generative-models",
     ),
     is_like=is_xl,

@@ -194,7 +194,7 @@ def read_lora_of(model: ConfigDict, path: epath.PathLike) -> LoadedLora:
     family = family_of(model)
     networks = family.build(model, jnp.dtype(model.dtype))
     bases = {part: abstract_params(networks[part]) for part in networks if part != family.autoencoder}
-    return read_lora(path, bases, family.name)
+    return read_lora(path, bases, family.name, family.files.kohya)
 
 
 def load(tensors: PyTree, shardings: PyTree, dtype: Any) -> PyTree:

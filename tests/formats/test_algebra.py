@@ -24,6 +24,7 @@ from offsetjax.formats.original_names import UNET, Rule, clip_rules, open_clip_r
 from offsetjax.formats.safetensors import open_file, write_tensors
 from offsetjax.formats.tensors import Tensor, cast, concatenated, of_array, rows, transposed, with_ndim
 from offsetjax.formats.z_image_names import Z_IMAGE
+from offsetjax.models.family import FAMILIES
 from tests.properties import checked, each_count
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
@@ -311,9 +312,9 @@ def test_loras_name_any_denoisers_layers_as_its_files_do(count: int) -> None:
         }
         assert lora_names.original_names(layers) == layers
         for family in ("sd1", "sdxl"):
-            kohya = lora_names.kohya_names("unet", layers, family)
+            kohya = lora_names.kohya_names("unet", layers, FAMILIES[family].files.kohya)
             assert len(set(kohya.values())) == len(layers), "two layers of one name"
-            known = lora_names.known_names("unet", layers, family)
+            known = lora_names.known_names("unet", layers, FAMILIES[family].files.kohya)
             for name in layers:
                 assert known[kohya[name]] == known[name] == known[f"unet.{name}"] == name
 
@@ -361,7 +362,12 @@ def test_a_dits_copies_are_one_again(count: int) -> None:
         ]
         tensors = {name: of_array(numbered((2, 2)) + place) for place, name in enumerate(names)}
         theirs = dit_names.to_diffusers(tensors)
-        assert sum(".emb.timestep_embedder." in name for name in theirs) == len(blocks)
+        embedding = [name for name in names if name.startswith("emb.")]
+        own = {f"transformer_blocks.{block}.norm1.{name}": name for block in blocks for name in embedding}
+        own |= {name: name for name in names if name not in embedding}
+        assert theirs.keys() == own.keys()
+        for name, tensor in theirs.items():
+            np.testing.assert_array_equal(tensor(), tensors[own[name]](), strict=True)
         back = dit_names.from_diffusers(theirs, "test")
         assert back.keys() == tensors.keys()
         for name, tensor in tensors.items():

@@ -26,12 +26,13 @@ from peft.utils.other import get_pattern_key
 from offsetjax.config import default_config, presets
 from offsetjax.errors import UserError
 from offsetjax.formats.header import parse_header
-from offsetjax.formats.lora import _is_named, read_lora, write_lora
+from offsetjax.formats.lora import LoadedLora, _is_named, read_lora, write_lora
 from offsetjax.formats.lora_names import kohya_names, layers, original_names
 from offsetjax.formats.names import flax_tensors, to_torch
 from offsetjax.formats.original_names import unet_rules
 from offsetjax.formats.safetensors import NotFiniteError
 from offsetjax.formats.tensors import Tensor, of_array
+from offsetjax.models.family import FAMILIES
 from offsetjax.models.lora import Adapted, init_adapters
 from offsetjax.models.text import TextEncoder
 from offsetjax.models.unet import UNet
@@ -91,9 +92,18 @@ def trained(family: str, rank: int = RANK, targets: tuple[str, ...] = TARGETS) -
 
 
 def write(file: pathlib.Path, family: str, adapters: dict[str, PyTree], keys: str, **changes: Any) -> None:
-    settings = {"family": family, "rank": RANK, "alpha": ALPHA, "keys": keys, **changes}
+    kohya = FAMILIES[family].files.kohya
+    settings = {"family": family, "kohya": kohya, "rank": RANK, "alpha": ALPHA, "keys": keys, **changes}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_lora(file, adapters, base_like=bases(family), **settings)
+
+
+def read(file: pathlib.Path, family: str) -> LoadedLora:
+    return read_lora(file, bases(family), family, FAMILIES[family].files.kohya)
+
+
+def names_by_kohya(family: str, part: str) -> dict[str, str]:
+    return kohya_names(part, layers(bases(family)[part]), FAMILIES[family].files.kohya)
 
 
 def torch_pipeline(family: str, folder: pathlib.Path) -> Any:
@@ -188,13 +198,13 @@ def test_what_is_written_is_read_bit_for_bit(family: str, keys: str, tmp_path: p
     adapters, file = trained(family), tmp_path / "new" / "lora.safetensors"
     write(file, family, adapters, keys, alpha=0.7)
     assert [each.name for each in file.parent.iterdir()] == [file.name]
-    loaded = read_lora(file, bases(family), family)
+    loaded = read(file, family)
     assert (loaded.rank, loaded.alpha) == (RANK, 0.7)
     assert_same(loaded.adapters, adapters)
 
     write(file, family, {"unet": adapters["unet"]}, keys, dtype="bfloat16")
     assert_same(
-        read_lora(file, bases(family), family).adapters,
+        read(file, family).adapters,
         {"unet": jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), adapters["unet"])},
     )
 
@@ -216,7 +226,7 @@ def test_the_header_says_what_kohyas_readers_look_for(tmp_path: pathlib.Path) ->
 
 
 def test_sdxls_layers_have_the_names_that_published_files_have() -> None:
-    named = kohya_names("unet", layers(bases("sdxl")["unet"]), "sdxl")
+    named = names_by_kohya("sdxl", "unet")
     down, mid, up = "down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.0.attentions.0"
     expected = {
         "conv_in": "input_blocks_0_0",
@@ -236,7 +246,7 @@ def test_sdxls_layers_have_the_names_that_published_files_have() -> None:
         "conv_out": "out_2",
     }
     assert {name: named[name].removeprefix("lora_unet_") for name in expected} == expected
-    encoder = kohya_names("text_encoder_2", layers(bases("sdxl")["text_encoder_2"]), "sdxl")
+    encoder = names_by_kohya("sdxl", "text_encoder_2")
     name = "text_model.encoder.layers.0.self_attn.q_proj"
     assert encoder[name] == "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
 
@@ -274,14 +284,14 @@ def test_sdxls_denoiser_is_read_by_either_naming(tmp_path: pathlib.Path) -> None
     adapters, file = {"unet": trained("sdxl")["unet"]}, tmp_path / "lora.safetensors"
     write(file, "sdxl", adapters, "kohya")
     tensors = safetensors.numpy.load_file(file)
-    renamed = {original: name for name, original in kohya_names("unet", layers(bases("sdxl")["unet"]), "sdxl").items()}
+    renamed = {original: name for name, original in names_by_kohya("sdxl", "unet").items()}
     other = {}
     for key, tensor in tensors.items():
         layer, ending = key.split(".", 1)
         other[f"lora_unet_{renamed[layer].replace('.', '_')}.{ending}"] = tensor
     assert not other.keys() & tensors.keys()
     safetensors.numpy.save_file(other, file)
-    assert_same(read_lora(file, bases("sdxl"), "sdxl").adapters, adapters)
+    assert_same(read(file, "sdxl").adapters, adapters)
 
 
 @pytest.mark.parametrize("has_metadata", [True, False])
@@ -303,7 +313,7 @@ def test_what_pytorch_saves_is_read(has_metadata: bool, tmp_path: pathlib.Path) 
         if has_metadata:
             saved[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
     diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, **saved)
-    loaded = read_lora(tmp_path / "pytorch_lora_weights.safetensors", bases("sd1"), "sd1")
+    loaded = read(tmp_path / "pytorch_lora_weights.safetensors", "sd1")
     assert loaded.rank == (6 if has_metadata else RANK)
     for part in configs:
         ours = differences(loaded.adapters[part], loaded.alpha / loaded.rank)
@@ -343,7 +353,7 @@ def test_keys_of_newer_libraries_are_read(
     adapters, file = trained(family), tmp_path / "lora.safetensors"
     write(file, family, adapters, keys)
     rewritten(file, rename)
-    loaded = read_lora(file, bases(family), family)
+    loaded = read(file, family)
     assert (loaded.rank, loaded.alpha) == (RANK, ALPHA)
     assert_same(loaded.adapters, adapters)
 
@@ -384,7 +394,7 @@ def test_keys_that_diffusers_wrote_until_2023_are_read(tmp_path: pathlib.Path) -
     assert sum(".self_attn.to_q_lora.up.weight" in key for key in old) == 2
     for tensors, expected in ((old, adapters), (bare, {"unet": adapters["unet"]})):
         safetensors.numpy.save_file(tensors, file)
-        loaded = read_lora(file, bases("sd1"), "sd1")
+        loaded = read(file, "sd1")
         assert (loaded.rank, loaded.alpha) == (RANK, RANK)
         assert_same(loaded.adapters, expected)
 
@@ -392,7 +402,7 @@ def test_keys_that_diffusers_wrote_until_2023_are_read(tmp_path: pathlib.Path) -
 def test_layers_of_other_ranks_and_alphas_are_brought_to_one_and_change_nothing(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "lora.safetensors"
     write(file, "sd1", {"unet": trained("sd1", targets=("to_q", "conv1", "proj_in"))["unet"]}, "kohya")
-    names = {each: name for name, each in kohya_names("unet", layers(bases("sd1")["unet"]), "sd1").items()}
+    names = {each: name for name, each in names_by_kohya("sd1", "unet").items()}
     given, tensors, expected = safetensors.numpy.load_file(file), {}, {}
     kinds = [(RANK, ALPHA), (RANK, ALPHA), (2, 8.0), (1, 0.3)]
     for number, layer in enumerate(sorted({key.split(".")[0] for key in given})):
@@ -403,7 +413,7 @@ def test_layers_of_other_ranks_and_alphas_are_brought_to_one_and_change_nothing(
         product = up.reshape(up.shape[:2]) @ down.reshape(rank, -1)
         expected[names[layer]] = alpha / rank * product.reshape(len(up), *down.shape[1:])
     safetensors.numpy.save_file(tensors, file)
-    loaded = read_lora(file, bases("sd1"), "sd1")
+    loaded = read(file, "sd1")
     assert (loaded.rank, loaded.alpha) == (RANK, ALPHA)
     assert {array.shape[-1] for path, array in flatten_dict(loaded.adapters).items() if path[-1] == "down"} == {RANK}
     assert_close(differences(loaded.adapters["unet"], ALPHA / RANK), expected)
@@ -418,7 +428,9 @@ def test_a_ratio_of_scales_that_is_a_power_of_two_loses_no_bit(tmp_path: pathlib
     ratios = [
         {float(each) for each in np.unique(ours / theirs)}
         for ours, theirs in zip(
-            jax.tree.leaves(read_lora(file, bases("sd1"), "sd1").adapters), jax.tree.leaves(adapters), strict=True
+            jax.tree.leaves(read(file, "sd1").adapters),
+            jax.tree.leaves(adapters),
+            strict=True,
         )
     ]
     assert sorted(ratios, key=max) == [{1.0}] * (len(ratios) - 1) + [{8.0}]
@@ -433,7 +445,7 @@ def test_an_alpha_of_nothing_is_the_rank_and_a_1x1_convolution_may_be_a_matrix(t
         if not key.endswith(".alpha")
     }
     safetensors.numpy.save_file(tensors, file)
-    loaded = read_lora(file, bases("sd1"), "sd1")
+    loaded = read(file, "sd1")
     assert (loaded.rank, loaded.alpha) == (RANK, RANK)
     assert_same(loaded.adapters, adapters)
 
@@ -451,7 +463,7 @@ def test_the_targets_of_a_file_choose_its_layers(
 ) -> None:
     adapters, file = trained("sd1", targets=targets), tmp_path / "lora.safetensors"
     write(file, "sd1", adapters, "kohya")
-    loaded = read_lora(file, bases("sd1"), "sd1")
+    loaded = read(file, "sd1")
     assert loaded.targets("unet") == found
     assert loaded.targets("text_encoder") == tuple(sorted(TEXT_TARGETS))
     again = jax.eval_shape(lambda: init_adapters(jax.random.key(0), bases("sd1")["unet"], loaded.targets("unet"), RANK))
@@ -462,7 +474,7 @@ def test_text_encoders_that_differ_in_their_adapted_layers_have_no_targets(tmp_p
     adapters, file = trained("sdxl"), tmp_path / "lora.safetensors"
     del adapters["text_encoder"]["text_model"]["encoder"]["layers"]["0"]["mlp"]
     write(file, "sdxl", adapters, "kohya")
-    loaded = read_lora(file, bases("sdxl"), "sdxl")
+    loaded = read(file, "sdxl")
     assert loaded.targets("text_encoder_2") == tuple(sorted(TEXT_TARGETS))
     with pytest.raises(UserError, match="different layers of the two text encoders"):
         loaded.targets("text_encoder", "text_encoder_2")
@@ -538,7 +550,7 @@ def test_what_does_not_fit_is_refused_by_name(name: str, tmp_path: pathlib.Path)
     change(tensors)
     safetensors.numpy.save_file(tensors, file)
     with pytest.raises(UserError, match=message) as caught:
-        read_lora(file, bases("sd1"), "sd1")
+        read(file, "sd1")
     assert str(caught.value).startswith(f"lora.pretrained: {file}") and "\n" not in str(caught.value)
 
 
@@ -547,7 +559,7 @@ def test_another_familys_lora_is_refused(tmp_path: pathlib.Path) -> None:
     for keys in ("kohya", "diffusers"):
         write(file, "sdxl", trained("sdxl"), keys)
         with pytest.raises(UserError, match=r"and \d+ more; is it for another family than sd1\?"):
-            read_lora(file, bases("sd1"), "sd1")
+            read(file, "sd1")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -10])
@@ -556,7 +568,7 @@ def test_a_truncated_file_is_damaged(keep: int, tmp_path: pathlib.Path) -> None:
     write(file, "sd1", trained("sd1"), "diffusers")
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"lora\.pretrained: .*lora\.safetensors is damaged .*; fetch it again"):
-        read_lora(file, bases("sd1"), "sd1")
+        read(file, "sd1")
 
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
@@ -569,7 +581,7 @@ def test_one_bit_of_any_tensor_is_told(keys: str, tmp_path: pathlib.Path) -> Non
         place = start + entry.begin
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError) as caught:
-            read_lora(file, bases("sd1"), "sd1")
+            read(file, "sd1")
         assert str(caught.value).startswith(f"lora.pretrained: {file} is damaged: {entry.name} differs")
 
 
@@ -579,7 +591,7 @@ def test_a_damaged_header_is_named(configs: str, tmp_path: pathlib.Path) -> None
     write(file, "sd1", trained("sd1"), "diffusers")
     safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, {"lora_adapter_metadata": configs})
     with pytest.raises(UserError, match=r"lora\.pretrained: .*lora_adapter_metadata"):
-        read_lora(file, bases("sd1"), "sd1")
+        read(file, "sd1")
 
 
 @pytest.mark.parametrize(
@@ -593,7 +605,7 @@ def test_a_strangers_regular_expression_is_not_run(pattern: str, tmp_path: pathl
     safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, {"lora_adapter_metadata": configs})
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"lora\.pretrained: .*is no name of a layer") as caught:
-        read_lora(file, bases("sd1"), "sd1")
+        read(file, "sd1")
     assert time.monotonic() - begin < 5 and len(str(caught.value)) < 1000
 
 
@@ -609,9 +621,9 @@ def test_a_pickle_is_not_opened(tmp_path: pathlib.Path) -> None:
     for name in ("lora.safetensors", "pytorch_lora_weights.bin"):
         torch.save({"unet.conv_in.lora_A.weight": torch.zeros(4, 4)}, tmp_path / name)
         with pytest.raises(UserError, match=rf"{name} is a pickle, which can run code.*convert it"):
-            read_lora(tmp_path / name, bases("sd1"), "sd1")
+            read(tmp_path / name, "sd1")
     with pytest.raises(UserError, match=r"missing\.safetensors is missing"):
-        read_lora(tmp_path / "missing.safetensors", bases("sd1"), "sd1")
+        read(tmp_path / "missing.safetensors", "sd1")
 
 
 def test_a_value_that_the_dtype_cannot_hold_is_refused(tmp_path: pathlib.Path) -> None:

@@ -131,13 +131,14 @@ def test_a_lora_is_drawn_and_read_back(
 ) -> None:
     model = exported(family) / "directory"
     adapters, like = adapters_of(family)
+    names = {"family": family, "kohya": FAMILIES[family].files.kohya}
     plain = draw(newest, model, tmp_path)
     for keys in ("diffusers", "kohya"):
         file = tmp_path / f"{keys}.safetensors"
-        write_lora(file, adapters, base_like=like, family=family, rank=RANK, alpha=ALPHA, keys=keys)
+        write_lora(file, adapters, base_like=like, **names, rank=RANK, alpha=ALPHA, keys=keys)
         found = draw(newest, model, tmp_path, lora=file, save_lora=tmp_path / f"{keys}_saved")
         assert np.abs(found - plain).max() > 1e-2 * np.abs(plain).max()
-        loaded = read_lora(tmp_path / f"{keys}_saved" / "pytorch_lora_weights.safetensors", like, family)
+        loaded = read_lora(tmp_path / f"{keys}_saved" / "pytorch_lora_weights.safetensors", like, **names)
         assert (loaded.rank, loaded.alpha) == (RANK, ALPHA)
         # diffusers 0.42.1 with transformers 5.24 passes over the text encoders of any file with kohya's keys.
         read = {part: each for part, each in adapters.items() if keys == "diffusers" or part == "unet"}
