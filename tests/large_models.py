@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config import default_config, presets
@@ -18,12 +16,11 @@ from offsetjax.formats.tensors import Tensor
 from offsetjax.models.frozen import write_tokenizers
 from offsetjax.models.pipeline import build
 from offsetjax.models.tokenizer import train_tokenizer
-from offsetjax.models.weights import abstract_params, abstract_trained, initial_trained
-from offsetjax.parallel import sharding
+from offsetjax.models.weights import abstract_params
 from offsetjax.storage import checkpoint
-from offsetjax.training.setup import Run, open_run
 from tests import tiny
 from tests.processes import most_growth
+from tests.untrained import begin
 
 MB = 1_000_000
 
@@ -96,13 +93,6 @@ def run_config(model: pathlib.Path, **changes: Any) -> ConfigDict:
     config.optimizer.ema_decay, config.sample.params, config.sample.every_steps = 0.0, "raw", 0
     config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
     return config
-
-
-def begin(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree]:
-    """A run, and what it trains before the first step."""
-    run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
-    return run, initial_trained(run.pipeline, run.config.model, run.config.lora, run.config.seed, place)
 
 
 def import_model(config: ConfigDict, workdir: pathlib.Path) -> tuple[int, int]:

@@ -29,7 +29,9 @@ from offsetjax.models.layers import (
     Modulation,
     Perceptron,
     SwiGLU,
+    embedded_patches,
     from_patches,
+    gated,
     modulated,
     place_embedding,
     sinusoids,
@@ -213,12 +215,7 @@ class _Embed(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Float[Array, "b c h w"]) -> Float[Array, "b n d"]:
-        height, width = latents.shape[-2:]
-        if height % self.size or width % self.size:
-            raise ValueError(f"latents of {height} x {width} do not divide into patches of {self.size}")
-        side = (self.size, self.size)
-        tokens = nn.Conv(self.width, side, side, "VALID", dtype=self.dtype, name="proj")(latents.transpose(0, 2, 3, 1))
-        return tokens.reshape(len(latents), -1, self.width)
+        return embedded_patches(latents, self.width, self.size, self.dtype)
 
 
 class _Condition(nn.Module):
@@ -279,12 +276,9 @@ class DiTBlock(nn.Module):
             feed_forward: nn.Module = SwiGLU(hidden, self.dtype, ("gate_proj", "up_proj", "down_proj"), name="ff")
         else:
             feed_forward = FeedForward(4 * width, self.dtype, name="ff")
-        shift, scale, gate, other_shift, other_scale, other_gate = Modulation(width, 6, self.dtype, name="norm1")(
-            condition
-        )
-        x = x + gate[:, None] * attention(modulated(layer_norm(x, _EPSILON), scale, shift), by)
-        fed = feed_forward(modulated(layer_norm(x, _EPSILON), other_scale, other_shift))
-        return split_over_devices(x + other_gate[:, None] * fed)
+        modulation = Modulation(width, 6, self.dtype, name="norm1")(condition)
+        x = gated(x, modulation[:3], lambda normalised: attention(normalised, by), _EPSILON)
+        return split_over_devices(gated(x, modulation[3:], feed_forward, _EPSILON))
 
 
 def _repeated(module: nn.Module) -> Sequence[nn.Module]:

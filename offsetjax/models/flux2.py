@@ -30,6 +30,8 @@ from offsetjax.models.layers import (
     by_head,
     flat,
     from_patches,
+    gated,
+    linear,
     modulated,
     patches,
     sinusoids,
@@ -163,8 +165,8 @@ class _Transformer(nn.Module):
             Modulation(shape.width, parts, self.dtype, use_bias=False, name=name)(condition)
             for name, parts in _MODULATIONS.items()
         )
-        picture = _linear(shape.width, self.dtype, "x_embedder")(patches(latents, 1))
-        text = _linear(shape.width, self.dtype, "context_embedder")(text)
+        picture = linear(shape.width, self.dtype, "x_embedder")(patches(latents, 1))
+        text = linear(shape.width, self.dtype, "context_embedder")(text)
         count = text.shape[1]
         positions = _positions(count, height, width)
         by = rotation(positions, shape.axes_dims_rope, shape.rope_theta, is_interleaved=True)
@@ -175,7 +177,7 @@ class _Transformer(nn.Module):
             both = single(both, by, of_both)
         scale, shift = Modulation(shape.width, 2, self.dtype, use_bias=False, name="norm_out")(condition)
         picture = modulated(layer_norm(both[:, count:], shape.eps), scale, shift)
-        return from_patches(_linear(shape.in_channels, self.dtype, "proj_out")(picture), height, width, 1)
+        return from_patches(linear(shape.in_channels, self.dtype, "proj_out")(picture), height, width, 1)
 
 
 def _hidden(shape: _Shape) -> int:
@@ -203,10 +205,6 @@ class _Condition(nn.Module):
         width = self.shape.width
         embedded = sinusoids(_TIME_SCALE * value, self.shape.timestep_guidance_channels)
         return Perceptron(width, width, self.dtype, use_bias=False, name=name)(embedded)
-
-
-def _linear(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
 
 
 class DoubleBlock(nn.Module):
@@ -250,10 +248,8 @@ class DoubleBlock(nn.Module):
         return self._fed(text, of_text[3:], "ff_context"), self._fed(picture, of_picture[3:], "ff")
 
     def _fed(self, x: Float[Array, "b n d"], modulation: list[Float[Array, "b d"]], name: str) -> Float[Array, "b n d"]:
-        shift, scale, gate = modulation
         feed_forward = SwiGLU(_hidden(self.shape), self.dtype, ("linear_in", "linear_out"), name=name)
-        fed = feed_forward(modulated(layer_norm(x, self.shape.eps), scale, shift))
-        return split_over_devices(x + gate[:, None] * fed)
+        return split_over_devices(gated(x, modulation, feed_forward, self.shape.eps))
 
 
 class SingleBlock(nn.Module):
@@ -268,10 +264,8 @@ class SingleBlock(nn.Module):
         self, x: Float[Array, "b n d"], by: Rotation, of_both: list[Float[Array, "b d"]]
     ) -> Float[Array, "b n d"]:
         """The sequence after the block; the other arguments are as those of `DoubleBlock`."""
-        shift, scale, gate = of_both
-        normalised = modulated(layer_norm(x, self.shape.eps), scale, shift)
-        added = _Parallel(self.shape, self.dtype, self.kernel, name="attn")(normalised, by)
-        return split_over_devices(x + gate[:, None] * added)
+        parallel = _Parallel(self.shape, self.dtype, self.kernel, name="attn")
+        return split_over_devices(gated(x, of_both, lambda normalised: parallel(normalised, by), self.shape.eps))
 
 
 class _Parallel(nn.Module):
@@ -285,13 +279,13 @@ class _Parallel(nn.Module):
     def __call__(self, x: Float[Array, "b n d"], by: Rotation) -> Float[Array, "b n d"]:
         shape, width = self.shape, self.shape.width
         hidden = _hidden(shape)
-        projected = _linear(3 * width + 2 * hidden, self.dtype, "to_qkv_mlp_proj")(x)
+        projected = linear(3 * width + 2 * hidden, self.dtype, "to_qkv_mlp_proj")(x)
         *heads, gate, up = jnp.split(projected, np.cumsum([width, width, width, hidden]), axis=-1)
         query, key, value = (by_head(each, shape.num_attention_heads) for each in heads)
         query, key = RMSNorm(shape.eps, name="norm_q")(query), RMSNorm(shape.eps, name="norm_k")(key)
         query, key = (rotated(each, by, is_interleaved=True) for each in (query, key))
         attended = flat(attend_by_head(query, key, value, kernel=self.kernel))
-        return _linear(width, self.dtype, "to_out")(jnp.concatenate([attended, nn.silu(gate) * up], axis=-1))
+        return linear(width, self.dtype, "to_out")(jnp.concatenate([attended, nn.silu(gate) * up], axis=-1))
 
 
 def _repeated(module: nn.Module) -> Sequence[nn.Module]:

@@ -8,6 +8,7 @@ picture (arXiv 2403.03206).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from offsetjax.models.attention import attend_by_head
-from offsetjax.models.norms import RMSNorm
+from offsetjax.models.norms import RMSNorm, layer_norm
 from offsetjax.models.rotary import Rotation, rotated
 
 
@@ -26,6 +27,40 @@ def modulated(
     """x (1 + scale) + shift, of an example's own scale and shift."""
     scaled = x * (1 + scale[:, None])
     return scaled if shift is None else scaled + shift[:, None]
+
+
+def gated(
+    x: Float[Array, "b n d"],
+    modulation: Sequence[Float[Array, "#b d"]],
+    layer: Callable[[Float[Array, "b n d"]], Float[Array, "b n d"]],
+    epsilon: float,
+) -> Float[Array, "b n d"]:
+    """x + gate · layer(norm(x) (1 + scale) + shift).
+
+    Args:
+        modulation: an example's shift, scale and gate.
+        epsilon: of the norm.
+    """
+    shift, scale, gate = modulation
+    return x + gate[:, None] * layer(modulated(layer_norm(x, epsilon), scale, shift))
+
+
+def linear(features: int, dtype: Any, name: str) -> nn.Dense:
+    """A layer without a bias."""
+    return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
+
+
+def embedded_patches(latents: Float[Array, "b c h w"], width: int, size: int, dtype: Any) -> Float[Array, "b n d"]:
+    """The patches of a picture, row by row, by a convolution `proj` of the module that calls it.
+
+    Raises:
+        ValueError: the sides are no multiples of the size.
+    """
+    count, _, height, long = latents.shape
+    if height % size or long % size:
+        raise ValueError(f"latents of {height} x {long} do not divide into patches of {size}")
+    proj = nn.Conv(width, (size, size), (size, size), "VALID", dtype=dtype, name="proj")
+    return proj(latents.transpose(0, 2, 3, 1)).reshape(count, -1, width)
 
 
 def sinusoids(times: Float[Array, " b"], channels: int, is_closed: bool = False) -> Float[Array, "b c"]:

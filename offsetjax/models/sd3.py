@@ -22,7 +22,9 @@ from offsetjax.models.layers import (
     JointAttention,
     Modulation,
     Perceptron,
+    embedded_patches,
     from_patches,
+    gated,
     modulated,
     place_embedding,
     sinusoids,
@@ -185,12 +187,9 @@ class _Patches(nn.Module):
     def __call__(self, latents: Float[Array, "b c h w"]) -> Float[Array, "b n d"]:
         size, most = self.shape.patch_size, self.shape.pos_embed_max_size
         rows, columns = (side // size for side in latents.shape[-2:])
-        if (rows * size, columns * size) != latents.shape[-2:]:
-            raise ValueError(f"latents of {latents.shape[2]} x {latents.shape[3]} do not divide into patches of {size}")
+        tokens = embedded_patches(latents, self.shape.width, size, self.dtype)
         if max(rows, columns) > most:
             raise ValueError(f"{rows} x {columns} patches are more than the {most} x {most} that have positions")
-        embed = nn.Conv(self.shape.width, (size, size), (size, size), "VALID", dtype=self.dtype, name="proj")
-        tokens = embed(latents.transpose(0, 2, 3, 1)).reshape(len(latents), rows * columns, -1)
         table = self.param("pos_embed", self._initial, (1, most * most, self.shape.width))
         top, left = (most - rows) // 2, (most - columns) // 2
         grid = jax.lax.stop_gradient(table).reshape(most, most, -1)[top : top + rows, left : left + columns]
@@ -254,9 +253,8 @@ class SD3Block(nn.Module):
         }
 
     def _fed(self, x: Float[Array, "b n d"], modulation: list[Float[Array, "b d"]], name: str) -> Float[Array, "b n d"]:
-        shift, scale, gate = modulation
         feed_forward = FeedForward(4 * self.shape.width, self.dtype, name=name)
-        return split_over_devices(x + gate[:, None] * feed_forward(modulated(layer_norm(x, _EPSILON), scale, shift)))
+        return split_over_devices(gated(x, modulation, feed_forward, _EPSILON))
 
 
 def _repeated(module: nn.Module) -> Sequence[nn.Module]:

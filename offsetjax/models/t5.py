@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from offsetjax.models.attention import attend_by_head
 from offsetjax.models.blocks import Blocks
-from offsetjax.models.layers import by_head, flat
+from offsetjax.models.layers import by_head, flat, linear
 from offsetjax.models.norms import RMSNorm
 from offsetjax.models.tracing import PLAIN, Tracing, traced
 from offsetjax.parallel.sharding import split_layers
@@ -177,10 +177,10 @@ class _SelfAttention(nn.Module):
             places = buckets(x.shape[1], count, shape.relative_attention_max_distance)
             bias = nn.Embed(count, shape.num_heads, name="relative_attention_bias")(places).transpose(2, 0, 1)
         query, key, value = (
-            by_head(_linear(shape.num_heads * shape.d_kv, self.dtype, name)(x), shape.num_heads) for name in "qkv"
+            by_head(linear(shape.num_heads * shape.d_kv, self.dtype, name)(x), shape.num_heads) for name in "qkv"
         )
         attended = flat(attend_by_head(query, key, value, lengths=lengths, bias=bias, scale=1.0))
-        return _linear(x.shape[-1], self.dtype, "o")(attended), bias
+        return linear(x.shape[-1], self.dtype, "o")(attended), bias
 
 
 class _Feeds(nn.Module):
@@ -200,15 +200,11 @@ class _FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         def inward(name: str) -> Float[Array, "b n e"]:
-            return _linear(self.shape.d_ff, self.dtype, name)(x)
+            return linear(self.shape.d_ff, self.dtype, name)(x)
 
         is_gated = self.shape.feed_forward_proj == "gated-gelu"
         hidden = nn.gelu(inward("wi_0"), approximate=True) * inward("wi_1") if is_gated else nn.relu(inward("wi"))
-        return _linear(x.shape[-1], self.dtype, "wo")(hidden)
-
-
-def _linear(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
+        return linear(x.shape[-1], self.dtype, "wo")(hidden)
 
 
 BLOCKS = Blocks(attention=(_SelfAttention,), blocks=(_Block,))

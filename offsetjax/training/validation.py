@@ -79,15 +79,8 @@ def make_losses(
 
     on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.sharding, pipeline.dtypes) if mesh else sums
 
-    def losses(
-        trained: PyTree,
-        frozen: PyTree,
-        batch: Batch,
-        number: Int[Array, ""],
-        count: Int[Array, ""],
-        step: Int[Array, ""],
-    ) -> dict[str, Float[Array, " t"]]:
-        return on_devices(trained, frozen, add_position(batch, global_batch_size), number, count, step)
+    def losses(trained: PyTree, frozen: PyTree, batch: Batch, *places: Int[Array, ""]) -> dict[str, Float[Array, " t"]]:
+        return on_devices(trained, frozen, add_position(batch, global_batch_size), *places)
 
     return losses
 

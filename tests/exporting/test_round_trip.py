@@ -11,7 +11,6 @@ import pytest
 import safetensors
 import safetensors.numpy
 import torch
-from etils import epath
 
 from offsetjax.config import default_config
 from offsetjax.errors import UserError
@@ -19,14 +18,9 @@ from offsetjax.exporting.export import export
 from offsetjax.formats.header import parse_header
 from offsetjax.formats.pretrained import open_pretrained
 from offsetjax.formats.safetensors import verify_file
-from offsetjax.models.weights import abstract_trained, initial_trained
-from offsetjax.parallel import sharding
-from offsetjax.storage import checkpoint
 from offsetjax.storage.exported import verify_export
-from offsetjax.training.setup import open_run
-from offsetjax.training.step import init_state
 from tests import families
-from tests.tiny import update_of
+from tests.untrained import save_untrained
 
 
 def imported(model: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> pathlib.Path:
@@ -35,13 +29,7 @@ def imported(model: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> path
     config.model.pretrained = str(model)
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
-    run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
-    config = run.config
-    trained = initial_trained(run.pipeline, config.model, config.lora, config.seed, place)
-    state = init_state(trained, update_of(config))
-    with checkpoint.open_checkpoints(workdir) as manager:
-        checkpoint.save(manager, 0, state, {"next_batch": 0})
+    save_untrained(config, workdir)
     return workdir
 
 

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -27,15 +26,11 @@ from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
 from offsetjax.models.tokenizer import clip_tokenizer, save_tokenizer
 from offsetjax.models.trained import load_model
-from offsetjax.models.weights import abstract_trained, initial_trained
-from offsetjax.parallel import sharding
 from offsetjax.sampling.pictures import Picture, side_by_side
 from offsetjax.sampling.sample import make_sampler
-from offsetjax.storage import checkpoint
-from offsetjax.training.setup import open_run
-from offsetjax.training.step import init_state
 from tests import torch_models
-from tests.tiny import quick_compilation, update_of
+from tests.tiny import quick_compilation
+from tests.untrained import save_untrained
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS, SEEDS = ("a dark alley in a rainstorm", "a ski slope on a sunny day"), (3, 8)
@@ -62,13 +57,7 @@ def begin(model: pathlib.Path, workdir: pathlib.Path, **noise: Any) -> None:
     config.model.pretrained, config.model.dtype, config.data.resolution = str(model), "float32", SIZE
     config.optimizer.ema_decay, config.sample.params = 0.0, "raw"
     config.noise.update(noise)
-    run = open_run(config, epath.Path(workdir), source=None)
-    place = sharding.shardings(run.mesh, run.pipeline.sharding, abstract_trained(run.pipeline, run.config.lora))
-    config = run.config
-    trained = initial_trained(run.pipeline, config.model, config.lora, config.seed, place)
-    state = init_state(trained, update_of(config))
-    with checkpoint.open_checkpoints(workdir) as manager:
-        checkpoint.save(manager, 0, state, {"next_batch": 0})
+    save_untrained(config, workdir)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from offsetjax.exporting.export import export
 from offsetjax.formats.names import from_torch, torch_name
 from offsetjax.models.trained import open_stored
-from tests.large_models import MB, begin, family_config, import_model, run_config, wide_config, write_model
+from tests.large_models import MB, family_config, import_model, run_config, wide_config, write_model
 from tests.processes import call, call_together, memory, most_growth
+from tests.untrained import begin
 
 pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="/proc tells the memory")
 LIBRARIES = 68 * MB  # that are loaded meanwhile, with the store of what is compiled
