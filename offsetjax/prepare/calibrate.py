@@ -46,7 +46,7 @@ from offsetjax.prepare.reach import Drawn, octaves, reach_advice, reach_figure, 
 from offsetjax.progress import tracked
 from offsetjax.sampling.reach import drawing
 from offsetjax.training.objective import Batch
-from offsetjax.training.streams import of_squares, open_stream
+from offsetjax.training.streams import Batching, batching_of, stream_of
 
 _log = logging.getLogger("offsetjax")
 
@@ -83,7 +83,11 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         )
     config, pipeline, params, _ = open_vae(config, source)
     config.sample.size = ""  # what is measured, and said of a sampler, is of squares
-    modes = measure(config, pipeline, params, source, mesh)
+    # As much as the devices hold in training.
+    batching = dataclasses.replace(
+        batching_of(config), global_batch_size=config.train.global_batch_size // config.train.accumulate_steps
+    )
+    modes = measure(batching, pipeline, params, source, mesh)
     if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):
         raise UserError("calibrate: the autoencoder's latents are not finite; check model.pretrained")
     calibration = summarise(
@@ -132,19 +136,17 @@ class Modes(NamedTuple):
     variance: Float[np.ndarray, "c h w2"]
 
 
-def measure(config: ConfigDict, pipeline: Pipeline, params: PyTree, source: Source, mesh: Mesh) -> Modes:
+def measure(batching: Batching, pipeline: Pipeline, params: PyTree, source: Source, mesh: Mesh) -> Modes:
     """The modes of all pictures of a source, each once; the same on any mesh and for any number of processes.
 
     Sums of one batch are float32, on the devices; they are joined in float64, as T. Chan et al. (1979) do, for the
     means of latents may be far from 0 and squares would cancel.
     """
-    config = of_squares(config)
-    config.data.random_flip, config.data.random_crop = False, False
-    config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
-    size, total = config.train.global_batch_size, len(source)
+    size, total = batching.global_batch_size, len(source)
     params = jax.device_put(params, sharding.shardings(mesh, (), params))
     batch_modes = _jit_batch_modes(pipeline.autoencoder, params, mesh)
-    host_batches = open_stream(config, pipeline, source, mesh).iterator(0)
+    batching = dataclasses.replace(batching, random_flip=False, random_crop=False)
+    host_batches = stream_of(batching, pipeline, source, mesh).iterator(0)
     batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH), size)
     mean, squares = np.complex128(0), np.float64(0)
     try:

@@ -37,7 +37,7 @@ from offsetjax.models.task import task_of
 from offsetjax.models.weights import initial_params
 from offsetjax.parallel.processes import barrier
 from offsetjax.progress import tracked
-from offsetjax.training.streams import Statistics, check_cache, latent_statistics, limits_of, open_buckets
+from offsetjax.training.streams import Statistics, batching_of, check_cache, latent_statistics, limits_of, open_buckets
 
 _log = logging.getLogger("offsetjax")
 _PICTURES_A_DEVICE = 8  # at a time
@@ -123,7 +123,7 @@ def open_vae(config: ConfigDict, source: Source) -> tuple[ConfigDict, Pipeline, 
         initial_params(config.model, config.seed, pipeline.family.autoencoder, pipeline.autoencoder)
     )
     if pipeline.autoencoder.scaling_factor == 0:
-        statistics = latent_statistics(config, pipeline, params, source)
+        statistics = latent_statistics(batching_of(config), pipeline, params, source)
         params = pipeline.autoencoder.standardised(params, *statistics)
         config.model[pipeline.family.autoencoder].scaling_factor = 1.0
         pipeline = build(config)

@@ -29,7 +29,7 @@ from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState
-from offsetjax.training.streams import limits_of, of_squares, open_buckets, open_stream
+from offsetjax.training.streams import Batching, batching_of, limits_of, open_buckets, stream_of
 from offsetjax.training.validation import check_apart, make_losses, validate
 
 _log = logging.getLogger("offsetjax")
@@ -132,34 +132,34 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
     return evaluate
 
 
-def validation_config(config: ConfigDict) -> ConfigDict:
-    """The config of a validation's batches: the same pictures in every run, each once whatever sizes are trained."""
-    config = of_squares(config)  # their sizes are given
-    config.seed, config.data.random_flip, config.data.random_crop = 0, False, False
-    config.train.global_batch_size //= config.train.accumulate_steps  # as much as the devices hold in training
-    config.train.accumulate_steps = 1
-    return config
+def validation_batching(config: ConfigDict) -> Batching:
+    """A validation's batches: the same pictures in every run, each once whatever sizes are trained."""
+    train = config.train
+    size = train.global_batch_size // train.accumulate_steps  # as much as the devices hold in training
+    return dataclasses.replace(
+        batching_of(config), seed=0, random_flip=False, random_crop=False, global_batch_size=size
+    )
 
 
 def _validation(run: Run, source: Source) -> Evaluate:
-    config, settings = validation_config(run.config), run.config.validation
-    held_out = open_data(config.data, settings.split)
+    data, settings, batching = run.config.data, run.config.validation, validation_batching(run.config)
+    held_out = open_data(data, settings.split)
     check_apart(source, held_out)
     trained = open_buckets(run.config, source)
     buckets = None
     if trained:  # at their sizes, so that no others are compiled for, and the losses are of what is trained
-        most, batch_size = settings.num_examples, config.train.global_batch_size
-        buckets, _ = once_each(held_out, trained.sizes, limits_of(config.data), batch_size, most)
-    stream = open_stream(config, run.pipeline, held_out, run.mesh, buckets)
+        most, batch_size = settings.num_examples, batching.global_batch_size
+        buckets, _ = once_each(held_out, trained.sizes, limits_of(data), batch_size, most)
+    stream = stream_of(batching, run.pipeline, held_out, run.mesh, buckets)
     frozen = sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen)
     replicated = NamedSharding(run.mesh, P())
     # Kernels and loops as in training, so that what fits there fits here; the latents are exact.
     platform = run.mesh.devices.flat[0].platform
-    as_trained = for_training(run.pipeline, config.data.resolution, platform, run.mesh.shape["fsdp"])
+    as_trained = for_training(run.pipeline, data.resolution, platform, run.mesh.shape["fsdp"])
     exact = {run.pipeline.family.autoencoder: run.pipeline.autoencoder}
     pipeline = dataclasses.replace(as_trained, parts={**as_trained.parts, **exact})
     losses = jax.jit(
-        make_losses(pipeline, settings.timesteps, config.train.global_batch_size, run.mesh),
+        make_losses(pipeline, settings.timesteps, batching.global_batch_size, run.mesh),
         in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated, replicated),
         out_shardings=replicated,
     )

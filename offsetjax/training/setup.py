@@ -43,7 +43,7 @@ from offsetjax.parallel.processes import barrier
 from offsetjax.sampling.size import check_drawn_size
 from offsetjax.storage import digests, record
 from offsetjax.storage.lock import WorkdirLock
-from offsetjax.training.streams import check_cache, latent_statistics, open_buckets
+from offsetjax.training.streams import batching_of, check_cache, latent_statistics, open_buckets
 
 _log = logging.getLogger("offsetjax")
 
@@ -98,7 +98,7 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
     autoencoder = pipeline.family.autoencoder
     if task_of(config).denoises and pipeline.autoencoder.scaling_factor == 0:
         vae = _vae_params(tensors[autoencoder], pipeline)
-        mean, std = latent_statistics(config, pipeline, vae, source)
+        mean, std = latent_statistics(batching_of(config), pipeline, vae, source)
         tensors[autoencoder] = torch_tensors(pipeline.autoencoder.standardised(vae, mean, std))
         assign(config, f"model.{autoencoder}.scaling_factor", 1.0, explicit=False)
         pipeline = build(config, tokenizers)

@@ -6,7 +6,8 @@
 import json
 import logging
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -30,42 +31,72 @@ _log = logging.getLogger("offsetjax")
 Statistics = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]  # the mean and the deviation of each channel
 
 
-def open_stream(
-    config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None, buckets: Buckets | None = None
-) -> Stream:
-    """The training batches: the rows that this process's devices of the mesh hold; without a mesh, all of them.
+@dataclass(frozen=True)
+class Batching:
+    """What the batches of a stream depend on, beside its pictures; as `make_stream` has them."""
 
-    Args:
-        buckets: in place of those that the config gives.
+    seed: int
+    global_batch_size: int
+    resolution: int
+    random_flip: bool
+    random_crop: bool
+    long_captions: Literal["truncate", "refuse"]
+    num_workers: int
+    max_bad_fraction: float
+
+
+def batching_of(config: ConfigDict) -> Batching:
+    """The batches of a config's training."""
+    data = config.data
+    return Batching(
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        resolution=data.resolution,
+        random_flip=data.random_flip,
+        random_crop=data.random_crop,
+        long_captions=config.encode.long_captions,
+        num_workers=data.num_workers,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None) -> Stream:
+    """The training batches, of the config's sizes; otherwise as `stream_of`.
 
     Raises:
         UserError: sizes that do not fit, or processes of one mesh whose data differ.
     """
-    global_batch_size = config.train.global_batch_size
+    buckets = open_buckets(config, source)
+    for line in buckets.describe() if buckets else ():
+        _log.info("  %s", line)
+    for line in buckets.notes if buckets else ():
+        _log.warning("%s", line)
+    if mesh and buckets:
+        _check_divide(config, mesh, buckets.plan.batch_sizes)
+    return stream_of(batching_of(config), pipeline, source, mesh, buckets)
+
+
+def stream_of(
+    batching: Batching, pipeline: Pipeline, source: Any, mesh: Mesh | None = None, buckets: Buckets | None = None
+) -> Stream:
+    """Batches of a source: the rows that this process's devices of the mesh hold; without a mesh, all of them.
+
+    Args:
+        buckets: the sizes of the pictures; None: each is cut to its central square.
+
+    Raises:
+        UserError: processes of one mesh whose data differ.
+    """
     batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
-    if buckets is None and (buckets := open_buckets(config, source)):
-        for line in buckets.describe():
-            _log.info("  %s", line)
-        for line in buckets.notes:
-            _log.warning("%s", line)
-    sizes = set(buckets.plan.batch_sizes) if buckets else {global_batch_size}
-    if config.data.random_crop:
+    sizes = set(buckets.plan.batch_sizes) if buckets else {batching.global_batch_size}
+    if batching.random_crop:
         check_crops(source)
-    if mesh:
-        _check_divide(config, mesh, sizes)
     stream = make_stream(
         source,
-        seed=config.seed,
-        global_batch_size=global_batch_size,
-        resolution=config.data.resolution,
-        random_flip=config.data.random_flip,
+        **vars(batching),
         tokenize=pipeline.tokens,
-        long_captions=config.encode.long_captions,
-        num_workers=config.data.num_workers,
         rows={size: sharding.rows_of_process(batch, size) for size in sizes} if batch else None,
-        max_bad_fraction=config.data.max_bad_fraction,
         buckets=buckets,
-        random_crop=config.data.random_crop,
     )
     # Each would train on its own; or, where sizes differ, wait for the others for ever.
     if mesh and (others := differing(json.dumps(stream.fingerprint(), sort_keys=True))):
@@ -115,14 +146,7 @@ def limits_of(data: ConfigDict) -> Limits:
     return Limits(data.max_aspect, data.max_enlargement or float("inf"))
 
 
-def of_squares(config: ConfigDict) -> ConfigDict:
-    """A copy of the config that takes the central square of every picture, as all but the training itself does."""
-    config = config.copy_and_resolve_references()
-    config.data.buckets, config.data.bucket_count = (), 0
-    return config
-
-
-def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
+def latent_statistics(batching: Batching, pipeline: Pipeline, vae_params: PyTree, source: Any) -> Statistics:
     """The mean and the standard deviation of each channel of the latents, over 256 of the data's pictures.
 
     They are the first of the training's order, again and again where there are fewer. Of a cache, those by which its
@@ -131,11 +155,10 @@ def latent_statistics(config: ConfigDict, pipeline: Pipeline, vae_params: PyTree
     Raises:
         UserError: it was not.
     """
-    if config.data.cached_latents:
-        return source.cache.statistics(source.label, f"model.{pipeline.family.autoencoder}.scaling_factor")
-    sampled = of_squares(config)
-    sampled.train.global_batch_size, sampled.data.random_flip, sampled.data.random_crop = 8, False, False
-    batches = open_stream(sampled, pipeline, source).iterator(0)
+    if cache := getattr(source, "cache", None):
+        return cache.statistics(source.label, f"model.{pipeline.family.autoencoder}.scaling_factor")
+    sampled = replace(batching, global_batch_size=8, random_flip=False, random_crop=False)
+    batches = stream_of(sampled, pipeline, source).iterator(0)
     encode = jax.jit(lambda pixels: pipeline.autoencoder.encode(vae_params, to_unit_range(pixels))[0])
     latents = np.concatenate([np.asarray(encode(next(batches)["pixels"])) for _ in range(32)])
     batches.close()

@@ -84,7 +84,7 @@ def test_an_export_says_what_others_programs_return_who_draw_it_by_its_own_sched
     as_base = tiny_config(**changes)
     config = tiny_config(**changes, schedule__process="flow", schedule__conversion="mapped", sample__shift=3.0)
     base, ours, theirs = (
-        brightness_reach(build(each), each, is_exported=is_exported)
+        brightness_reach(build(each), each.sample, each.data.resolution, is_exported=is_exported)
         for each, is_exported in ((as_base, False), (config, False), (config, True))
     )
     assert theirs.matched == base.matched != ours.matched and theirs.plain == base.plain

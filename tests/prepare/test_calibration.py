@@ -1,5 +1,6 @@
 """What the data says about the noise that it needs: measured once over all pictures, kept in a file, filled in."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -40,6 +41,7 @@ from offsetjax.prepare.calibrate import calibrate, measure
 from offsetjax.prepare.latents import open_vae
 from offsetjax.train import train
 from offsetjax.training.setup import open_run
+from offsetjax.training.streams import batching_of
 from tests.tiny import build_data, quick_compilation, tiny_config
 
 COUNT = 21  # no multiple of a batch of 8
@@ -355,7 +357,8 @@ def test_one_device_measures_what_eight_do(data: pathlib.Path, measured: pathlib
     source = open_source(data)
     config, pipeline, params, _ = open_vae(_tiny(data, train__accumulate_steps=2), source)  # in batches of 4
     mesh = sharding.mesh_of(data=1, fsdp=1)
-    found = measure(config, pipeline, params, source, mesh)
+    batching = dataclasses.replace(batching_of(config), global_batch_size=4)
+    found = measure(batching, pipeline, params, source, mesh)
     assert mesh.size == 1 and jax.device_count() == 8
     bands, _ = radial_bands(8, 8)
     eight = read_calibration(measured)

@@ -40,7 +40,7 @@ from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstrac
 from offsetjax.training.flops import count_flops
 from offsetjax.training.objective import add_position
 from offsetjax.training.setup import open_run
-from offsetjax.training.streams import check_cache, open_buckets, open_stream
+from offsetjax.training.streams import batching_of, check_cache, open_buckets, open_stream
 from offsetjax.training.validation import make_losses, validate
 from tests.data.shapes import COUNT as SHAPES
 from tests.data.shapes import pictures_of_shapes
@@ -160,11 +160,13 @@ def test_validation_and_calibration_agree(base: pathlib.Path, cache: pathlib.Pat
     for config, source in opened(base, cache):
         config.data.random_flip, config.validation.timesteps = False, (500,)
         stream = open_stream(config, trained.pipeline, source)
-        frozen = {part: params for part, params in trained.frozen.items() if part != "vae" or not source.cache}
+        frozen = {
+            part: params for part, params in trained.frozen.items() if part != "vae" or not config.data.cached_latents
+        }
         batch_size = config.train.global_batch_size
         losses = jax.jit(make_losses(trained.pipeline, config.validation.timesteps, batch_size, mesh))
         found.append(validate(losses, config.validation, stream, mesh, trained.params, frozen))
-        measured.append(measure(config, trained.pipeline, trained.frozen["vae"], source, mesh))
+        measured.append(measure(batching_of(config), trained.pipeline, trained.frozen["vae"], source, mesh))
     assert found[1] == pytest.approx(found[0], rel=2e-3) and found[1] != found[0]
     for seen, read in zip(*measured, strict=True):  # the means of the modes, and their variances
         np.testing.assert_allclose(read, seen, rtol=5e-3, atol=2e-3 * np.abs(seen).max())

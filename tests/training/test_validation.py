@@ -32,10 +32,10 @@ from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler
 from offsetjax.train import train
-from offsetjax.training.evaluators import open_evaluators, validation_config
+from offsetjax.training.evaluators import open_evaluators, validation_batching
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState
-from offsetjax.training.streams import open_stream
+from offsetjax.training.streams import batching_of, open_stream, stream_of
 from offsetjax.training.validation import check_apart, make_losses, validate
 from tests.data.shapes import pictures_of_shapes
 from tests.tiny import RESOLUTION, data_path, quick_compilation, run_config, tiny_config, trained_workdir
@@ -64,9 +64,7 @@ def _validate(base: pathlib.Path, *, fsdp: int = 1, step: int = 0, **changes: An
     mesh = mesh_of(data=2 if fsdp > 1 else 1, fsdp=fsdp)
     pipeline, frozen = _parts(base, config, mesh)
     params = {"unet": jax.jit(pipeline.denoiser.init)(jax.random.key(3))}
-    stream_config = config.copy_and_resolve_references()
-    stream_config.seed = 0
-    stream = open_stream(stream_config, pipeline, open_source(config.data.path))
+    stream = stream_of(dataclasses.replace(batching_of(config), seed=0), pipeline, open_source(config.data.path))
     losses = jax.jit(make_losses(pipeline, config.validation.timesteps, config.train.global_batch_size, mesh))
     return validate(losses, config.validation, stream, mesh, params, frozen, step)
 
@@ -248,8 +246,6 @@ def test_a_run_that_dies_while_it_looks_looks_again_when_it_resumes(
 
 def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base: pathlib.Path) -> None:
     config = tiny_config(pictures_of_shapes(base), validation__timesteps=(5,), validation__num_examples=11)
-    config = validation_config(config)
-    config.train.global_batch_size = 4
     source, limits = open_source(config.data.path), Limits(max_aspect=2.0)
     sizes = (Size(16, 16), Size(24, 16), Size(16, 24))
     buckets, plan = once_each(source, sizes, limits, 4, 11)
@@ -266,7 +262,8 @@ def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base
         values, places = pixels[:, pixels.shape[1] // 2, 0, 0].astype(float), int(number) * 4 + np.arange(4)
         return {"plain": np.array([values[places < int(end)].sum()])}
 
-    stream = open_stream(config, build(config), source, None, buckets)
+    batching = dataclasses.replace(validation_batching(config), global_batch_size=4)
+    stream = stream_of(batching, build(config), source, None, buckets)
     found = validate(sums, config.validation, stream, mesh_of(data=1, fsdp=1), None, None)
     assert found["validation_plain"] == found["validation_plain_t5"] == pytest.approx((7 * shown + 1).mean())
     for size, group in zip(buckets.sizes, plan.groups, strict=True):
@@ -277,9 +274,9 @@ def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base
 
 def test_validations_compare_whatever_sizes_are_trained() -> None:
     changes: dict[str, Any] = {"data__buckets": ("16x16", "24x16"), "seed": 7, "train__accumulate_steps": 2}
-    assert validation_config(tiny_config(**changes)).data == validation_config(tiny_config(data__bucket_count=3)).data
-    found = validation_config(tiny_config(**changes))
-    assert (found.data.buckets, found.data.bucket_count, found.data.random_flip, found.seed) == ((), 0, False, 0)
+    found = validation_batching(tiny_config(**changes))
+    assert found == dataclasses.replace(validation_batching(tiny_config(data__bucket_count=3)), global_batch_size=4)
+    assert (found.random_flip, found.seed, found.global_batch_size) == (False, 0, 4)
 
 
 def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
