@@ -5,23 +5,18 @@ each mode of the latents are gathered over all devices. `calibration.py` says wh
 """
 
 import dataclasses
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Complex, Float, Int, PyTree
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from offsetjax.data.devices import on_devices
-from offsetjax.data.source import Source, open_data
+from offsetjax.data.buckets import Size
+from offsetjax.data.source import open_data
 from offsetjax.diffusion.calibration import (
     Calibration,
     band_means,
@@ -35,18 +30,15 @@ from offsetjax.diffusion.noise import PLAIN, Noise, make_noise
 from offsetjax.diffusion.process import Process, mode_snr
 from offsetjax.errors import UserError
 from offsetjax.files import check_file, write_all
-from offsetjax.models.encode import to_unit_range
-from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.task import task_of
 from offsetjax.parallel import sharding
 from offsetjax.plots import png
 from offsetjax.prepare.latents import open_vae
 from offsetjax.prepare.mode_snr import mode_snr_figure
+from offsetjax.prepare.modes import Modes, measure, measure_sizes
 from offsetjax.prepare.reach import Drawn, octaves, reach_advice, reach_figure, reach_table
-from offsetjax.progress import tracked
 from offsetjax.sampling.reach import drawing
-from offsetjax.training.objective import Batch
-from offsetjax.training.streams import Batching, batching_of, stream_of
+from offsetjax.training.streams import batching_of, limits_of, open_buckets
 
 _log = logging.getLogger("offsetjax")
 
@@ -88,6 +80,9 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         batching_of(config), global_batch_size=config.train.global_batch_size // config.train.accumulate_steps
     )
     modes = measure(batching, pipeline, params, source, mesh)
+    buckets, of_sizes = open_buckets(config, source), {}
+    if buckets:
+        of_sizes = measure_sizes(batching, pipeline, params, source, mesh, buckets.sizes, limits_of(config.data))
     if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):
         raise UserError("calibrate: the autoencoder's latents are not finite; check model.pretrained")
     calibration = summarise(
@@ -119,6 +114,8 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         recommended = _with_strength(config.noise, advice.offset or 0.0, process, downscale)
         for line in reach_table(drawn, calibration, modes.variance, noise, advice, recommended):
             _log.info("%s", line)
+        for line in size_table(of_sizes, noise, process, downscale):
+            _log.info("%s", line)
         pictures = {
             out.parent / f"{out.stem}.png": png(reach_figure(drawn, calibration, noise, recommended)),
             out.parent / f"{out.stem}_snr.png": png(mode_snr_figure(calibration, noise, recommended, process)),
@@ -127,62 +124,6 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
         use = "give it as noise.calibration; " if has_terminal_snr else ""
         _log.info("%s: %sthe figures are %s", out, use, " and ".join(map(str, pictures)))
     return calibration
-
-
-class Modes(NamedTuple):
-    """The mean and the variance over pictures of each mode of the latents, their orthonormal `rfft2`."""
-
-    mean: Complex[np.ndarray, "c h w2"]
-    variance: Float[np.ndarray, "c h w2"]
-
-
-def measure(batching: Batching, pipeline: Pipeline, params: PyTree, source: Source, mesh: Mesh) -> Modes:
-    """The modes of all pictures of a source, each once; the same on any mesh and for any number of processes.
-
-    Sums of one batch are float32, on the devices; they are joined in float64, as T. Chan et al. (1979) do, for the
-    means of latents may be far from 0 and squares would cancel.
-    """
-    size, total = batching.global_batch_size, len(source)
-    params = jax.device_put(params, sharding.shardings(mesh, (), params))
-    batch_modes = _jit_batch_modes(pipeline.autoencoder, params, mesh)
-    batching = dataclasses.replace(batching, random_flip=False, random_crop=False)
-    host_batches = stream_of(batching, pipeline, source, mesh).iterator(0)
-    batches = on_devices(itertools.islice(host_batches, -(-total // size)), NamedSharding(mesh, sharding.BATCH), size)
-    mean, squares = np.complex128(0), np.float64(0)
-    try:
-        shown = tracked(batches, "Measuring latents", -(-total // size), jax.process_index() == 0)
-        for seen, batch in zip(range(0, total, size), shown, strict=True):
-            # The stream begins anew after its last picture: what comes after it in the last batch counts for nothing.
-            count = min(size, total - seen)
-            batch_mean, batch_squares = jax.device_get(batch_modes(params, batch, np.int32(count)))
-            step = batch_mean.astype(np.complex128) - mean
-            mean = mean + step * (count / (seen + count))
-            squares = squares + batch_squares + np.abs(step) ** 2 * (seen * count / (seen + count))
-    finally:
-        host_batches.close()
-    return Modes(np.asarray(mean), np.asarray(squares / total))
-
-
-def _jit_batch_modes(vae: Any, params: PyTree, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
-    def batch_modes(
-        params: PyTree, batch: Batch, count: Int[Array, ""]
-    ) -> tuple[Complex[Array, "c h w2"], Float[Array, "c h w2"]]:
-        """Over the first `count` pictures: the mean of the modes, and the sum of their squared distances from it."""
-        if "moments" in batch:
-            means = batch["moments"][:, 0].astype(jnp.float32)
-        else:  # all at once: each device then encodes its own
-            means = vae.encode(params, to_unit_range(batch["pixels"]))[0]
-        modes = jnp.fft.rfft2(means * vae.scaling_factor, norm="ortho")
-        counts = (jnp.arange(len(modes)) < count)[:, None, None, None]
-        mean = jnp.where(counts, modes, 0).sum(0) / count
-        return mean, jnp.where(counts, jnp.abs(modes - mean) ** 2, 0).sum(0)
-
-    everywhere = NamedSharding(mesh, P())
-    return jax.jit(
-        batch_modes,
-        in_shardings=(sharding.shardings(mesh, (), params), NamedSharding(mesh, sharding.BATCH), everywhere),
-        out_shardings=everywhere,
-    )
 
 
 def configured_noise(
@@ -242,3 +183,28 @@ def table(
     octave_rows = zip(names, power.mean(0), noise_power.mean(0), ratios.mean(0), ratios.max(0), strict=True)
     for name, data, noised, mean, worst in octave_rows:
         yield f"{name:>16}{data:12.3g}{noised:12.3g}{mean:20.3g}{worst:15.3g}"
+
+
+def size_table(
+    found: Mapping[Size, tuple[int, Modes]], noise: Noise, process: Process, downscale: int
+) -> Iterator[str]:
+    """A line for each size of a training's pictures: what its noise hides of a mean there, beside plain noise.
+
+    Args:
+        found: how many pictures each has, and their modes.
+    """
+    if not found:
+        return
+    snr = terminal_snr(process)
+    plain_and_config = "terminal SNR of the mean" if snr > 0 else "t where the mean is decided"
+    yield f"{'':>12}{'':10}{'variance of':>13}{'offset in':>11}   {plain_and_config:^28}"
+    yield f"{'size':>12}{'pictures':>10}{'the mean':>13}{'effect':>11}{'plain noise':>15}{'this config':>14}"
+    for size, (count, modes) in found.items():
+        height, width = size.height // downscale, size.width // downscale
+        means, power = modes.variance[:, 0, 0], noise.power(height, width)[:, 0, 0]
+        if snr > 0:
+            plain, present = (float(mode_snr(means, each, snr).max()) for each in (np.ones(1), power))
+        else:  # where the SNR of the channel that is decided last is 1
+            plain, present = (float((1 / (1 + np.sqrt(each / means))).max()) for each in (np.ones(1), power))
+        variance, strength = float(means.max()) / (height * width), float(np.max(noise.strengths_at(height, width)))
+        yield f"{size!s:>12}{count:10,d}{variance:13.4g}{strength:11.4g}{plain:15.3g}{present:14.3g}"

@@ -17,7 +17,7 @@ from PIL import Image
 from offsetjax.cli import main
 from offsetjax.config import default_config, flatten
 from offsetjax.config.checks import validate
-from offsetjax.data.buckets import square
+from offsetjax.data.buckets import Limits, Size, square
 from offsetjax.data.images import resize_and_crop
 from offsetjax.data.source import open_source
 from offsetjax.diffusion.calibration import (
@@ -34,14 +34,18 @@ from offsetjax.diffusion.noise import Noise, make_noise
 from offsetjax.diffusion.process import make_process, mode_snr
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import UserError
+from offsetjax.models.encode import to_unit_range
 from offsetjax.models.resolve import calibrated
 from offsetjax.models.trained import read_config
 from offsetjax.parallel import sharding
-from offsetjax.prepare.calibrate import calibrate, measure
+from offsetjax.parallel.sharding import mesh_of
+from offsetjax.prepare.calibrate import calibrate, size_table
 from offsetjax.prepare.latents import open_vae
+from offsetjax.prepare.modes import measure, measure_sizes
 from offsetjax.train import train
 from offsetjax.training.setup import open_run
 from offsetjax.training.streams import batching_of
+from tests.data.shapes import pictures_of_shapes
 from tests.tiny import build_data, quick_compilation, tiny_config
 
 COUNT = 21  # no multiple of a batch of 8
@@ -503,3 +507,25 @@ def test_an_out_that_cannot_be_is_told_before_the_data_are_read(
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=rf"^calibrate: {tmp_path}/{words} --out needs .*; give another --out$"):
         calibrate(_tiny(tmp_path), tmp_path / out)
+
+
+def test_each_size_has_its_own_modes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = pictures_of_shapes(tmp_path_factory.getbasetemp())
+    config, source = tiny_config(path), open_source(path)
+    _, pipeline, params, _ = open_vae(config, source)
+    sizes, limits = (Size(16, 16), Size(24, 16), Size(16, 24)), Limits(max_aspect=2.0)
+    mesh = mesh_of(data=1, fsdp=1)
+    found = measure_sizes(batching_of(config), pipeline, params, source, mesh, sizes, limits)
+    assert {str(size): count for size, (count, _) in found.items()} == {"16x24": 5, "16x16": 10, "24x16": 15}
+    wide = [source[number].view(Size(24, 16), False)["pixels"] for number in range(35) if number % 7 in (1, 3, 4)]
+    latents = jax.jit(pipeline.autoencoder.encode)(params, to_unit_range(np.stack(wide)))[0]
+    modes = np.fft.rfft2(np.asarray(latents, np.float64), norm="ortho")
+    measured = found[Size(24, 16)][1]
+    np.testing.assert_allclose(measured.mean, modes.mean(0), atol=1e-4)
+    np.testing.assert_allclose(measured.variance, modes.var(0), rtol=1e-3, atol=1e-6)
+    process = make_process(config.schedule, 2)
+    lines = list(size_table(found, make_noise(config.noise, process, 2), process, 2))
+    assert [line.split()[:2] for line in lines[2:]] == [["16x24", "5"], ["16x16", "10"], ["24x16", "15"]]
+    variance = modes.var(0)[:, 0, 0].max() / (8 * 12)
+    assert float(lines[4].split()[2]) == pytest.approx(variance, rel=2e-3) and float(lines[4].split()[3]) == 0.1
+    assert list(size_table({}, make_noise(config.noise, process, 2), process, 2)) == []

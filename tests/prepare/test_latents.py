@@ -33,8 +33,9 @@ from offsetjax.models.trained import load_trained
 from offsetjax.models.weights import initial_params, new_tokenizers
 from offsetjax.plan.program import architecture, make_program
 from offsetjax.prepare import latents
-from offsetjax.prepare.calibrate import calibrate, measure
+from offsetjax.prepare.calibrate import calibrate
 from offsetjax.prepare.latents import encode_data, open_vae
+from offsetjax.prepare.modes import measure
 from offsetjax.train import train
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, model_flops
 from offsetjax.training.flops import count_flops
