@@ -52,6 +52,11 @@ class Buckets:
         """All sizes, by their places."""
         return self.assignment.sizes
 
+    @property
+    def batches_an_epoch(self) -> float:
+        """Over all sizes, in the mean."""
+        return float((self.assignment.counts / np.asarray(self.plan.batch_sizes)).sum())
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides on the batches beside the seed: the sizes, and which pictures each has."""
         digest = hashlib.sha256()
@@ -74,11 +79,10 @@ class Buckets:
             yield f"{size}: {count:,} pictures, {lost:.1%} cropped, {count / batch:,.1f} batches of {batch}{few}"
         extreme, small, unread = (int(each.sum()) for each in (found.is_extreme, found.is_small, found.is_unreadable))
         unreadable = f", {unread:,} that cannot be read" * (unread > 0)
-        batches = (counts / self.plan.batch_sizes).sum()
         yield (
-            f"{counts.sum():,} of {total:,} pictures, {cropped(found):.1%} of their pixels "
-            f"cropped, {batches:,.1f} batches an epoch; left out: {extreme:,} for their shape, {small:,} for their "
-            f"size{unreadable}"
+            f"{counts.sum():,} of {total:,} pictures, {cropped(found):.1%} of their pixels cropped, "
+            f"{self.batches_an_epoch:,.1f} batches an epoch; left out: {extreme:,} for their shape, {small:,} for "
+            f"their size{unreadable}"
         )
 
 

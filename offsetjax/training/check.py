@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from offsetjax.data.buckets import square
+from offsetjax.data.record import Latents
 from offsetjax.data.source import Source, open_data, seen
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
@@ -23,7 +24,7 @@ from offsetjax.models.weights import abstract_trained
 from offsetjax.parallel import sharding
 from offsetjax.training.setup import reopened, settled
 from offsetjax.training.step import make_update
-from offsetjax.training.streams import open_buckets
+from offsetjax.training.streams import check_batches, held_out_buckets, open_buckets
 from offsetjax.training.summary import GIB, free_bytes, state_bytes, summary
 from offsetjax.training.validation import check_apart
 
@@ -71,11 +72,15 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
             found.of(lambda: for_training(pipeline, data.resolution, platform, mesh.shape["fsdp"]))
         found.notes += _long_prompts(resolved, pipeline)
         found.of(lambda: _check_room(resolved, pipeline, folder))
+        buckets = open_buckets(resolved, source)
+        found.of(lambda: check_batches(resolved, source, mesh, buckets))
+        if resolved.validation.every_steps and buckets:
+            found.of(lambda: held_out_buckets(resolved, source, open_data(resolved.data, resolved.validation.split)))
         if not found.wrong:
             found.notes += task_of(resolved).advice(pipeline, resolved)
-            buckets = open_buckets(resolved, source)
             found.notes += buckets.notes if buckets else ()
-            return [], found.notes, list(summary(resolved, pipeline, len(source), mesh, workdir))
+            sizes = buckets.describe() if buckets else ()
+            return [], found.notes, [*summary(resolved, pipeline, len(source), mesh, workdir, buckets), *sizes]
     return found.wrong, found.notes, []
 
 
@@ -100,7 +105,10 @@ def _look_at_records(found: _Found, source: Source, resolution: int, max_bad_fra
 
 
 def _see(source: Source, index: int, resolution: int) -> None:
-    seen(source, index, source[index], square(resolution))
+    record = source[index]
+    size = record.size if isinstance(record, Latents) else None
+    if size is None or size.pixels:  # of a cache of several sizes, one that fits none has no latents
+        seen(source, index, record, size or square(resolution))
 
 
 def _long_prompts(config: ConfigDict, pipeline: Pipeline) -> Iterator[str]:

@@ -20,7 +20,6 @@ from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.data.brightness import compare, data_brightness
-from offsetjax.data.sizes import once_each
 from offsetjax.data.source import Source, open_data
 from offsetjax.models.pipeline import for_training
 from offsetjax.models.task import task_of
@@ -29,7 +28,7 @@ from offsetjax.sampling.pictures import Picture
 from offsetjax.sampling.sample import Sampler, about_samples, draw_pictures, make_sampler
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState
-from offsetjax.training.streams import Batching, batching_of, limits_of, open_buckets, stream_of
+from offsetjax.training.streams import Batching, batching_of, held_out_buckets, open_buckets, stream_of
 from offsetjax.training.validation import check_apart, make_losses, validate
 
 _log = logging.getLogger("offsetjax")
@@ -145,11 +144,7 @@ def _validation(run: Run, source: Source) -> Evaluate:
     data, settings, batching = run.config.data, run.config.validation, validation_batching(run.config)
     held_out = open_data(data, settings.split)
     check_apart(source, held_out)
-    trained = open_buckets(run.config, source)
-    buckets = None
-    if trained:  # at their sizes, so that no others are compiled for, and the losses are of what is trained
-        most, batch_size = settings.num_examples, batching.global_batch_size
-        buckets, _ = once_each(held_out, trained.sizes, limits_of(data), batch_size, most)
+    buckets = held_out_buckets(run.config, source, held_out)
     stream = stream_of(batching, run.pipeline, held_out, run.mesh, buckets)
     frozen = sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen)
     replicated = NamedSharding(run.mesh, P())

@@ -37,7 +37,7 @@ def first_state(
     update = make_update(config.optimizer, config.train, config.model)
     like = jax.eval_shape(lambda params: init_state(params, update), abstract_trained(pipeline, config.lora))
     shardings = sharding.shardings(run.mesh, pipeline.sharding, like)
-    for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir):
+    for line in summary(config, pipeline, len(stream.source), run.mesh, run.workdir, stream.buckets):
         _log.info("%s", line)
     for line in task_of(config).advice(pipeline, config):
         _log.warning("%s", line)

@@ -5,7 +5,6 @@
 
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.data.buckets import Limits
-from offsetjax.data.sizes import Buckets, make_buckets
+from offsetjax.data.sizes import Buckets, make_buckets, once_each
 from offsetjax.data.source import check_crops
 from offsetjax.data.stream import Stream, make_stream
 from offsetjax.errors import UserError
@@ -71,8 +70,7 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
         _log.info("  %s", line)
     for line in buckets.notes if buckets else ():
         _log.warning("%s", line)
-    if mesh and buckets:
-        _check_divide(config, mesh, buckets.plan.batch_sizes)
+    check_batches(config, source, mesh, buckets)
     return stream_of(batching_of(config), pipeline, source, mesh, buckets)
 
 
@@ -89,8 +87,6 @@ def stream_of(
     """
     batch = NamedSharding(mesh, sharding.BATCH) if mesh else None
     sizes = set(buckets.plan.batch_sizes) if buckets else {batching.global_batch_size}
-    if batching.random_crop:
-        check_crops(source)
     stream = make_stream(
         source,
         **vars(batching),
@@ -131,10 +127,32 @@ def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
     )
 
 
-def _check_divide(config: ConfigDict, mesh: Mesh, batch_sizes: Iterable[int]) -> None:
-    """Refuses batches that do not divide; that of `train.global_batch_size` has been looked at with the mesh."""
+def held_out_buckets(config: ConfigDict, source: Any, held_out: Any) -> Buckets | None:
+    """Validation's batches of each of a training's sizes, so that no others are compiled for, and losses are of them.
+
+    None where all pictures are brought to one square.
+
+    Raises:
+        UserError: no held-out picture fits any of the sizes.
+    """
+    if not (trained := open_buckets(config, source)):
+        return None
+    batch_size = config.train.global_batch_size // config.train.accumulate_steps
+    limits = limits_of(config.data)
+    return once_each(held_out, trained.sizes, limits, batch_size, config.validation.num_examples)[0]
+
+
+def check_batches(config: ConfigDict, source: Any, mesh: Mesh | None, buckets: Buckets | None) -> None:
+    """Raises a UserError where records take no random crops, or where batches of each size do not divide.
+
+    That of `train.global_batch_size` has been looked at with the mesh.
+    """
+    if config.data.random_crop:
+        check_crops(source)
+    if mesh is None or buckets is None or not config.data.equal_tokens:
+        return
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate_steps
-    if any(size % parts for size in batch_sizes) and config.data.equal_tokens:
+    if any(size % parts for size in buckets.plan.batch_sizes):
         raise UserError(
             f"config: data.equal_tokens = {config.data.equal_tokens} must be a multiple of mesh.data x mesh.fsdp x "
             f"train.accumulate_steps = {parts}, among which each batch is divided"

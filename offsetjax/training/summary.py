@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.data.sizes import Buckets
 from offsetjax.diffusion.noise import describe
 from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.task import task_of
@@ -21,16 +22,26 @@ GIB = 2**30
 
 
 def summary(
-    config: ConfigDict, pipeline: Pipeline, num_examples: int, mesh: Mesh, workdir: epath.PathLike
+    config: ConfigDict,
+    pipeline: Pipeline,
+    num_examples: int,
+    mesh: Mesh,
+    workdir: epath.PathLike,
+    buckets: Buckets | None = None,
 ) -> Iterator[str]:
-    """The lines: data, steps, noise, what is trained and what is not, devices, and where things go."""
+    """The lines: data, steps, noise, what is trained and what is not, devices, and where things go.
+
+    Args:
+        buckets: the sizes of the pictures and their batches, where there are several.
+    """
     train, sample = config.train, config.sample
     kind = "latents" if config.data.cached_latents else "pictures"
     sizes = len(config.data.buckets) or config.data.bucket_count
     of_sizes = f", {sizes} sizes" if config.data.buckets else f", at most {sizes} sizes of its area" if sizes else ""
     about = f"{config.data.resolution} px{of_sizes}"
     yield f"data: {num_examples:,} {kind} of {config.data.path} ({config.data.split}), {about}"
-    epochs = train.steps * train.global_batch_size / num_examples
+    an_epoch = buckets.batches_an_epoch if buckets else num_examples / train.global_batch_size
+    epochs = train.steps / an_epoch
     parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
     yield f"steps: {train.steps:,} of {train.global_batch_size} examples{parts}, {epochs:.3g} epochs"
     if task_of(config).denoises:

@@ -5,6 +5,7 @@ import itertools
 import time
 import tracemalloc
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,48 @@ class Measured:
 
     def sizes(self) -> np.ndarray:
         return self.known
+
+
+PICTURES = st.one_of(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=40),  # any, slivers too
+    st.builds(
+        lambda size, count: [size] * count, st.tuples(st.integers(8, 99), st.integers(8, 99)), st.integers(1, 20)
+    ),
+)
+
+
+@given(PICTURES, st.integers(1, 9), st.integers(1, 6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_set_of_pictures_makes_batches(
+    pictures: list[tuple[int, int]], batch_size: int, count: int, by_tokens: bool
+) -> None:
+    options: dict[str, Any] = {"given": (), "resolution": 64, "step": 8, "unit": 8, "limits": Limits(), "seed": 0}
+    options |= {"batch_size": batch_size, "count": count, "equal_tokens": by_tokens}
+    source = Measured(np.array(pictures, np.int32))
+    if all(max(each) > 3 * min(each) for each in pictures):
+        with pytest.raises(UserError, match=r"longer than data\.max_aspect"):
+            make_buckets(source, **options)  # type: ignore[arg-type]
+        return
+    buckets = make_buckets(source, **options)  # type: ignore[arg-type]
+    plan, assignment = buckets.plan, buckets.assignment
+    assert isinstance(plan, BatchPlan)
+    assert 1 <= len(buckets.sizes) <= count and all(assignment.counts), "each size has pictures, or is not compiled"
+    assert [max(each) > 3 * min(each) for each in pictures] == assignment.is_extreme.tolist()
+    epochs, seen = 3, Counter[int]()
+    for number in range(plan.batches_before(epochs)):
+        size, examples = plan.batch(number)
+        assert len(examples) == plan.batch_sizes[size] and (assignment.bucket[examples] == size).all()
+        stands_in = plan.following(number, len(examples) - 1, 3)
+        assert stands_in.size == size and stands_in.examples[0] == examples[-1]
+        seen.update(examples.tolist())
+    kept = np.flatnonzero(assignment.bucket >= 0).tolist()
+    assert set(seen) <= set(kept)
+    for group in plan.groups:
+        times = [seen[int(index)] for index in group]
+        assert max(times) - min(times) <= 1
+    assert sum(epochs - seen[index] for index in kept) == sum(plan.waiting(epochs))
+    assert plan.examples_before(plan.batches_before(epochs)) == sum(seen.values())
+    assert "".join(buckets.describe()).count("pictures") >= 1
 
 
 @given(st.integers(2**16 + 1, 2**17), st.integers(0, 2**32 - 1))

@@ -262,6 +262,39 @@ def test_random_crops_leave_all_else_as_it_is(source: Source) -> None:
         np.testing.assert_array_equal(one["time_ids"], other["time_ids"])
 
 
+STAMPS = pathlib.Path("/usr/share/tuxpaint/stamps")
+
+
+@pytest.mark.skipif(not STAMPS.exists(), reason="tuxpaint-stamps-default is not installed")
+def test_real_pictures_of_many_shapes_are_measured_sized_and_read() -> None:
+    files = sorted(STAMPS.rglob("*.png"))[:200]
+
+    class Stamps:
+        label = "stamps"
+
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, index: int) -> Picture:
+            return Picture(files[index].read_bytes(), str(index), files[index].name)
+
+        def fingerprint(self) -> dict[str, Any]:
+            return {}
+
+    stamps: Any = Stamps()
+    sizes = measured(stamps)
+    for index in range(0, len(files), 20):
+        height, width, _ = stamps[index].pixels().shape
+        assert sizes[index].tolist() == [width, height]
+    buckets = buckets_of(stamps, resolution=64, step=8, unit=8, count=5)
+    squares = suited(sizes, (1,), resolution=64, step=8)[0]
+    assert 0 < cropped(buckets.assignment) < 0.5 * cropped(squares)
+    for batch in take(stamps, 6, buckets=buckets, resolution=64):
+        height, width = batch["pixels"].shape[1:3]
+        assert Size(width, height) in buckets.sizes
+        np.testing.assert_array_equal(batch["time_ids"][:, :2], sizes[batch["index"]][:, ::-1])
+
+
 def losses(workdir: pathlib.Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

@@ -6,10 +6,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from offsetjax.cli import main
 from offsetjax.config import to_json
+from offsetjax.data.buckets import Size
+from offsetjax.data.record import Latents
+from offsetjax.data.source import open_source
 from offsetjax.parallel import fallback
 from offsetjax.training import check as checking
 from offsetjax.training.check import check
@@ -51,6 +55,10 @@ def test_it_says_what_would_happen_and_writes_nothing(data: pathlib.Path, tmp_pa
         ({"data__resolution": 15}, "data.resolution = 15 must be a multiple"),
         ({"data__buckets": ("16x16", "16x15")}, "data.buckets: 16x15 must be multiples of"),
         ({"data__buckets": ("16x16", "8x128")}, "goes to 8x128 of data.buckets"),
+        (
+            {"data__buckets": ("16x16",), "data__equal_tokens": 3},
+            "data.equal_tokens = 3 must be a multiple of",
+        ),
         ({"model__pretrained": "/no/such/model"}, "/no/such/model"),
         ({"model__unet__cross_attention_dim": 24}, "cross_attention_dim = 24 must be 16"),
         ({"model__attention": "splash"}, "model.attention = splash"),
@@ -83,6 +91,23 @@ def test_a_record_that_a_training_leaves_out_stops_nothing(
     checking._look_at_records(found, Pictures(*greys), 4, max_bad_fraction)
     assert (len(found.wrong), len(found.notes)) == ((1, 0) if stops else (0, 1))
     assert "made here is no picture" in (found.wrong + found.notes)[0]
+
+
+def test_it_says_which_sizes_there_are_and_how_long_an_epoch_is(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = tiny.tiny_config(data, data__buckets=("16x16",), train__steps=6)
+    wrong, _, lines = check(config, tmp_path / "run")
+    count = len(open_source(data))
+    assert not wrong and any(f"16x16: {count} pictures, 0.0% cropped" in line for line in lines)
+    assert any(f"steps: 6 of 8 examples, {6 * 8 / count:.3g} epochs" in line for line in lines)
+
+
+@pytest.mark.parametrize("size", [Size(16, 16), Size(8, 24), Size(0, 0)])
+def test_latents_of_several_sizes_are_looked_at(size: Size) -> None:
+    time_ids = np.array([16, 16, 0, 0, size.height, size.width], np.float32)
+    found = checking._Found()
+    source = [Latents(np.zeros((1, 2, 4, 8, 8), np.float16), time_ids, 0.5, "a", "b", size)]
+    checking._look_at_records(found, source, 16, 0.0)  # type: ignore[arg-type]
+    assert not found.wrong and not found.notes
 
 
 def test_it_says_that_the_disk_is_too_small(
