@@ -144,6 +144,15 @@ def _kind_of_words(text: str) -> Status | None:
     return Status.TRANSIENT if _TRANSIENT_WORDS.search(text) else None
 
 
+def storage_reason(error: BaseException) -> str:
+    """What is wrong with storage, in the system's words, if an error has its number or says so; else its own line."""
+    number = getattr(error, "errno", None)
+    if number and number > 0:
+        return os.strerror(number)
+    found = _STORAGE_WORDS.search(" ".join(str(error).split()))
+    return found[0] if found else one_line(error)
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """What another library's exception says, in one line of at most so many characters; if nothing, its kind.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from offsetjax.errors import Status, StorageError, UserError, kind_of, one_line
+from offsetjax.errors import Status, StorageError, UserError, kind_of, one_line, storage_reason
 
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(/*)(.*)", re.IGNORECASE | re.DOTALL)
@@ -161,8 +161,7 @@ def storage_error(path: epath.PathLike, error: BaseException, need: int = 0, wha
     needs = f"{what} {size_text(need)}" if need else ""
     free = f"{size_text(room)} are free" if room is not None else ""
     details = f" ({', '.join(filter(None, (needs, free)))})" if needs or free else ""
-    number = getattr(error, "errno", None)
-    why = os.strerror(number) if number and number > 0 else one_line(error)
+    why = storage_reason(error)
     if not is_remote(path) and not Path(path).absolute().parent.exists():
         why = "its folder is gone"
     return StorageError(f"{path}: {why}{details}; see to it, then the same command tries again")

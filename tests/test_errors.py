@@ -16,6 +16,7 @@ from offsetjax.errors import (
     TransientError,
     UserError,
     kind_of,
+    storage_reason,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -125,3 +126,18 @@ def test_readme_has_the_table_of_statuses() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text.partition("## When it ends\n")[2].partition("\n## ")[0]
     assert {int(status) for status in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)} == set(Status)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EROFS, "other words"), "Read-only file system"),
+        (
+            ValueError('RESOURCE_EXHAUSTED: Error writing "a/b" [domain] No space\n left on device; 300 more words'),
+            None,
+        ),
+        (RuntimeError("a disk\nof another kind"), "a disk of another kind"),
+    ],
+)
+def test_what_is_wrong_with_storage_is_said_in_the_systems_words(error: Exception, reason: str | None) -> None:
+    assert storage_reason(error) == (reason or "No space left on device")

@@ -40,6 +40,7 @@ def open_checkpoints(
         max_to_keep: the newest that are kept; None: all.
         keep_every_steps: multiples of this are kept for ever too; 0: none.
     """
+    logging.getLogger("absl").addFilter(_is_not_told_twice)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep, keep_period=keep_every_steps or None, enable_async_checkpointing=True
     )
@@ -48,6 +49,11 @@ def open_checkpoints(
     is_local = "://" not in str(workdir)  # `resolve` would make a local path of gs://…
     directory = (workdir.resolve() if is_local else workdir) / "checkpoints"
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _is_not_told_twice(record: logging.LogRecord) -> bool:
+    """Drops what orbax logs of a save that fails, up to five times its stack trace: who waits for it reports it."""
+    return not (record.exc_info and record.levelno >= logging.ERROR and "orbax" in record.pathname)
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:

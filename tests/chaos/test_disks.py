@@ -7,6 +7,7 @@ there is room, does what it does on a good disk.
 import contextlib
 import itertools
 import json
+import logging
 import resource
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from offsetjax import log
 from offsetjax.cli import main
 from offsetjax.errors import StorageError
 from offsetjax.files import write_all
@@ -225,7 +227,12 @@ def _weights(workdir: Path) -> dict[str, int]:
 
 def _train(places: dict[str, str], workdir: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
     capfd.readouterr()
-    status = main(["train", f"--config={places['config']}", f"--workdir={workdir}"])
+    absl = logging.getLogger("absl")
+    absl.addHandler(handler := log.Handler())  # which the program's own root logger has
+    try:
+        status = main(["train", f"--config={places['config']}", f"--workdir={workdir}"])
+    finally:
+        absl.removeHandler(handler)
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err + captured.out, captured.err
     return status, [line for line in captured.err.splitlines() if "error: " in line]
@@ -252,6 +259,8 @@ MIDWAY: dict[str, Callable[[Disk], Any]] = {
 }
 
 
+# Of saves that fail orbax leaves coroutines that complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", [*FAULTS, *MIDWAY])
