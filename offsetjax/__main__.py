@@ -1,6 +1,7 @@
 """The command `offsetjax`, and `python -m offsetjax`: signals are heard before anything else is imported."""
 
 import os
+import select
 import signal
 import sys
 from types import FrameType
@@ -22,7 +23,10 @@ def main() -> int:
 def _end(number: int, frame: FrameType | None) -> None:
     """Nothing is begun yet. `parallel.signals` takes over as soon as it is there."""
     try:
-        os.write(2, f"offsetjax: ended by {signal.Signals(number).name}, with nothing to save\n".encode())
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(1000):  # a reader that has stopped is not waited for
+            os.write(2, f"offsetjax: ended by {signal.Signals(number).name}, with nothing to save\n".encode())
     finally:
         os._exit(130 if number == signal.SIGINT else 143)
 

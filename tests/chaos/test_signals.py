@@ -1,5 +1,6 @@
 """Each signal at each moment from the first line of the program on, whoever reads what it prints: its status."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -10,17 +11,21 @@ from typing import Any
 
 import pytest
 
-from tests.outputs import PLACES, catches
+from tests.outputs import PLACES, catches, reader_that_stopped
 from tests.several import ROOT
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT)
 SECONDS = (0.0, 0.2, 0.6, 1.5)  # in the imports, which take most of a command's first seconds
 
 
-@pytest.mark.chaos
-@pytest.mark.parametrize("seconds", SECONDS)
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("place", PLACES)
+QUICK = (reader_that_stopped, signal.SIGTERM, 0.0)
+CASES = [
+    pytest.param(*case, marks=() if case == QUICK else pytest.mark.chaos)
+    for case in itertools.product(PLACES, SIGNALS, SECONDS)
+]
+
+
+@pytest.mark.parametrize(("place", "number", "seconds"), CASES)
 def test_a_signal_ends_the_program_with_its_status_at_any_moment(
     place: Any, number: signal.Signals, seconds: float, tmp_path: Path
 ) -> None:
