@@ -10,6 +10,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would fight with XLA's
 # Of the processes that tests start too: libtpu, which plans are tested with, complains aloud of a machine without TPUs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's older way from a fusion to machine code takes two thirds of the time for the gradient of a small network.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import pytest
