@@ -188,11 +188,11 @@ class EachOnce:
 
     def following(self, number: int, place: int, count: int) -> Batch:
         """See `Plan.following`."""
-        batches = self.batches()
-        number %= len(batches)
-        size, _ = batches[number]
-        before = sum(each == size for each, _ in batches[:number])
-        first = before * self.batch_sizes[size] + place
+        numbers = [-(-len(group) // size) for group, size in zip(self.groups, self.batch_sizes, strict=True)]
+        ends = np.cumsum(numbers)
+        number %= int(ends[-1])
+        size = int(np.searchsorted(ends, number, side="right"))
+        first = (number - int(ends[size]) + numbers[size]) * self.batch_sizes[size] + place
         places = np.arange(first, first + (count or self.batch_sizes[size])) % len(self.groups[size])
         return Batch(size, self.groups[size][places])
 

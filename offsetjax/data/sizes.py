@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,11 @@ class Buckets:
     def sizes(self) -> tuple[Size, ...]:
         """All sizes, by their places."""
         return self.assignment.sizes
+
+    @property
+    def batch_sizes(self) -> dict[Size, int]:
+        """How many examples a batch of each size has."""
+        return dict(zip(self.sizes, self.plan.batch_sizes, strict=True))
 
     @property
     def batches_an_epoch(self) -> float:
@@ -144,26 +149,27 @@ def batch_size_of(size: Size, batch_size: int, resolution: int, equal_tokens: in
 
 
 def once_each(
-    source: Source, sizes: Sequence[Size], limits: Limits, batch_size: int, at_most: int
+    source: Source, batch_sizes: Mapping[Size, int], limits: Limits, at_most: int
 ) -> tuple[Buckets, EachOnce]:
     """Batches that show up to `at_most` pictures of a source once, each at the one of these sizes that suits it.
 
-    Which pictures these are, where there are more, depends on nothing else.
+    A batch of a size has as many examples as is said with it. Which pictures these are, where there are more, depends
+    on nothing else.
 
     Raises:
         UserError: none fits any of the sizes.
     """
     found = measured(source)
-    assignment = assign(found[:, 0], found[:, 1], sizes, limits)
+    assignment = assign(found[:, 0], found[:, 1], tuple(batch_sizes), limits)
     fitting = np.flatnonzero(assignment.bucket >= 0)
     if not len(fitting):
         raise UserError(
-            f"data: no picture of {source.label} fits any of the sizes {', '.join(map(str, sizes))}; see "
+            f"data: no picture of {source.label} fits any of the sizes {', '.join(map(str, batch_sizes))}; see "
             "data.max_aspect and data.max_enlargement"
         )
     taken = np.random.default_rng(0).permutation(fitting)[:at_most]
     groups = tuple(taken[assignment.bucket[taken] == place] for place in range(len(assignment.sizes)))
-    plan = EachOnce(groups, (batch_size,) * len(groups))
+    plan = EachOnce(groups, tuple(batch_sizes[size] for size in assignment.sizes))
     return Buckets(assignment, plan), plan
 
 

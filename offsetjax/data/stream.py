@@ -32,6 +32,7 @@ from offsetjax.errors import StorageError, TransientError, UserError
 from offsetjax.parallel.signals import end_with_parent
 
 _log = logging.getLogger("offsetjax")
+_LATEST = 4  # batches of a plan that are remembered
 _MOST_TRIES = 64  # records in a row that cannot be read: then it is not the records
 
 # How each field of a fingerprint is called in a config, for the remedy.
@@ -237,7 +238,7 @@ class _Planned(grain.MapDataset):
     def __init__(self, buckets: Buckets):
         super().__init__()
         self._plan, self._sizes, self._places = buckets.plan, buckets.sizes, max(buckets.plan.batch_sizes)
-        self._latest: tuple[int, Batch] | None = None  # its other examples are asked for next
+        self._latest: dict[int, Batch] = {}  # their other examples are asked for next, by several threads
 
     def __len__(self) -> int:
         return sys.maxsize // self._places * self._places
@@ -246,10 +247,11 @@ class _Planned(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         number, place = divmod(index, self._places)
-        latest = self._latest
-        if latest is None or latest[0] != number:
-            latest = self._latest = number, self._plan.batch(number)
-        return int(latest[1].examples[place]), self._sizes[latest[1].size]
+        batch = self._latest.get(number)
+        if batch is None:
+            batch = self._plan.batch(number)
+            self._latest = {**dict(list(self._latest.items())[1 - _LATEST :]), number: batch}
+        return int(batch.examples[place]), self._sizes[batch.size]
 
     def following(self, index: int) -> Iterator[_Sized]:
         """The example of a place, and those of its size that follow it."""

@@ -5,7 +5,7 @@ latents may be far from 0 and squares would cancel. They are the same on any mes
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -71,11 +71,11 @@ def measure_sizes(
     params: PyTree,
     source: Source,
     mesh: Mesh,
-    sizes: Sequence[Size],
+    batch_sizes: Mapping[Size, int],
     limits: Limits,
 ) -> dict[Size, tuple[int, Modes]]:
-    """Of each size how many pictures it has, and their modes, where they are two or more."""
-    buckets, plan = once_each(source, sizes, limits, batching.global_batch_size, len(source))
+    """Of each size how many pictures it has, and their modes, where they are two or more; see `sizes.once_each`."""
+    buckets, plan = once_each(source, batch_sizes, limits, len(source))
     found = _measure(batching, pipeline, params, source, mesh, plan.batches(), buckets)
     return {buckets.sizes[size]: (sums.count, sums.modes()) for size, sums in sorted(found.items()) if sums.count > 1}
 

@@ -154,7 +154,7 @@ def _validation(run: Run, source: Source) -> Evaluate:
     exact = {run.pipeline.family.autoencoder: run.pipeline.autoencoder}
     pipeline = dataclasses.replace(as_trained, parts={**as_trained.parts, **exact})
     losses = jax.jit(
-        make_losses(pipeline, settings.timesteps, batching.global_batch_size, run.mesh),
+        make_losses(pipeline, settings.timesteps, run.mesh),
         in_shardings=(None, frozen, NamedSharding(run.mesh, sharding.BATCH), replicated, replicated, replicated),
         out_shardings=replicated,
     )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.data.buckets import Limits
+from offsetjax.data.buckets import Limits, Size
 from offsetjax.data.sizes import Buckets, make_buckets, once_each
 from offsetjax.data.source import check_crops
 from offsetjax.data.stream import Stream, make_stream
@@ -137,9 +137,13 @@ def held_out_buckets(config: ConfigDict, source: Any, held_out: Any) -> Buckets 
     """
     if not (trained := open_buckets(config, source)):
         return None
-    batch_size = config.train.global_batch_size // config.train.accumulate_steps
-    limits = limits_of(config.data)
-    return once_each(held_out, trained.sizes, limits, batch_size, config.validation.num_examples)[0]
+    sizes = in_parts(trained, config.train.accumulate_steps)
+    return once_each(held_out, sizes, limits_of(config.data), config.validation.num_examples)[0]
+
+
+def in_parts(buckets: Buckets, parts: int) -> dict[Size, int]:
+    """The sizes, and of each as many examples as the devices hold of it in training."""
+    return {size: count // parts for size, count in buckets.batch_sizes.items()}
 
 
 def check_batches(config: ConfigDict, source: Any, mesh: Mesh | None, buckets: Buckets | None) -> None:

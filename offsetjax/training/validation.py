@@ -5,6 +5,7 @@ noise share one curve; `training` is that for the noise of the training. Both us
 every step and in every run.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,14 +29,14 @@ from offsetjax.parallel import fsdp, sharding
 from offsetjax.rng import stream_key
 from offsetjax.training.objective import Batch, add_position
 
-# trained, frozen, batch, its number, count of examples, step → the sum over the batch, for each noise and timestep
+# trained, frozen, batch, first place, end, step → the sum over the batch, for each noise and timestep
 Losses = Callable[..., dict[str, Float[Array, " t"]]]
 
 
-def make_losses(
-    pipeline: Pipeline, timesteps: Sequence[int], global_batch_size: int, mesh: Mesh | None = None
-) -> Losses:
-    """The pure function of one batch; examples from number `count` on, which fill up the last batch, do not count.
+def make_losses(pipeline: Pipeline, timesteps: Sequence[int], mesh: Mesh | None = None) -> Losses:
+    """The pure function of one batch, whose examples have the places from `first` on; from `end` on none counts.
+
+    A place decides on the draws of its example, whatever the batches are.
 
     Args:
         timesteps: at which the loss is taken.
@@ -49,8 +50,8 @@ def make_losses(
         trained: PyTree,
         frozen: PyTree,
         batch: Batch,
-        number: Int[Array, ""],
-        count: Int[Array, ""],
+        first: Int[Array, ""],
+        end: Int[Array, ""],
         step: Int[Array, ""],
     ) -> dict[str, Float[Array, " t"]]:
         noises = {"plain": PLAIN} | ({} if is_plain else {"training": noising.noise(step)})
@@ -59,7 +60,7 @@ def make_losses(
         means, _ = batch_moments(pipeline.autoencoder, params.get(pipeline.family.autoencoder), batch)
         latents = means * pipeline.autoencoder.scaling_factor
         conditions = encode_captions(pipeline, params, batch["input_ids"], batch["time_ids"], empty_ids)
-        places = number * global_batch_size + batch["position"]
+        places = first + batch["position"]
 
         def at(noise: Noise, number: Int[Array, ""]) -> Float[Array, ""]:
             key = stream_key(0, "validation", number)
@@ -72,7 +73,7 @@ def make_losses(
             prediction = pipeline.denoise(params, noisy, network_timesteps, conditions)
             wanted = jax.vmap(lambda x, n, r: process.target(x, n, r, timestep))(latents, drawn, rate)
             errors = jax.vmap(mean_squared_error)(prediction, wanted) * process.weight(timestep)
-            return (errors * (places < count)).sum()
+            return (errors * (places < end)).sum()
 
         numbers = jnp.asarray(timesteps, jnp.int32)
         return {name: jax.lax.map(lambda t, noise=noise: at(noise, t), numbers) for name, noise in noises.items()}
@@ -80,7 +81,7 @@ def make_losses(
     on_devices = fsdp.sums_on_mesh(sums, mesh, pipeline.sharding, pipeline.dtypes) if mesh else sums
 
     def losses(trained: PyTree, frozen: PyTree, batch: Batch, *places: Int[Array, ""]) -> dict[str, Float[Array, " t"]]:
-        return on_devices(trained, frozen, add_position(batch, global_batch_size), *places)
+        return on_devices(trained, frozen, add_position(batch, len(batch["time_ids"])), *places)
 
     return losses
 
@@ -106,9 +107,9 @@ def validate(
     host_batches = stream.iterator()
     try:
         batches = on_devices(host_batches, NamedSharding(mesh, sharding.BATCH), stream.whole_size, ahead=0)
-        # Examples have their draws by their place, of which those up to the end that is given count.
-        ends = [number * stream.global_batch_size + count for number, (_, count) in enumerate(counts)]
-        given = [(jnp.int32(number), jnp.int32(end), jnp.int32(step)) for number, end in enumerate(ends)]
+        ends = list(itertools.accumulate(count for _, count in counts))
+        firsts = [0, *ends[:-1]]
+        given = [(jnp.int32(first), jnp.int32(end), jnp.int32(step)) for first, end in zip(firsts, ends, strict=True)]
         sums = jax.device_get([losses(params, frozen, next(batches), *each) for each in given])
     finally:
         host_batches.close()

@@ -513,7 +513,7 @@ def test_each_size_has_its_own_modes(tmp_path_factory: pytest.TempPathFactory) -
     path = pictures_of_shapes(tmp_path_factory.getbasetemp())
     config, source = tiny_config(path), open_source(path)
     _, pipeline, params, _ = open_vae(config, source)
-    sizes, limits = (Size(16, 16), Size(24, 16), Size(16, 24)), Limits(max_aspect=2.0)
+    sizes, limits = {Size(16, 16): 8, Size(24, 16): 4, Size(16, 24): 4}, Limits(max_aspect=2.0)
     mesh = mesh_of(data=1, fsdp=1)
     found = measure_sizes(batching_of(config), pipeline, params, source, mesh, sizes, limits)
     assert {str(size): count for size, (count, _) in found.items()} == {"16x24": 5, "16x16": 10, "24x16": 15}

@@ -164,8 +164,7 @@ def test_validation_and_calibration_agree(base: pathlib.Path, cache: pathlib.Pat
         frozen = {
             part: params for part, params in trained.frozen.items() if part != "vae" or not config.data.cached_latents
         }
-        batch_size = config.train.global_batch_size
-        losses = jax.jit(make_losses(trained.pipeline, config.validation.timesteps, batch_size, mesh))
+        losses = jax.jit(make_losses(trained.pipeline, config.validation.timesteps, mesh))
         found.append(validate(losses, config.validation, stream, mesh, trained.params, frozen))
         measured.append(measure(batching_of(config), trained.pipeline, trained.frozen["vae"], source, mesh))
     assert found[1] == pytest.approx(found[0], rel=2e-3) and found[1] != found[0]

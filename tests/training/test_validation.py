@@ -65,7 +65,7 @@ def _validate(base: pathlib.Path, *, fsdp: int = 1, step: int = 0, **changes: An
     pipeline, frozen = _parts(base, config, mesh)
     params = {"unet": jax.jit(pipeline.denoiser.init)(jax.random.key(3))}
     stream = stream_of(dataclasses.replace(batching_of(config), seed=0), pipeline, open_source(config.data.path))
-    losses = jax.jit(make_losses(pipeline, config.validation.timesteps, config.train.global_batch_size, mesh))
+    losses = jax.jit(make_losses(pipeline, config.validation.timesteps, mesh))
     return validate(losses, config.validation, stream, mesh, params, frozen, step)
 
 
@@ -133,7 +133,7 @@ def test_the_losses_are_unweighted_errors_of_the_noise_that_they_name(base: path
     pipeline, frozen = _parts(base, config, mesh)
     pipeline = dataclasses.replace(pipeline, parts={**pipeline.parts, "unet": PredictsNothing()})
     stream = open_stream(config, pipeline, open_source(config.data.path))
-    losses = jax.jit(make_losses(pipeline, config.validation.timesteps, config.train.global_batch_size))
+    losses = jax.jit(make_losses(pipeline, config.validation.timesteps))
     seen = validate(losses, config.validation, stream, mesh, {"unet": None}, frozen)
     assert seen["validation_plain"] == pytest.approx(1.0, abs=0.03)
     assert seen["validation_training"] == pytest.approx(1 + 2.0**2, rel=0.15)  # 1,280 shifts
@@ -164,7 +164,7 @@ def test_a_flows_validation_is_the_error_of_the_velocity_by_hand(base: pathlib.P
     pipeline = dataclasses.replace(pipeline, parts={**pipeline.parts, "unet": PredictsItsInput()})
     config.seed = 0  # as evaluators do
     stream = open_stream(config, pipeline, open_source(config.data.path))
-    losses = jax.jit(make_losses(pipeline, config.validation.timesteps, config.train.global_batch_size))
+    losses = jax.jit(make_losses(pipeline, config.validation.timesteps))
     seen = validate(losses, config.validation, stream, mesh, {"unet": None}, frozen)
     batches, pixels = stream.iterator(), []
     while sum(map(len, pixels)) < count:
@@ -247,29 +247,34 @@ def test_a_run_that_dies_while_it_looks_looks_again_when_it_resumes(
 def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base: pathlib.Path) -> None:
     config = tiny_config(pictures_of_shapes(base), validation__timesteps=(5,), validation__num_examples=11)
     source, limits = open_source(config.data.path), Limits(max_aspect=2.0)
-    sizes = (Size(16, 16), Size(24, 16), Size(16, 24))
-    buckets, plan = once_each(source, sizes, limits, 4, 11)
+    sizes = {Size(16, 16): 4, Size(24, 16): 2, Size(16, 24): 4}
+    buckets, plan = once_each(source, sizes, limits, 11)
     shown = np.concatenate(plan.groups)
     assert len(set(shown.tolist())) == 11 and 6 not in shown % 7  # 100x10
-    assert [count for _, count in plan.batches()] == [
-        count for group in plan.groups for count in (4,) * (len(group) // 4) + (len(group) % 4,) * (len(group) % 4 > 0)
-    ]
-    again, _ = once_each(source, sizes, limits, 8, 11)
+    assert [
+        (size, plan.batch(number).size, plan.size_of(number)) for number, (size, _) in enumerate(plan.batches())
+    ] == [(size, size, size) for size, _ in plan.batches()]
+    assert sum(count for _, count in plan.batches()) == 11
+    again, _ = once_each(source, dict.fromkeys(sizes, 8), limits, 11)
     np.testing.assert_array_equal(shown, np.concatenate(again.plan.groups))
 
-    def sums(params: Any, frozen: Any, batch: Any, number: Any, end: Any, step: Any) -> dict[str, Any]:
+    places = list[int]()
+
+    def sums(params: Any, frozen: Any, batch: Any, first: Any, end: Any, step: Any) -> dict[str, Any]:
         pixels = np.asarray(batch["pixels"])
-        values, places = pixels[:, pixels.shape[1] // 2, 0, 0].astype(float), int(number) * 4 + np.arange(4)
-        return {"plain": np.array([values[places < int(end)].sum()])}
+        values, at = pixels[:, pixels.shape[1] // 2, 0, 0].astype(float), int(first) + np.arange(len(pixels))
+        places.extend(at[at < int(end)].tolist())
+        return {"plain": np.array([values[at < int(end)].sum()])}
 
     batching = dataclasses.replace(validation_batching(config), global_batch_size=4)
     stream = stream_of(batching, build(config), source, None, buckets)
     found = validate(sums, config.validation, stream, mesh_of(data=1, fsdp=1), None, None)
+    assert places == list(range(11)), "whatever the batches are, for they decide on the draws"
     assert found["validation_plain"] == found["validation_plain_t5"] == pytest.approx((7 * shown + 1).mean())
     for size, group in zip(buckets.sizes, plan.groups, strict=True):
         assert found[f"validation_plain_{size}"] == pytest.approx((7 * group + 1).mean())
     with pytest.raises(UserError, match=r"no picture of .* fits any of the sizes 16x16; see"):
-        once_each(source, (Size(16, 16),), Limits(max_enlargement=0.1), 4, 11)
+        once_each(source, {Size(16, 16): 4}, Limits(max_enlargement=0.1), 11)
 
 
 def test_validations_compare_whatever_sizes_are_trained() -> None:
