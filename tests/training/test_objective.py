@@ -113,6 +113,17 @@ def _look(
     return Seen(losses, -gradient * np.prod(shape) / 2, noisy, timesteps, hidden)
 
 
+def test_each_size_has_its_own_shift_and_an_example_is_noised_as_it_is_alone() -> None:
+    flow = {"schedule__process": "flow", "schedule__shift": 2.0, "schedule__shift_rule": "resolution"}
+    config = _config(**flow, schedule__shift_resolution=64, noise__offset_strength=0.1, sample__spacing="trailing")
+    square, wide = _look(config, 16, (4, 8, 8)), _look(config, 16, (4, 8, 16))
+    odds = [np.asarray(seen.timesteps) / (1000 - np.asarray(seen.timesteps)) for seen in (square, wide)]
+    np.testing.assert_allclose(odds[1] / odds[0], np.sqrt(2), rtol=1e-3)  # of twice the pixels
+    alone = _look(config, 1, (4, 8, 16))
+    np.testing.assert_allclose(alone.noisy, wide.noisy[:1], rtol=1e-6)
+    np.testing.assert_allclose(alone.losses, wide.losses[:1], rtol=1e-6)
+
+
 def test_the_target_is_the_noise_with_its_offset() -> None:
     strength = 0.5
     plain, offset = (_look(_config(noise__offset_strength=c)) for c in (0.0, strength))
