@@ -170,7 +170,7 @@ def once_each(
     taken = np.random.default_rng(0).permutation(fitting)[:at_most]
     groups = tuple(taken[assignment.bucket[taken] == place] for place in range(len(assignment.sizes)))
     plan = EachOnce(groups, tuple(batch_sizes[size] for size in assignment.sizes))
-    return Buckets(assignment, plan), plan
+    return Buckets(assignment, plan, tuple(_unreadable(source, found, 1.0))), plan
 
 
 def _unreadable(source: Source, sizes: Int[np.ndarray, "n 2"], max_bad_fraction: float) -> Iterator[str]:

@@ -75,7 +75,10 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
         buckets = open_buckets(resolved, source)
         found.of(lambda: check_batches(resolved, source, mesh, buckets))
         if resolved.validation.every_steps and buckets:
-            found.of(lambda: held_out_buckets(resolved, source, open_data(resolved.data, resolved.validation.split)))
+            held_out = found.of(
+                lambda: held_out_buckets(resolved, source, open_data(resolved.data, resolved.validation.split))
+            )
+            found.notes += held_out.notes if held_out else ()
         if not found.wrong:
             found.notes += task_of(resolved).advice(pipeline, resolved)
             found.notes += buckets.notes if buckets else ()

@@ -144,7 +144,11 @@ def _validation(run: Run, source: Source) -> Evaluate:
     data, settings, batching = run.config.data, run.config.validation, validation_batching(run.config)
     held_out = open_data(data, settings.split)
     check_apart(source, held_out)
-    buckets = held_out_buckets(run.config, source, held_out)
+    if buckets := held_out_buckets(run.config, source, held_out):
+        for line in buckets.notes:
+            _log.warning("validation: %s", line)
+        shown = sum(map(len, buckets.plan.groups))
+        _log.info("validation: %d of %d pictures, at the sizes of the training", shown, len(held_out))
     stream = stream_of(batching, run.pipeline, held_out, run.mesh, buckets)
     frozen = sharding.shardings(run.mesh, run.pipeline.sharding, run.step_frozen)
     replicated = NamedSharding(run.mesh, P())

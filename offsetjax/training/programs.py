@@ -1,6 +1,7 @@
 """The train step's programs, one for each size of pictures, compiled before the first step: no step waits for one."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -29,7 +30,8 @@ def compiled_ahead(
 ) -> TrainStep:
     """The jitted step, with its program of each size compiled; a line in the log for each, and for all.
 
-    Tracing is Python's, one after the other; the compiler works on several at a time meanwhile.
+    Tracing is Python's, one after the other; the compiler works on several at a time meanwhile. The largest size comes
+    first: what does not fit is known soon.
 
     Args:
         batches: an abstract one of each size.
@@ -40,7 +42,7 @@ def compiled_ahead(
     futures: dict[Future[tuple[Any, float, bool]], Size] = {}
     with _Hits() as hits, ThreadPoolExecutor(min(at_once, os.cpu_count() or 1)) as pool:
         try:
-            for size, batch in batches.items():
+            for size, batch in sorted(batches.items(), key=lambda each: -_elements(each[1])):
                 lowered = train_step.lower(state, frozen, batch)
                 futures[pool.submit(_compile, lowered, hits)] = size
                 progressed()
@@ -71,6 +73,10 @@ def _compile(lowered: Any, hits: "_Hits") -> tuple[Any, float, bool]:
 def _shape(batch: Batch) -> tuple[int, ...]:
     """By which batches of different sizes differ."""
     return tuple(batch["moments" if "moments" in batch else "pixels"].shape)
+
+
+def _elements(batch: Batch) -> int:
+    return math.prod(_shape(batch))
 
 
 class _Hits:

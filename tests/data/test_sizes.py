@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from offsetjax.data.buckets import Limits, Size
 from offsetjax.data.record import Picture
 from offsetjax.data.shards import SIZES_FILE
-from offsetjax.data.sizes import Buckets, cropped, make_buckets, measured, sizes_of, suited
+from offsetjax.data.sizes import Buckets, cropped, make_buckets, measured, once_each, sizes_of, suited
 from offsetjax.data.sizes_figure import sizes_figure
 from offsetjax.data.source import Source, open_source
 from offsetjax.data.stream import make_stream
@@ -114,6 +114,8 @@ def test_a_picture_without_a_header_is_left_out_and_named() -> None:
         buckets_of(Headers(bad=(3, 9)), given=("24x16",), max_bad_fraction=0.01)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="record 7 of headers cannot be read"):
         buckets_of(Headers(bad=()), given=("24x16",))  # type: ignore[arg-type]
+    held_out, plan = once_each(Headers(bad=(3,)), {Size(24, 16): 8}, Limits(), 1000)  # type: ignore[arg-type]
+    assert len(plan.groups[0]) == 198 and len(held_out.notes) == 2 and "record 3" in held_out.notes[0]
 
 
 def test_sizes_of_another_area_than_the_resolution_are_noted(source: Source) -> None:

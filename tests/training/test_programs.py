@@ -35,7 +35,7 @@ def test_each_size_is_compiled_once_and_before_it_comes(caplog: pytest.LogCaptur
         f"the step for {s} was compiled in T" for s in SIZES
     )
     assert lines[3] == "the steps for all 3 sizes are there after T" and len(progress) == 6
-    assert len(traced) == 3
+    assert traced[0] == (5, 3, 3, 3) and len(traced) == 3, "the largest first"
     state = jnp.zeros(())
     for size in (*SIZES, *SIZES):
         state, metrics = step(state, jnp.ones(()), batch(size, jnp.ones))
