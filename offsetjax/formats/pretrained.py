@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from offsetjax.errors import UserError
+from offsetjax.errors import UserError, one_line
 from offsetjax.formats.diffusers import PARTS, Directory, pickle_message
 from offsetjax.formats.safetensors import PICKLES
 from offsetjax.formats.single_file import SUPPORTED, WHERE, SingleFile, open_single_file
@@ -122,8 +122,9 @@ def _family(directory: Directory) -> str:
     """
     pipeline = directory.read_config("model_index").get("_class_name") if directory.has("model_index") else None
     if pipeline is not None and not _PIPELINES.fullmatch(str(pipeline)):
+        kind = one_line(ValueError(pipeline), most=80)  # a stranger's file may have a list there, of any length
         raise UserError(
-            f"{WHERE}: {directory.path} is a {pipeline}, which is not one of the supported families ({SUPPORTED})"
+            f"{WHERE}: {directory.path} is a {kind}, which is not one of the supported families ({SUPPORTED})"
         )
     if not any(directory.has(part) for part in PARTS):
         raise UserError(f"{WHERE}: {directory.path} holds none of {', '.join(PARTS)}; is it a diffusers directory?")

@@ -6,6 +6,7 @@ import pathlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -307,6 +308,16 @@ def _refusal(kind: Kind, content: bytes, folder: pathlib.Path) -> str:
         message.encode()
         return message
     return ""
+
+
+ONCE_FAILED = [("model_index.json", {"_class_name": [["a"] * 300] * 4, "unet": ["diffusers", "UNet"]})]  # 5,000 letters
+
+
+@pytest.mark.parametrize(("name", "content"), ONCE_FAILED)
+def test_what_once_failed_is_refused_in_a_line(
+    name: str, content: Any, every: dict[str, Kind], tmp_path: pathlib.Path
+) -> None:
+    assert _refusal(every[name], json.dumps(content).encode(), tmp_path)
 
 
 def _fuzz(kind: Kind, folder: pathlib.Path, count: int) -> int:
