@@ -278,43 +278,43 @@ def weight_at(step: Any, num_steps: int, share: float) -> Any:
     return jax.lax.optimization_barrier(jnp.float32(0.5 - 0.5 * jnp.cos(jnp.pi * left)))
 
 
-def make_noise(config: ConfigDict, process: Process, downscale: int) -> Noise:
-    """The noise of `config.noise`, whose fields have been checked.
+def make_noise(settings: ConfigDict, process: Process, downscale: int) -> Noise:
+    """The noise of the section `noise` of a config, whose fields have been checked.
 
     Args:
         downscale: pixels of a picture a latent pixel, on a side.
     """
     spectra: dict[str, Callable[[int, int], Float[np.ndarray, "#c h w2"]]] = {
-        "pyramid": lambda h, w: pyramid_spectrum(h, w, config.pyramid_discount, config.pyramid_levels)[None],
-        "spectral": lambda h, w: np.stack([formula_spectrum(formula, h, w) for formula in config.spectrum]),
+        "pyramid": lambda h, w: pyramid_spectrum(h, w, settings.pyramid_discount, settings.pyramid_levels)[None],
+        "spectral": lambda h, w: np.stack([formula_spectrum(formula, h, w) for formula in settings.spectrum]),
     }
-    spectrum = spectra.get(config.kind)
+    spectrum = spectra.get(settings.kind)
     return Noise(
-        kind=config.kind,
-        strengths=np.array(config.channel_strengths or (config.offset_strength,), np.float64),
-        reference_pixels=(config.reference_resolution / downscale) ** 2,
+        kind=settings.kind,
+        strengths=np.array(settings.channel_strengths or (settings.offset_strength,), np.float64),
+        reference_pixels=(settings.reference_resolution / downscale) ** 2,
         shift_at=process.shift_at,
-        random_strength=config.random_strength,
-        probability=config.probability,
-        adaptive_scale=config.adaptive_scale,
-        data_mean=(np.array(config.data_mean), np.array(config.data_mean_std)) if config.data_mean else None,
+        random_strength=settings.random_strength,
+        probability=settings.probability,
+        adaptive_scale=settings.adaptive_scale,
+        data_mean=(np.array(settings.data_mean), np.array(settings.data_mean_std)) if settings.data_mean else None,
         spectrum=cache(spectrum) if spectrum else None,
-        growth=process.growth if config.kind == "adjusted" else None,
+        growth=process.growth if settings.kind == "adjusted" else None,
     )
 
 
-def describe(noise: Noise, config: ConfigDict, height: int, width: int) -> str:
-    """`config.noise` in words, with the strength in effect: `offset, strength 0.1 for 64x64 latents (c √N = 6.4)`."""
-    perturbed = f", with {config.input_perturbation:g} more in the input" * (config.input_perturbation > 0)
+def describe(noise: Noise, settings: ConfigDict, height: int, width: int) -> str:
+    """That section in words, with the strength in effect: `offset, strength 0.1 for 64x64 latents (c √N = 6.4)`."""
+    perturbed = f", with {settings.input_perturbation:g} more in the input" * (settings.input_perturbation > 0)
     if noise.is_plain:
         return "plain" + perturbed
     strengths = noise.strengths_at(height, width)
     text: str = noise.kind
     left = f", annealed to {noise.weight:.3g} of its full strength" * (noise.weight != 1.0)
     if noise.kind == "pyramid":
-        text += f" of {config.pyramid_levels} levels, discount {config.pyramid_discount:g}"
+        text += f" of {settings.pyramid_levels} levels, discount {settings.pyramid_discount:g}"
     if noise.kind == "spectral":
-        text += " " + ", ".join(formula[:80] for formula in config.spectrum)
+        text += " " + ", ".join(formula[:80] for formula in settings.spectrum)
     if strengths.any():
         each, invariants = (
             ", ".join(f"{value:.4g}" for value in values) for values in (strengths, strengths * np.sqrt(height * width))

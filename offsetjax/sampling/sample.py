@@ -23,7 +23,7 @@ from offsetjax.files import check_folder
 from offsetjax.models.encode import encode_captions
 from offsetjax.models.family import Ids
 from offsetjax.models.pipeline import Pipeline, grid_shift, join
-from offsetjax.models.resolve import check_resolution
+from offsetjax.models.resolve import check_resolution, resolution_unit
 from offsetjax.models.task import task_of
 from offsetjax.models.trained import Trained, load_trained
 from offsetjax.parallel import sharding
@@ -279,7 +279,7 @@ def draw_model(
     config.sample.update(settings)
     validate(config)
     check_resolution(config)
-    check_drawn_size(config)
+    check_drawn_size(config.sample, resolution_unit(config))
     if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise UserError(f"sample: --seed={bad[0]} must be between 0 and 2**32 - 1")
     pipeline, resolution = model.pipeline, config.data.resolution

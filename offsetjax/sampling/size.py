@@ -3,8 +3,6 @@
 from ml_collections import ConfigDict
 
 from offsetjax.data.buckets import Size, check_sizes, parse_size, square
-from offsetjax.models.resolve import resolution_unit
-from offsetjax.models.task import task_of
 
 _FIELD = "sample.size"
 
@@ -18,7 +16,11 @@ def drawn_size(sample: ConfigDict, resolution: int) -> Size:
     return parse_size(sample.size, _FIELD) if sample.size else square(resolution)
 
 
-def check_drawn_size(config: ConfigDict) -> None:
-    """Raises a UserError where the networks cannot draw pictures of `sample.size`."""
-    if config.sample.size and task_of(config).denoises:
-        check_sizes([drawn_size(config.sample, config.data.resolution)], resolution_unit(config), _FIELD)
+def check_drawn_size(sample: ConfigDict, unit: int) -> None:
+    """Raises a UserError where networks cannot draw pictures of `sample.size`.
+
+    Args:
+        unit: what the sides of pictures must be a multiple of for them, in pixels.
+    """
+    if sample.size:
+        check_sizes([parse_size(sample.size, _FIELD)], unit, _FIELD)

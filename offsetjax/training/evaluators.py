@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, PyTree
-from ml_collections import ConfigDict
 
 from offsetjax.data.brightness import compare, data_brightness
 from offsetjax.data.source import Source, open_data
@@ -131,17 +130,15 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
     return evaluate
 
 
-def validation_batching(config: ConfigDict) -> Batching:
+def validation_batching(training: Batching, accumulate_steps: int) -> Batching:
     """A validation's batches: the same pictures in every run, each once whatever sizes are trained."""
-    train = config.train
-    size = train.global_batch_size // train.accumulate_steps  # as much as the devices hold in training
-    return dataclasses.replace(
-        batching_of(config), seed=0, random_flip=False, random_crop=False, global_batch_size=size
-    )
+    size = training.global_batch_size // accumulate_steps  # as much as the devices hold in training
+    return dataclasses.replace(training, seed=0, random_flip=False, random_crop=False, global_batch_size=size)
 
 
 def _validation(run: Run, source: Source) -> Evaluate:
-    data, settings, batching = run.config.data, run.config.validation, validation_batching(run.config)
+    data, settings = run.config.data, run.config.validation
+    batching = validation_batching(batching_of(run.config), run.config.train.accumulate_steps)
     held_out = open_data(data, settings.split)
     check_apart(source, held_out)
     if buckets := held_out_buckets(run.config, source, held_out):

@@ -25,7 +25,7 @@ from offsetjax.formats.tensors import Tensor
 from offsetjax.models.family import family_of
 from offsetjax.models.frozen import load_frozen, read_tokenizers, write_frozen
 from offsetjax.models.pipeline import Pipeline, build
-from offsetjax.models.resolve import adopt_lora, calibrated, check_resolution, resolve
+from offsetjax.models.resolve import adopt_lora, calibrated, check_resolution, resolution_unit, resolve
 from offsetjax.models.task import task_of
 from offsetjax.models.trained import read_config, write_config
 from offsetjax.models.weights import (
@@ -134,7 +134,8 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     adopt_lora(config)
     validate(config)  # what was read and filled in may not go with what was set
     check_resolution(config)
-    check_drawn_size(config)
+    if task_of(config).denoises:
+        check_drawn_size(config.sample, resolution_unit(config))
     open_buckets(config, source)  # which cannot be changed once the run has begun
     tokenizers = _tokenizers(config, source)
     check_initial(build(config, tokenizers), config.model, config.lora)
@@ -194,7 +195,8 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     for path, value in flatten(config):
         if may_change_on_resume(path):
             assign(stored, path, value, explicit=is_explicit(config, path))
-    check_drawn_size(stored)
+    if task_of(stored).denoises:
+        check_drawn_size(stored.sample, resolution_unit(stored))
     validate(stored)  # where model.pretrained is gone, these have not been compared with its schedule yet
     return stored
 

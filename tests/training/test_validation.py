@@ -266,7 +266,7 @@ def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base
         places.extend(at[at < int(end)].tolist())
         return {"plain": np.array([values[at < int(end)].sum()])}
 
-    batching = dataclasses.replace(validation_batching(config), global_batch_size=4)
+    batching = dataclasses.replace(validation_batching(batching_of(config), 1), global_batch_size=4)
     stream = stream_of(batching, build(config), source, None, buckets)
     found = validate(sums, config.validation, stream, mesh_of(data=1, fsdp=1), None, None)
     assert places == list(range(11)), "whatever the batches are, for they decide on the draws"
@@ -279,8 +279,8 @@ def test_a_validation_shows_each_picture_once_at_the_sizes_that_are_trained(base
 
 def test_validations_compare_whatever_sizes_are_trained() -> None:
     changes: dict[str, Any] = {"data__buckets": ("16x16", "24x16"), "seed": 7, "train__accumulate_steps": 2}
-    found = validation_batching(tiny_config(**changes))
-    assert found == dataclasses.replace(validation_batching(tiny_config(data__bucket_count=3)), global_batch_size=4)
+    found = validation_batching(batching_of(tiny_config(**changes)), 2)
+    assert found == validation_batching(batching_of(tiny_config(data__bucket_count=3)), 2)
     assert (found.random_flip, found.seed, found.global_batch_size) == (False, 0, 4)
 
 
