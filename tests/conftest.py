@@ -25,8 +25,8 @@ from tests.compilation import quick_compilation
 # The types and shapes in these rooms' signatures are checked where a test calls or traces them in this process; with
 # OFFSETJAX_CHECK_TYPES=1 those of more rooms. An int is a float (PEP 484), a ConfigDict is a mapping, and what takes a
 # protocol that cannot be checked is not checked. jaxtyping's hook knows its checker by a name, and goes before imports.
-_CHECKED = ("diffusion", "models.tokenizer", "rng", "training.objective")
-_CHECKED_TOO = ("models", "parallel", "sampling", "training.abstract", "training.validation")
+_CHECKED = ("models.tokenizer", "rng", "training.objective")
+_CHECKED_TOO = ("diffusion", "models", "parallel", "sampling", "training.abstract", "training.validation")
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
