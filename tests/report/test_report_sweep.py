@@ -61,7 +61,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one(tmp_path: pathlib.Path, da
 @pytest.mark.parametrize("field", ["mesh.fsdp", "checkpoint.every_steps", *filter(is_indifferent, fields())])
 def test_seeds_are_averaged_whatever_machine_they_ran_on(tmp_path: pathlib.Path, data: Any, field: str) -> None:
     default = dict(flatten(default_config()))[field]
-    other = {int: 7, float: 7.5, str: "another", tuple: (20, 24)}[type(default)]
+    other = {bool: not default, int: 7, float: 7.5, str: "another", tuple: (20, 24)}[type(default)]
     _sweep(tmp_path / "runs", {"seed=0": {"seed": 0}, "seed=1": {"seed": 1, field: other}})
     assert len(pool(read_runs([str(tmp_path / "runs")]))) == 1
 
