@@ -13,7 +13,6 @@ try:
 
     # diffusers announces at each construction that its Flax classes will go; its version is pinned for that.
     diffusers.utils.logging.set_verbosity_error()
-    from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel  # noqa: F401  # diffusers loads them when asked
 finally:
     for _name in _hidden:
         del sys.modules[_name]

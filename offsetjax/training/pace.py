@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import jax
 
+from offsetjax.json_text import parse_object
 from offsetjax.parallel import processes
 
 _log = logging.getLogger("offsetjax")
@@ -61,7 +62,7 @@ class Paces:
             return {}
         mine = Pace(jax.process_index(), socket.gethostname(), round(data, 5), round(own, 5))
         try:
-            paces = [Pace(**json.loads(text)) for text in self._publish(self._key, json.dumps(asdict(mine)))]
+            paces = [Pace(**parse_object(text)) for text in self._publish(self._key, json.dumps(asdict(mine)))]
         except jax.errors.JaxRuntimeError:  # the store is busy, or gone: what ends the training is said elsewhere
             return {}
         if not processes.is_first() or len(paces) < 2:

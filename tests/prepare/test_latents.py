@@ -251,7 +251,7 @@ def test_a_cache_of_other_sizes_is_refused(of_shapes: pathlib.Path, changes: dic
     source = open_source(of_shapes, cached_latents=True)
     pipeline = build(config)
     with pytest.raises(UserError, match=message) as refused:
-        check_cache(config, source, pipeline, initial_params(config, "vae", pipeline.autoencoder))
+        check_cache(config, source, pipeline, initial_params(config.model, config.seed, "vae", pipeline.autoencoder))
     assert "\n" not in str(refused.value)
 
 
@@ -389,7 +389,7 @@ def test_a_finished_cache_is_left_as_it_is(
 def test_a_place_that_processes_do_not_share_is_refused(
     base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latents.caches, "begin", lambda out, cache: None)  # as if another process did, elsewhere
+    monkeypatch.setattr(latents.caches, "begin", lambda out, cache, sizes: None)  # as if another process did, elsewhere
     monkeypatch.setattr(latents, "_SHOWN_SECONDS", 0)
     with pytest.raises(UserError, match=r"does not see the cache .* give as --out a place that all") as refused:
         encode_data(tiny_config(data_path(base)), tmp_path / "cache")

@@ -22,7 +22,9 @@ WORDS = Task(
     parts=lambda family: family.parts,
     trained=lambda family, learns_text: family.encoders,
     denoises=True,
-    objective=diffusion_objective,
+    objective=lambda pipeline, config: diffusion_objective(
+        pipeline, config.seed, config.encode.caption_dropout, config.loss
+    ),
     evaluators=lambda run, source: [Evaluator(2, lambda state, step: Evaluation({"pictures": float(len(source))}))],
     advice=lambda pipeline, config: ("words alone are learnt",),
     formats=("diffusers",),

@@ -48,7 +48,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The commands that the study runs, which here leave behind what real ones do."""
     called: list[tuple[str, ...]] = []
 
-    def run(name: str, *arguments: str, log: pathlib.Path) -> None:
+    def run(name: str, *arguments: str, output: pathlib.Path) -> None:
         called.append((name, *arguments))
         pairs = [(argument.partition("=")[0], argument.partition("=")[2]) for argument in arguments]
         if name == "train":
@@ -90,8 +90,8 @@ def test_runs_become_a_table_and_figures_once(
 
 
 def test_a_training_that_fails_ends_the_study(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: str, log: pathlib.Path) -> None:
-        raise UserError(f"see {log}")
+    def fail(*_: str, output: pathlib.Path) -> None:
+        raise UserError(f"see {output}")
 
     tiny.build_data(tmp_path)
     monkeypatch.setattr(command, "_offsetjax", fail)

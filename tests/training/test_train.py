@@ -258,7 +258,7 @@ def test_a_damaged_config_is_refused(data: pathlib.Path, copy: pathlib.Path) -> 
 def test_a_start_that_was_cut_short_begins_anew(
     data: pathlib.Path, copy: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("config.json", "metrics.jsonl"):
+    for name in ("config.json", "metrics.jsonl", "saved.json"):
         (copy / name).unlink()
     shutil.rmtree(copy / "checkpoints")
     (copy / "frozen" / "vae" / "config.json").write_text("")
