@@ -36,6 +36,7 @@ class Pipeline:
         tokenizers: by text encoder; an autoencoder's training has none.
         needed: the parts with weights that the run needs.
         trained: those that it trains, whole or by their adapters.
+        adapted: those of them that have adapters.
     """
 
     family: Family
@@ -45,12 +46,12 @@ class Pipeline:
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     needed: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """The parts whose weights do not change: with adapters, all."""
-        is_whole = {part: not isinstance(self.parts[part], Adapted) for part in self.trained}
-        return tuple(part for part in self.needed if not is_whole.get(part))
+        return tuple(part for part in self.needed if part not in self.trained or part in self.adapted)
 
     @property
     def denoiser(self) -> Any:
@@ -142,6 +143,7 @@ def build(config: ConfigDict, tokenizers: Mapping[str, Any] | None = None) -> Pi
         tokenizers=dict(tokenizers or {}),
         needed=task.parts(family),
         trained=trained,
+        adapted=trained if config.lora.rank else (),
     )
 
 

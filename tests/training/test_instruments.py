@@ -184,6 +184,12 @@ def test_model_flops_are_proportional_to_the_batch_and_three_times_a_forward_pas
     assert both < model_flops(config, pipeline)  # and the frozen parts run forward
 
 
+def test_the_flops_of_adapters_are_counted_with_the_base_that_they_adapt() -> None:
+    whole, adapted = tiny_config(), tiny_config(lora__rank=2)
+    flops, of_adapters = (model_flops(each, abstract_pipeline(each)) for each in (whole, adapted))
+    assert 0.6 * flops < of_adapters < 0.8 * flops  # back to each layer's input, but not to its weights
+
+
 def test_every_known_chip_has_a_name_of_its_own_and_its_figures() -> None:
     assert len({chip.device_kind for chip in CHIPS}) == len(CHIPS)
     for chip in CHIPS:
