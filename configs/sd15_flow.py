@@ -8,7 +8,8 @@ The network, which predicts the noise, learns to predict the velocity n - x0 at 
 --config.lora.rank=64 --config.optimizer.learning_rate=1e-4. Draw from the matched start: from plain noise this model
 would have 15 % of the spread of brightness. In ComfyUI it needs ModelSamplingSD3.
 
-Hardware: not planned and not run yet.
+Hardware: a v5e-8. By `offsetjax plan --topology=v5e:2x4` a chip's batch of 4 takes 6.9 of 15.8 GiB, and a step 0.12
+to 0.20 s: 5,000 steps in 10 to 17 minutes, beside compiling, evaluating and saving. Not yet run at full size.
 """
 
 from ml_collections import ConfigDict
