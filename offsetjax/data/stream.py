@@ -11,10 +11,8 @@ With pictures of several sizes (`sizes.py`) the order is that of a `BatchPlan`: 
 import logging
 import math
 import os
-import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -23,17 +21,16 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from offsetjax.data.batches import Batch, BatchPlan, Plan
+from offsetjax.data.batches import BatchPlan
 from offsetjax.data.buckets import Size, square
 from offsetjax.data.images import CENTRE
 from offsetjax.data.sizes import Buckets
 from offsetjax.data.source import Source, describe, seen
+from offsetjax.data.stages import MOST_TRIES, Batches, BatchesOfThreads, Order, Planned, Rows, Share, Sized
 from offsetjax.errors import StorageError, TransientError, UserError
 from offsetjax.parallel.signals import end_with_parent
 
 _log = logging.getLogger("offsetjax")
-_LATEST = 4  # batches of a plan that are remembered
-_MOST_TRIES = 64  # records in a row that cannot be read: then it is not the records
 
 # How each field of a fingerprint is called in a config, for the remedy.
 _CONFIG_NAMES = {
@@ -47,7 +44,6 @@ _CONFIG_NAMES = {
     "batch_sizes": "data.equal_tokens",
 }
 
-_Sized = tuple[int, Size]  # an example's number, and the size that it is brought to
 # A caption's ids by text encoder, how many tokens it had before it was cut, and how many are read.
 Tokenize = Callable[[str], tuple[Mapping[str, Int[np.ndarray, " n"]], int, int]]
 
@@ -64,9 +60,7 @@ class Stream:
     tokenize: Tokenize
     long_captions: Literal["truncate", "refuse"] = "truncate"
     num_workers: int = 0
-    rows: Mapping[int, tuple[int, ...]] = dataclass_field(
-        default_factory=dict
-    )  # by a batch's size: those of this process
+    rows: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # this process's, by a batch's size
     max_bad_fraction: float = 0.0
     buckets: Buckets | None = None  # None: squares of `resolution`
     random_crop: bool = False
@@ -219,202 +213,44 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         UserError: with the first field that differs; resuming would repeat and miss examples.
     """
-    for field in {**saved, **now}:
-        before, after = saved.get(field), now.get(field)
+    for name in {**saved, **now}:
+        before, after = saved.get(name), now.get(name)
         if before != after:
-            remedy = f"set {_CONFIG_NAMES[field]} back" if field in _CONFIG_NAMES else "give data.path the same data"
+            remedy = f"set {_CONFIG_NAMES[name]} back" if name in _CONFIG_NAMES else "give data.path the same data"
             raise UserError(
-                f"data: {field} is {after!r}, but the checkpoint was written with {before!r}; "
+                f"data: {name} is {after!r}, but the checkpoint was written with {before!r}; "
                 f"{remedy}, or start a new --workdir"
             )
-
-
-class _Planned(grain.MapDataset):
-    """The examples of a plan's batches one after the other, each with its size.
-
-    Each batch has as many places as the largest; those that it does not fill are None.
-    """
-
-    def __init__(self, buckets: Buckets):
-        super().__init__()
-        self._plan, self._sizes, self._places = buckets.plan, buckets.sizes, max(buckets.plan.batch_sizes)
-        self._latest: dict[int, Batch] = {}  # their other examples are asked for next, by several threads
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._places * self._places
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        number, place = divmod(index, self._places)
-        batch = self._latest.get(number)
-        if batch is None:
-            batch = self._plan.batch(number)
-            self._latest = {**dict(list(self._latest.items())[1 - _LATEST :]), number: batch}
-        return int(batch.examples[place]), self._sizes[batch.size]
-
-    def following(self, index: int) -> Iterator[_Sized]:
-        """The example of a place, and those of its size that follow it."""
-        yield self[index]
-        batch = self._plan.following(*divmod(index, self._places), _MOST_TRIES)
-        yield from ((int(example), self._sizes[batch.size]) for example in batch.examples[1:])
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Which rows of each batch are one process's; workers are sent it, so that it holds no tokenizer.
-
-    Attributes:
-        rows: by the size of a batch.
-        plan: None where all batches have as many.
-    """
-
-    rows: Mapping[int, tuple[int, ...]]
-    plan: Plan | None
-
-    @property
-    def places(self) -> int:
-        """Those of the largest batch."""
-        return max(self.rows)
-
-    @property
-    def most(self) -> int:
-        """Of a batch, the rows of this process at most."""
-        return max(map(len, self.rows.values()))
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all batches have as many examples."""
-        return self.plan is None or len(self.rows) == 1
-
-    def of(self, number: int) -> tuple[int, ...]:
-        """The rows of a batch that are this process's."""
-        if self.plan is None or self.is_even:
-            return next(iter(self.rows.values()))
-        return self.rows[self.plan.batch_sizes[self.plan.size_of(number)]]
-
-
-class _Rows(grain.MapDataset):
-    """The examples of one process: its i-th, of at most m a batch, is row r[i % m] of batch i // m, if that has one."""
-
-    def __init__(self, parent: grain.MapDataset, share: _Share):
-        super().__init__(parent)
-        self._share = share
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._share.places * self._share.most
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, place = divmod(index, self._share.most)
-        rows = self._share.of(batch)
-        return self._parent[batch * self._share.places + rows[place]] if place < len(rows) else None
-
-
-class _Batches(grain.MapDataset):
-    """Whole batches of those examples, each read by one who asks for it."""
-
-    def __init__(self, parent: grain.MapDataset, share: _Share):
-        super().__init__(parent)
-        self._most = share.most
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._most
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        found = (self._parent[index * self._most + place] for place in range(self._most))
-        return _stacked([each for each in found if each is not None])
-
-
-class _InBatches(grain.IterDataset):
-    """The same, of examples that several threads read one by one."""
-
-    def __init__(self, parent: grain.IterDataset, share: _Share, first: int):
-        super().__init__(parent)
-        self._share, self._first = share, first
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _BatchIterator(self._parent.__iter__(), self._share, self._first)
-
-
-class _BatchIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, share: _Share, number: int):
-        super().__init__(parent)
-        self._share, self._number = share, number
-
-    def __next__(self) -> dict[str, Any]:
-        count = len(self._share.of(self._number))
-        self._number += 1
-        return _stacked([next(self._parent) for _ in range(count)])
-
-    def get_state(self) -> dict[str, Any]:
-        """Grain's."""
-        return {"parent": self._parent.get_state(), "number": self._number}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Grain's."""
-        self._parent.set_state(state["parent"])
-        self._number = state["number"]
-
-
-def _stacked(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {name: np.stack([np.asarray(each[name]) for each in examples]) for name in examples[0]}
-
-
-class _Order(grain.MapDataset):
-    """Of each place in the order, its example and those that follow it, looked up as they are read."""
-
-    def __len__(self) -> int:
-        return len(self._parent)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        return _Following(self._parent, index)
-
-
-@dataclass(frozen=True)
-class _Following:
-    order: grain.MapDataset
-    place: int
-
-    def __iter__(self) -> Iterator[_Sized]:
-        if isinstance(self.order, _Planned):
-            return self.order.following(self.place)
-        return (self.order[place] for place in range(self.place, self.place + _MOST_TRIES))
 
 
 def _order(stream: Stream) -> grain.MapDataset:
     """The number and the size of each example, for ever."""
     if stream.buckets:
-        return _Planned(stream.buckets).seed(stream.seed)
+        return Planned(stream.buckets).seed(stream.seed)
     numbers = grain.MapDataset.source(range(len(stream.source))).seed(stream.seed).shuffle().repeat(None)
     return numbers.map(partial(_sized, square(stream.resolution)))
 
 
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
     show = partial(_shown, stream.source, stream.max_bad_fraction > 0)
-    order = _Order(_order(stream))
+    order = Order(_order(stream))
     examples = order.map(partial(show, False, CENTRE))
     if stream.random_flip or stream.random_crop:
         drawn = partial(_drawn, show, stream.random_flip, stream.random_crop)
         examples = order.random_map(drawn, seed=_flip_seed(stream.seed))
-    share = _Share(stream.rows, stream.buckets.plan if stream.buckets else None)
-    examples = _Rows(examples, share)
+    share = Share(stream.rows, stream.buckets.plan if stream.buckets else None)
+    examples = Rows(examples, share)
     if stream.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers, also in a program without absl.app
             flags.FLAGS.mark_as_parsed()
-        whole = examples.batch(share.most) if share.is_even else _Batches(examples, share)
+        whole = examples.batch(share.most) if share.is_even else Batches(examples, share)
         batches = whole[start_batch:].to_iter_dataset(grain.ReadOptions(0, 0))
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(stream.num_workers, per_worker_buffer_size=2))
     else:  # threads share the examples of one batch, so that the first is there soon and few are held
         threads = min(16, 2 * (os.cpu_count() or 1))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, share.most))
         read = examples[start_batch * share.most :].to_iter_dataset(options)
-        batches = read.batch(share.most) if share.is_even else _InBatches(read, share, start_batch)
+        batches = read.batch(share.most) if share.is_even else BatchesOfThreads(read, share, start_batch)
     # The tokenizer stays out of the workers, which would import all of its and the models' libraries with it.
     tokenized = batches.map(partial(_tokenized, stream, set()))
     return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=2)
@@ -425,12 +261,12 @@ def _flip_seed(seed: int) -> int:
     return int(np.random.SeedSequence((seed, 4)).generate_state(1)[0])
 
 
-def _sized(size: Size, index: int) -> _Sized:
+def _sized(size: Size, index: int) -> Sized:
     return index, size
 
 
 def _shown(
-    source: Source, may_be_bad: bool, is_mirrored: bool, place: float, following: Iterable[_Sized]
+    source: Source, may_be_bad: bool, is_mirrored: bool, place: float, following: Iterable[Sized]
 ) -> dict[str, Any]:
     """The first example of an order that can be read, and why those before it cannot."""
     end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
@@ -445,14 +281,14 @@ def _shown(
             problems.append(str(error))
         else:
             return {**fields, "caption": record.caption, "problems": "\n".join(problems), "index": np.int64(index)}
-    raise UserError(f"{problems[0]} (and so are the {_MOST_TRIES - 1} that follow it)")
+    raise UserError(f"{problems[0]} (and so are the {MOST_TRIES - 1} that follow it)")
 
 
 def _drawn(
-    show: Callable[[bool, float, Iterable[_Sized]], dict[str, Any]],
+    show: Callable[[bool, float, Iterable[Sized]], dict[str, Any]],
     random_flip: bool,
     random_crop: bool,
-    following: Iterable[_Sized],
+    following: Iterable[Sized],
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """An example as it is drawn; flips are the same with random crops and without."""

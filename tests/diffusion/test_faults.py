@@ -15,7 +15,8 @@ from offsetjax.config import validate
 from offsetjax.data.buckets import square
 from offsetjax.data.record import Picture
 from offsetjax.data.source import Source
-from offsetjax.data.stream import Stream, _drawn, _flip_seed, _Order, _shown, _sized, make_stream
+from offsetjax.data.stages import Order
+from offsetjax.data.stream import Stream, _drawn, _flip_seed, _shown, _sized, make_stream
 from offsetjax.diffusion.loss import min_snr_weight
 from offsetjax.diffusion.variance_preserving import variance_preserving
 from offsetjax.errors import UserError
@@ -162,7 +163,7 @@ def test_the_vae_sample_the_noise_and_the_flips_do_not_share_a_stream() -> None:
     # The stream's threads are too slow for so many; its flips are read in their order, as a short stretch shows.
     indices = grain.MapDataset.source(range(1000)).seed(0).shuffle().repeat(None)
     drawn = partial(_drawn, partial(_shown, Pictures(), False), True, False)
-    flipped = _Order(indices.map(partial(_sized, square(8)))).random_map(drawn, seed=_flip_seed(0))
+    flipped = Order(indices.map(partial(_sized, square(8)))).random_map(drawn, seed=_flip_seed(0))
     flips = np.array([flipped[place]["pixels"][0, 0, 0] == 0 for place in range(EXAMPLES)])
     with contextlib.closing(stream(256).iterator()) as batches:
         for number in range(2):
