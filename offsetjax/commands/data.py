@@ -8,6 +8,7 @@ from offsetjax.commands.explain import explain
 from offsetjax.commands.shared import DEBUG, OVERRIDES, AddCommand, no_more, overrides
 from offsetjax.errors import UserError
 
+_LABEL_TEMPLATE = "caption of a picture that has a class alone, its folder's name: such as 'a photo of a {label}'"
 _TEXT_LINES = "of a text file with several lines: they are one caption, the first is it, or each is one"
 
 
@@ -24,6 +25,7 @@ def add_data(command: AddCommand) -> None:
     sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken pictures that is accepted")
     sub.add_argument("--text_lines", choices=("whole", "first", "each"), default="whole", help=_TEXT_LINES)
     sub.add_argument("--no_repeats", action="store_true", help="folders called `10_a cat` are not kohya's")
+    sub.add_argument("--label_template", default="", help=_LABEL_TEMPLATE)
     sub.add_argument("--follow_links", action="store_true", help="links may lead out of the folder")
     sub.add_argument("--workers", type=int, default=0, help="processes; by default as many as there are cores")
     sub = data.add_parser(
@@ -73,6 +75,7 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
         lines=options.text_lines,
         repeats=not options.no_repeats,
         follow_links=options.follow_links,
+        label_template=options.label_template,
     )
 
 

@@ -1,8 +1,8 @@
 """A folder of pictures and captions: as for Hugging Face's `imagefolder`, for kohya's scripts, or with text files.
 
-One walk decides what is there. A caption is in the `metadata.jsonl` or `metadata.csv` of the picture's folder or one
-above, whose `file_name` is relative to that file, or else in `name.txt`, `name.caption` or `name.json` beside
-`name.png`. Regular files within the folder are read, also by links within it; all else is passed over and counted.
+One walk decides what is there. A caption is in the table of the picture's folder or of one above, which `metadata.py`
+reads, or else in `name.txt`, `name.caption` or `name.json` beside `name.png`. Regular files within the folder are read,
+also by links within it; all else is passed over and counted.
 
 Where all pictures lie in folders called `train`, `validation` or `test`, those are splits. A folder `10_a cat` is
 kohya's: its pictures are seen ten times an epoch, and "a cat" is the caption of those without one.
@@ -14,33 +14,20 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from offsetjax.data.captions import (
-    METADATA,
-    SIDE_SUFFIXES,
-    Row,
-    TextLines,
-    inside,
-    read_metadata,
-    read_side_file,
-    same_name,
-)
-from offsetjax.data.items import MAX_PICTURE_BYTES, Dropped, Item, Listing, digest_of, writable
+from offsetjax.data.captions import SIDE_SUFFIXES, TextLines, check_template, of_label, read_side_file
+from offsetjax.data.items import MAX_PICTURE_BYTES, SPLITS, SUFFIXES, Dropped, Item, Listing, digest_of, writable
+from offsetjax.data.metadata import Row, inside, is_metadata, read_metadata, same_name
 from offsetjax.errors import Status, UserError, kind_of
 from offsetjax.storage.retry import retried
 
-# What is taken for a picture; those that Pillow cannot read are dropped with that reason, not silently passed over.
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-) | {".heic", ".heif", ".avif", ".jxl"}
-
 NO_CAPTION = "no caption"
 _SYSTEM = frozenset(("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"))
-_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev"), "validation"
-)
+_TABLES = "tables that are not called metadata (rename them, if captions are in them)"
+_ARCHIVES = "archives beside pictures (give --images each by itself)"
+_UNREAD = dict.fromkeys((".csv", ".tsv", ".jsonl"), _TABLES) | dict.fromkeys((".tar", ".parquet"), _ARCHIVES)
 _KOHYA = re.compile(r"(\d{1,3})_(.+)")
 
 
@@ -157,7 +144,12 @@ class Folder:
 
 
 def list_folder(
-    images_dir: str | os.PathLike, *, lines: TextLines = "whole", repeats: bool = True, follow_links: bool = False
+    images_dir: str | os.PathLike,
+    *,
+    lines: TextLines = "whole",
+    repeats: bool = True,
+    follow_links: bool = False,
+    label_template: str = "",
 ) -> Listing:
     """The pictures below a folder and those that a metadata file names, sorted, by splits.
 
@@ -165,24 +157,27 @@ def list_folder(
         lines: which lines of a text file are captions.
         repeats: whether folders called `10_a cat` are kohya's.
         follow_links: whether links may lead out of the folder.
+        label_template: the caption of a picture that has none, where `{label}` is the name of its folder; "": none.
 
     Raises:
         UserError: no folder, or no pictures in it.
         TransientError: it could not be read, which may pass.
     """
+    if label_template:
+        check_template("--label_template", label_template)
     root = pathlib.Path(images_dir)
     if not root.is_dir():
         raise UserError(f"data: {images_dir} is not a folder; give the folder of the pictures")
     found = walk(root, follow_links)
     rows, dropped = _metadata(root, found)
-    entries = [_entry(found, rows, name, repeats) for name in _pictures(found, rows)]
+    entries = [_entry(found, rows, name, repeats, label_template) for name in _pictures(found, rows)]
     if not entries:
         raise UserError(f"data: {images_dir} holds no pictures ({' '.join(sorted(SUFFIXES))}){_shown(found.passed)}")
     used = {str(entry.captions) for entry in entries if isinstance(entry.captions, pathlib.Path)}
     names = {entry.name for entry in entries}
     for name, path in found.files.items():
-        if name not in names and str(path) not in used and path.name.lower() not in METADATA:
-            found.passes(name, "files that are neither pictures nor read as captions")
+        if name not in names and str(path) not in used and not is_metadata(path.name):
+            found.passes(name, _UNREAD.get(path.suffix.lower(), "files that are neither pictures nor read as captions"))
     splits, notes = _splits(entries)
     counted = {split: _repeats(of_split) for split, of_split in splits.items()} if repeats else {}
     notes += _kohya_notes(entries) if repeats else []
@@ -203,10 +198,14 @@ def _metadata(root: pathlib.Path, found: Found) -> tuple[dict[str, Row | Dropped
     """The rows of all metadata files, by the names of their pictures; and what is no row."""
     rows: dict[str, Row | Dropped] = {}
     dropped: list[tuple[str, str]] = []
+    stems: dict[str, list[str]] = {}
+    for name in found.files:
+        if pathlib.PurePosixPath(name).suffix.lower() in SUFFIXES:
+            stems.setdefault(same_name(os.path.splitext(name)[0]), []).append(name)  # noqa: PTH122 - it is no path
     for place, path in found.files.items():
-        if path.name.lower() not in METADATA:
+        if not is_metadata(path.name):
             continue
-        folder = pathlib.PurePosixPath(place).parent
+        folder, of_file = pathlib.PurePosixPath(place).parent, dict[str, Row]()
         for row in retried(lambda path=path, place=place: list(read_metadata(path, place)), str(path)):  # type: ignore[misc]
             if not isinstance(row, Row):
                 dropped.append(row)
@@ -216,9 +215,17 @@ def _metadata(root: pathlib.Path, found: Found) -> tuple[dict[str, Row | Dropped
             except Dropped as error:
                 dropped.append((row.place, str(error)))
                 continue
-            before = rows.get(name)
-            rows[name] = Dropped(f"several captions: the second in {row.place}") if before is not None else row
+            if name not in found.files and len(of_stem := stems.get(name, [])) == 1:
+                name = same_name(of_stem[0])
+            before = of_file.get(name)
+            of_file[name] = replace(before, captions=_distinct(before.captions + row.captions)) if before else row
+        for name, row in of_file.items():
+            rows[name] = Dropped(f"several captions: the second in {row.place}") if name in rows else row
     return rows, dropped
+
+
+def _distinct(captions: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(captions))
 
 
 def _pictures(found: Found, rows: Mapping[str, Row | Dropped]) -> list[str]:
@@ -228,7 +235,7 @@ def _pictures(found: Found, rows: Mapping[str, Row | Dropped]) -> list[str]:
     return sorted(pictures | {there.get(name, name) for name in rows})
 
 
-def _entry(found: Found, rows: Mapping[str, Row | Dropped], name: str, is_kohya: bool) -> Entry:
+def _entry(found: Found, rows: Mapping[str, Row | Dropped], name: str, is_kohya: bool, template: str) -> Entry:
     path, row = found.files.get(name), rows.get(same_name(name))
     reason = ""
     if not writable(name):
@@ -240,12 +247,12 @@ def _entry(found: Found, rows: Mapping[str, Row | Dropped], name: str, is_kohya:
         reason = str(row)
     if reason or path is None:
         return Entry(name.encode("utf-8", "backslashreplace").decode(), path or pathlib.Path(), (), reason)
-    captions = row.captions if isinstance(row, Row) else _beside(found, name, is_kohya)
+    captions = row.captions if isinstance(row, Row) else _beside(found, name, is_kohya, template)
     reason = captions if isinstance(captions, str) else ""
     return Entry(name, path, () if isinstance(captions, str) else captions, reason, found.stamps[name])
 
 
-def _beside(found: Found, name: str, is_kohya: bool) -> tuple[str, ...] | pathlib.Path | str:
+def _beside(found: Found, name: str, is_kohya: bool, template: str) -> tuple[str, ...] | pathlib.Path | str:
     """The caption of a picture that no row names, or the file beside it that has one; or why there is none."""
     stems = (os.path.splitext(name)[0], name)  # noqa: PTH122 - it is no path
     for suffix in SIDE_SUFFIXES:
@@ -254,8 +261,9 @@ def _beside(found: Found, name: str, is_kohya: bool) -> tuple[str, ...] | pathli
                 if stem + written in found.files:
                     return found.files[stem + written]
     folder = _kohya_folder(name) if is_kohya else None
-    if folder:
-        return (folder[1].replace("_", " ").strip(),)
+    label = (folder[1] if folder else pathlib.PurePosixPath(name).parent.name).replace("_", " ").strip()
+    if label and (folder or template):
+        return (of_label(template or "{label}", label),)
     near = [why for other, why in found.why.items() if os.path.splitext(other)[0] == stems[0]]  # noqa: PTH122
     beside = f" (beside it lies one of the {near[0]})" if near else ""
     return f"{NO_CAPTION}: neither a line in metadata.jsonl nor a text file beside it{beside}"
@@ -282,13 +290,18 @@ def _kohya_notes(entries: Sequence[Entry]) -> list[str]:
 
 
 def _splits(entries: Sequence[Entry]) -> tuple[dict[str, list[Entry]], list[str]]:
-    """The entries by splits, and what is to be said of it."""
-    tops = {entry.name.partition("/")[0] if "/" in entry.name else "" for entry in entries}
-    known = {top: _SPLITS[top.lower()] for top in tops if top.lower() in _SPLITS}
+    """The entries by splits, and what is to be said of it: their folders are the first that not all are in."""
+    depth = len(pathlib.PurePosixPath(os.path.commonpath([os.path.dirname(each.name) for each in entries])).parts)  # noqa: PTH120
+
+    def top(entry: Entry) -> str:
+        return next(iter(pathlib.PurePosixPath(entry.name).parent.parts[depth:]), "")
+
+    tops = {top(entry) for entry in entries}
+    known = {each: SPLITS[each.lower()] for each in tops if each.lower() in SPLITS}
     if len(known) == len(tops) and "train" in known.values():
         splits: dict[str, list[Entry]] = {}
         for entry in entries:
-            splits.setdefault(known[entry.name.partition("/")[0]], []).append(entry)
+            splits.setdefault(known[top(entry)], []).append(entry)
         return dict(sorted(splits.items(), key=lambda each: each[0] != "train")), []
     notes = [f"{', '.join(sorted(known))} are no splits, as pictures lie beside them"] if len(known) > 1 else []
     return {"train": list(entries)}, notes

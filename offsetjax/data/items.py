@@ -12,6 +12,14 @@ from typing import Any, Protocol
 
 from offsetjax import log
 
+# What is taken for a picture; those that Pillow cannot read are dropped with that reason, not silently passed over.
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+) | {".heic", ".heif", ".avif", ".jxl"}
+# What folders and files of splits are called.
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev"), "validation"
+)
 MAX_PICTURE_BYTES = 2**28
 MAX_CAPTION_BYTES = 2**16
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 
 from offsetjax.config import flatten, to_json
 from offsetjax.config.schema import fields
-from offsetjax.data import captions
+from offsetjax.data import captions, metadata
 from offsetjax.data.folder import list_folder
 from offsetjax.data.items import Dropped
 from offsetjax.diffusion.calibration import Calibration, read_calibration, write_calibration
@@ -79,9 +79,10 @@ def _index(content: bytes, folder: pathlib.Path) -> None:
 
 
 def _metadata(content: bytes, folder: pathlib.Path) -> None:
-    for name in captions.METADATA:
-        for row in captions.read_metadata(_written(content, folder / name), name):
-            if isinstance(row, captions.Row):
+    for suffix in ("jsonl", "csv", "tsv", "json", "parquet"):
+        name = f"metadata.{suffix}"
+        for row in metadata.read_metadata(_written(content, folder / name), name):
+            if isinstance(row, metadata.Row):
                 assert isinstance(row.file_name, str)
                 "".join(row.captions).encode()  # they can be written
 

@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -187,6 +189,53 @@ def test_metadata_of_other_forms(root: pathlib.Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        ("metadata.csv", b"image,caption,ignored\nsub/b.png,B,1\nsub/b.png,C,2\nsub/b.png,B,3\n"),
+        ("metadata.tsv", b"file_name\ttext\nsub/b.png\tB\nsub/b.png\tC\n"),
+        ("metadata.json", b'[{"file_name": "sub/b.png", "captions": ["B", "C"]}]'),
+        ("metadata.json", b'{"sub/b.png": {"captions": ["B", "C"]}}'),
+        ("metadata.jsonl", b'{"path": "sub/b", "text": ["B", "C"]}'),
+        ("metadata.parquet", [{"file_name": "sub/b.png", "text": "B"}, {"file_name": "sub/b.png", "text": "C"}]),
+        ("metadata.parquet", [{"filename": "sub/b.png", "captions": ["B", "C"], "score": 0.5}]),
+    ],
+)
+def test_tables_of_every_kind_and_several_captions(root: pathlib.Path, table: tuple[str, Any]) -> None:
+    picture(root / "sub" / "b.png", "beside it, and not read")
+    name, content = table
+    if isinstance(content, bytes):
+        (root / name).write_bytes(content)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), root / name)
+    listing = list_folder(root)
+    assert read(listing) == {"a.png": ("A",), "sub/b.png": ("B", "C")} and not listing.dropped
+
+
+def test_kohyas_table_joins_captions_and_tags_and_names_without_suffixes(root: pathlib.Path) -> None:
+    for name in ("b", "c", "d"):
+        picture(root / "10_cat" / f"{name}.png")
+    rows = {
+        str(root / "10_cat" / "b"): {"caption": "a cat", "tags": "outdoors, sun", "train_resolution": [512, 512]},
+        "10_cat/c.png": {"tags": "indoors"},
+        "10_cat/d": {"train_resolution": [512, 512]},
+    }
+    (root / "meta_lat.json").write_text(json.dumps(rows))
+    found = read(list_folder(root))
+    assert found["10_cat/b.png"] == ("a cat, outdoors, sun",) and found["10_cat/c.png"] == ("indoors",)
+    assert found["10_cat/d.png"] == "empty caption"
+
+
+def test_a_class_is_a_caption_by_a_template(root: pathlib.Path) -> None:
+    picture(root / "data" / "train" / "tabby_cat" / "b.png")
+    picture(root / "data" / "test" / "dog" / "c.png")
+    (root / "a.png").unlink()
+    listing = list_folder(root, label_template="a photo of a {label}")
+    assert read(listing) == {"data/train/tabby_cat/b.png": ("a photo of a tabby cat",)}
+    assert read(listing, "test") == {"data/test/dog/c.png": ("a photo of a dog",)}
+    assert "no caption" in read(list_folder(root))["data/train/tabby_cat/b.png"]
+
+
 def test_a_line_ends_where_it_does_and_names_are_compared_normalised(root: pathlib.Path) -> None:
     composed, apart = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
     picture(root / apart)
@@ -212,6 +261,15 @@ def test_a_line_ends_where_it_does_and_names_are_compared_normalised(root: pathl
         (lambda root: metadata(root, "[" * 200_000), "metadata.jsonl:1", "nested too deep"),
         (lambda root: metadata(root, "", b"\xff\xfe", "{}"), "metadata.jsonl:2", "not UTF-8 text"),
         (lambda root: metadata(root, "{oops"), "metadata.jsonl:1", "not a JSON object on one line"),
+        (lambda root: (root / "metadata.json").write_text("[" * 9000), "metadata.json", "not JSON: nested too deep"),
+        (lambda root: (root / "metadata.json").write_text('{"name": "my set"}'), "metadata.json", "neither a list of"),
+        (lambda root: (root / "metadata.json").write_text('["a.png"]'), "metadata.json:1", "a row is an object"),
+        (lambda root: (root / "metadata.parquet").write_bytes(b"PAR1"), "metadata.parquet:1", "not a table in Parquet"),
+        (
+            lambda root: pyarrow.parquet.write_table(pyarrow.table({"url": ["a.png"]}), root / "metadata.parquet"),
+            "metadata.parquet:1",
+            "no file_name",
+        ),
         (lambda root: metadata(root, '["a.png"]'), "metadata.jsonl:1", "a list, not an object"),
         (lambda root: metadata(root, {"text": "a"}), "metadata.jsonl:1", "no file_name"),
         (lambda root: metadata(root, {"file_name": "a.png", "text": 3}), "metadata.jsonl:1", "no text: '3'"),
@@ -222,7 +280,14 @@ def test_a_line_ends_where_it_does_and_names_are_compared_normalised(root: pathl
             "a line longer than 1048576 bytes",
         ),
         (lambda root: (root / "metadata.csv").write_bytes(b"file_name,text\na.png,caf\xe9\n"), "metadata.csv:2", "UTF"),
-        (lambda root: metadata(root, *[{"file_name": "a.png", "text": "x"}] * 2), "a.png", "several captions: the sec"),
+        (
+            lambda root: [
+                metadata(root, {"file_name": "a.png", "text": "x"}),
+                (root / "metadata.csv").write_text("file_name,text\na.png,y\n"),
+            ],
+            "a.png",
+            "several captions: the second in metadata.jsonl:1",
+        ),
         *[
             (
                 lambda root, name=name: metadata(root, {"file_name": name, "text": "a"}),
@@ -299,7 +364,13 @@ def test_a_folder_that_cannot_be_listed_for_a_moment_is_listed_whole(
 def test_what_was_found_beside_is_named(root: pathlib.Path) -> None:
     (root / "notes.md").write_text("notes")
     (root / "b.psd").write_bytes(b"")
-    assert list_folder(root).passed == {"files that are neither pictures nor read as captions": 2}
+    (root / "captions.csv").write_text("a.png,A")
+    (root / "00000.tar").write_bytes(b"")
+    assert list_folder(root).passed == {
+        "files that are neither pictures nor read as captions": 2,
+        "tables that are not called metadata (rename them, if captions are in them)": 1,
+        "archives beside pictures (give --images each by itself)": 1,
+    }
     (root / "a.png").unlink()
     os.mkfifo(root / "b.png")
     with pytest.raises(UserError, match=r"holds no pictures .*; passed over: 1 pipes, devices and sockets"):
