@@ -8,7 +8,11 @@ from offsetjax.commands.explain import explain
 from offsetjax.commands.shared import DEBUG, OVERRIDES, AddCommand, no_more, overrides
 from offsetjax.errors import UserError
 
-_LABEL_TEMPLATE = "caption of a picture that has a class alone, its folder's name: such as 'a photo of a {label}'"
+_IMAGES = (
+    "a folder of pictures with metadata.jsonl, or name.txt beside name.png; or a folder, a file or a pattern of tars "
+    "or of tables in Parquet, local or gs://, such as 'shards/*.parquet' or 'shards/{00000..00099}.tar'"
+)
+_LABEL_TEMPLATE = "caption of a picture that has a class alone, such as its folder's name: 'a photo of a {label}'"
 _TEXT_LINES = "of a text file with several lines: they are one caption, the first is it, or each is one"
 
 
@@ -17,16 +21,22 @@ def add_data(command: AddCommand) -> None:
     sub = command("data", None, "build, encode or inspect a data set")
     data = sub.add_subparsers(required=True, metavar="build|encode|inspect")
     sub = data.add_parser(
-        "build", help="a folder of captioned images → ArrayRecord", allow_abbrev=False, parents=[DEBUG]
+        "build",
+        help="captioned pictures, in a folder, tars or tables → ArrayRecord",
+        allow_abbrev=False,
+        parents=[DEBUG],
     )
     sub.set_defaults(run=_data_build)
-    sub.add_argument("--images", required=True, help="pictures with metadata.jsonl, or name.txt beside name.png")
+    sub.add_argument("--images", required=True, help=_IMAGES)
     sub.add_argument("--out", required=True)
     sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken pictures that is accepted")
     sub.add_argument("--text_lines", choices=("whole", "first", "each"), default="whole", help=_TEXT_LINES)
     sub.add_argument("--no_repeats", action="store_true", help="folders called `10_a cat` are not kohya's")
     sub.add_argument("--label_template", default="", help=_LABEL_TEMPLATE)
     sub.add_argument("--follow_links", action="store_true", help="links may lead out of the folder")
+    sub.add_argument("--image_column", default="", help="of tables; by default it is found by its name and type")
+    sub.add_argument("--caption_column", default="", help="of tables; by default text, caption or prompt")
+    sub.add_argument("--skip_damaged", action="store_true", help="take what can be read of damaged tars and tables")
     sub.add_argument("--workers", type=int, default=0, help="processes; by default as many as there are cores")
     sub = data.add_parser(
         "encode", help="the latents of a data set, to train from", allow_abbrev=False, parents=[DEBUG]
@@ -76,6 +86,9 @@ def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
         repeats=not options.no_repeats,
         follow_links=options.follow_links,
         label_template=options.label_template,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        skip_damaged=options.skip_damaged,
     )
 
 

@@ -13,23 +13,22 @@ import os
 import shutil
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
 from offsetjax import log
-from offsetjax.data.folder import list_folder
 from offsetjax.data.images import UnreadableImage, clean
-from offsetjax.data.items import Dropped, Items, Listing, shown
+from offsetjax.data.items import Dropped, Items, Listing, Named, shown
+from offsetjax.data.places import list_pictures
 from offsetjax.data.shards import INFO, REPEATS_FILE, SIZES_FILE, shard_paths, write_info, write_shard
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
@@ -39,6 +38,8 @@ from offsetjax.progress import tracked
 DROPPED_FILE = "dropped.json"
 SHARD_SIZE = 1024  # items
 _NAME, _VERSION, _DESCRIPTION = "pictures", "1.0.0", "build.json"
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 _OPTIONS = "group_size:1"  # each record is found at once
 
 
@@ -98,11 +99,11 @@ def build(
     pictures and those without a caption are left out; `dropped.json` in the data set names them with the reason.
 
     Args:
-        images: a folder of pictures, captioned as `offsetjax.data.folder` says.
+        images: a folder of pictures, a file of many, or a pattern of files, as `offsetjax.data.places` says.
         out_dir: where `pictures/1.0.0` is put; no reader takes it for a data set until it is complete.
         max_dropped: the share of the pictures that may be left out.
         workers: processes; 0: as many as this machine has cores, where there are as many shards.
-        options: as for `list_folder`.
+        options: as for `list_pictures`.
 
     Raises:
         UserError: nothing to read, too much to drop, or something else is in `out_dir`.
@@ -112,7 +113,7 @@ def build(
         raise UserError(f"data: --max_dropped={max_dropped} must be between 0 and 1")
     folder = out / _NAME / _VERSION
     _check_free(out, folder)
-    listing = list_folder(images, **options)
+    listing = list_pictures(images, **options)
     _begin(out, folder, _plan(listing, shard_size, options))
     tasks = [task for split in listing.splits for task in _tasks(folder, split, listing.splits[split], shard_size)]
     missing = [task for task in tasks if not task.is_done]
@@ -232,12 +233,9 @@ class Task:
         sizes: list[tuple[int, int]] = []
 
         def kept() -> Iterator[dict[str, Any]]:
-            # Grain's threads clean the next pictures while one is written, and keep their order.
-            options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-            records = grain.MapDataset.source(range(len(self.items))).map(self._read).to_iter_dataset(options)
-            for place, record in enumerate(records):
+            for place, (name, record) in enumerate(_in_order(_record, self.items, threads)):
                 if isinstance(record, Dropped):
-                    dropped.append((self.items.name(place), str(record)))
+                    dropped.append((name, str(record)))
                     places.append(place)
                 else:
                     sizes.append((record["width"], record["height"]))
@@ -250,17 +248,34 @@ class Task:
         write_whole(self.result_path, json.dumps(asdict(result)) + "\n")
         return len(self.items)
 
-    def _read(self, place: int) -> dict[str, Any] | Dropped:
+
+def _record(named: Named) -> tuple[str, dict[str, Any] | Dropped]:
+    """The name of an item, and its record or why there is none."""
+    try:
+        item = named.read()
+        image, height, width = clean(item.image)
+    except Dropped as reason:
+        return named.name, reason
+    except UnreadableImage as error:
+        return named.name, Dropped(str(error))
+    first, *others = item.captions
+    about = {"caption": first, "captions": others, "name": item.name}
+    return named.name, {"image": image, "height": height, "width": width, **about}
+
+
+def _in_order(make: Callable[[Given], Made], items: Iterable[Given], threads: int) -> Iterator[Made]:
+    """What threads make of items, in their order; few are held, however many there are."""
+    waiting: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            item = self.items[place]
-            image, height, width = clean(item.image)
-        except Dropped as reason:
-            return reason
-        except UnreadableImage as error:
-            return Dropped(str(error))
-        first, *others = item.captions
-        about = {"caption": first, "captions": others, "name": item.name}
-        return {"image": image, "height": height, "width": width, **about}
+            for each in items:
+                waiting.append(pool.submit(make, each))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _tasks(folder: epath.Path, split: str, items: Items, shard_size: int) -> list[Task]:

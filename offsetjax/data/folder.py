@@ -13,12 +13,13 @@ import pathlib
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 
 from offsetjax.data.captions import SIDE_SUFFIXES, TextLines, check_template, of_label, read_side_file
-from offsetjax.data.items import MAX_PICTURE_BYTES, SPLITS, SUFFIXES, Dropped, Item, Listing, digest_of, writable
+from offsetjax.data.items import MAX_PICTURE_BYTES, SPLITS, SUFFIXES, Dropped, Item, Listing, Named, digest_of, writable
 from offsetjax.data.metadata import Row, inside, is_metadata, read_metadata, same_name
 from offsetjax.errors import Status, UserError, kind_of
 from offsetjax.storage.retry import retried
@@ -26,8 +27,7 @@ from offsetjax.storage.retry import retried
 NO_CAPTION = "no caption"
 _SYSTEM = frozenset(("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"))
 _TABLES = "tables that are not called metadata (rename them, if captions are in them)"
-_ARCHIVES = "archives beside pictures (give --images each by itself)"
-_UNREAD = dict.fromkeys((".csv", ".tsv", ".jsonl"), _TABLES) | dict.fromkeys((".tar", ".parquet"), _ARCHIVES)
+_UNREAD = dict.fromkeys((".csv", ".tsv", ".jsonl"), _TABLES)
 _KOHYA = re.compile(r"(\d{1,3})_(.+)")
 
 
@@ -112,8 +112,8 @@ class Folder:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def name(self, index: int) -> str:
-        return self.entries[index].name
+    def __iter__(self) -> Iterator[Named]:
+        return (Named(entry.name, partial(self._item, entry)) for entry in self.entries)
 
     def part(self, first: int, last: int) -> "Folder":
         return Folder(self.entries[first:last], self.lines)
@@ -121,8 +121,7 @@ class Folder:
     def digest(self) -> str:
         return digest_of(f"{entry.name} {entry.stamp} {entry.captions}" for entry in self.entries)
 
-    def __getitem__(self, index: int) -> Item:
-        entry = self.entries[index]
+    def _item(self, entry: Entry) -> Item:
         if entry.reason:
             raise Dropped(entry.reason)
         return retried(lambda: self._read(entry), str(entry.path))

@@ -6,7 +6,7 @@ name and a reason, and never ends a build.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,20 +41,24 @@ class Item:
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Named:
+    """A picture that is there to be read: what it is called, and a function that reads it, in any thread.
+
+    `read` raises `Dropped` where it cannot be used.
+    """
+
+    name: str
+    read: Callable[[], Item]
+
+
 class Items(Protocol):
-    """Random access to pictures; other processes are sent it."""
+    """Pictures in their order, all or a part of them; other processes are sent it."""
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str:
-        """What an item is called, also where it cannot be read."""
-
-    def __getitem__(self, index: int) -> Item:
-        """Reads an item.
-
-        Raises:
-            Dropped: it cannot be used.
-        """
+    def __iter__(self) -> Iterator[Named]:
+        """Each of them, once; as many as its length says, those that cannot be used too."""
 
     def part(self, first: int, last: int) -> "Items":
         """Those from `first` up to `last`, which is not among them."""
