@@ -177,15 +177,17 @@ def _kill(processes: Several, workdir: Path, moment: Moment) -> int:
     return saved
 
 
-def assert_kills_lose_nothing(moments: list[Moment], pod: Pod, workdir: Path, **variables: str) -> None:
-    """Kills a training at one moment after the other; then it ends as an undisturbed one."""
-    straight, saved = pod.straight(), 0
+def assert_kills_lose_nothing(
+    moments: list[Moment], pod: Pod, workdir: Path, count: int = 2, saved: int = 0, **variables: str
+) -> None:
+    """Kills a training, of which so many steps are saved, at one moment after the other; then it ends as undisturbed."""
+    straight = pod.straight(count)
     for moment in moments:
-        with pod.train(workdir, **variables) as processes:
+        with pod.train(workdir, count, **variables) as processes:
             before, saved = saved, _kill(processes, workdir, moment)
             assert saved >= before
             assert resumed_at(processes) >= before or not last_step(processes)
-    with pod.train(workdir, **variables) as processes:
-        assert processes.wait(600) == [0, 0], processes.text()
+    with pod.train(workdir, count, **variables) as processes:
+        assert processes.wait(600) == [0] * count, processes.text()
         assert resumed_at(processes) >= saved
     assert_same(workdir, straight)
