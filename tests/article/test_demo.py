@@ -7,7 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +31,31 @@ def _short(each: demo.FineTuning, pretrained: str) -> demo.FineTuning:
     return replace(each, steps=2, overrides=(*each.overrides, *((field, str(fields[field])) for field in fields)))
 
 
-def _short_demo(out: str, pretrained: str) -> list[str]:
-    """The demonstration in steps enough to see that each part runs; gives the lines that it logs of itself."""
+def _short_demo(out: str, pretrained: str) -> list[list[str]]:
+    """The demonstration in steps enough to see that each part runs, and again without its page; what each logs."""
+    fine_tunings = [_short(each, pretrained) for each in demo.FINE_TUNINGS]
+    metrics, page = pathlib.Path(out, "plain", "metrics.jsonl"), pathlib.Path(out, "report.html")
+    first = _logged(demo.demo, epath.Path(out), fine_tunings, range(4))
+    before = metrics.read_bytes()
+    page.unlink()
+    second = _logged(demo.demo, epath.Path(out), fine_tunings, range(4))
+    assert page.exists()
+    assert metrics.read_bytes() == before, "what is finished is not trained again"
+    return [first, second]
+
+
+def _logged(function: Callable[..., object], *arguments: Any) -> list[str]:
+    """What a function logs of the demonstration."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("offsetjax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    demo.demo(epath.Path(out), [_short(each, pretrained) for each in demo.FINE_TUNINGS], range(4))
+    try:
+        function(*arguments)
+    finally:
+        logger.removeHandler(handler)
     return [line for line in lines if line.startswith("demo: ")]
 
 
@@ -75,7 +91,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_every_part_runs_and_is_resumed(tmp_path: pathlib.Path, pretrained: str) -> None:
     out = tmp_path / "the demo"
-    lines = call(_short_demo, str(out), pretrained)
+    first, second = call(_short_demo, str(out), pretrained)
     numbers = _numbers(out)
     runs = {run["name"]: run for run in numbers["runs"]}
     _check_page(out)
@@ -89,7 +105,7 @@ def test_every_part_runs_and_is_resumed(tmp_path: pathlib.Path, pretrained: str)
         "matched": 4,
     }
     assert numbers["article"]["steps"] == 1000 and "The article" in (out / "report.html").read_text()
-    assert [line.split(";")[0] for line in lines[:-1]] == [
+    stages = [
         f"demo: {number} of 7, {name}"
         for number, name in enumerate(
             [
@@ -101,13 +117,9 @@ def test_every_part_runs_and_is_resumed(tmp_path: pathlib.Path, pretrained: str)
             1,
         )
     ]
-    assert lines[-1].startswith(f"demo: {out / 'report.html'} after ")
-
-    metrics = (out / "plain" / "metrics.jsonl").read_bytes()
-    (out / "report.html").unlink()
-    call(_short_demo, str(out), pretrained)
-    _check_page(out)
-    assert (out / "plain" / "metrics.jsonl").read_bytes() == metrics, "what is finished is not trained again"
+    for lines in (first, second):
+        assert [line.split(";")[0] for line in lines[:-1]] == stages
+        assert lines[-1].startswith(f"demo: {out / 'report.html'} after ")
 
 
 def _progress(

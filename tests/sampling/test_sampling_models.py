@@ -161,7 +161,7 @@ def test_a_model_is_drawn_with_a_lora(base: pathlib.Path, tmp_path: pathlib.Path
     rng = np.random.default_rng(0)
     names, lora = {}, {}
     for attention in ("attn1.to_q", "attn2.to_v"):
-        name = f"mid_block.attentions.0.transformer_blocks.0.{attention}"
+        name = f"down_blocks.0.attentions.0.transformer_blocks.0.{attention}"
         key = "lora_unet_" + name.replace(".", "_")
         inputs = 24 if attention == "attn2.to_v" else 32
         lora |= {
@@ -178,7 +178,7 @@ def test_a_model_is_drawn_with_a_lora(base: pathlib.Path, tmp_path: pathlib.Path
 
 
 def test_a_loras_own_noise_process_and_size_go_before_its_bases(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     down, up = np.ones((4, 32), np.float32), np.ones((32, 4), np.float32)
 
     def opened(**header: str) -> ConfigDict:
