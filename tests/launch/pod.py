@@ -180,7 +180,7 @@ def _kill(processes: Several, workdir: Path, moment: Moment) -> int:
 def assert_kills_lose_nothing(
     moments: list[Moment], pod: Pod, workdir: Path, count: int = 2, saved: int = 0, **variables: str
 ) -> None:
-    """Kills a training, of which so many steps are saved, at one moment after the other; then it ends as undisturbed."""
+    """Kills a training, of which so many steps are saved, at one moment after the other; it ends as undisturbed."""
     straight = pod.straight(count)
     for moment in moments:
         with pod.train(workdir, count, **variables) as processes:
