@@ -49,6 +49,9 @@ def add_data(command: AddCommand) -> None:
     sub.set_defaults(run=_data_inspect)
     sub.add_argument("--data", required=True)
     sub.add_argument("--split", default="train", help="of the data set, such as test or train[:10%%]; %(default)s")
+    sub.add_argument("--image_feature", default="image", help="as data.image_feature; %(default)s")
+    sub.add_argument("--caption_feature", default="caption", help="as data.caption_feature; %(default)s")
+    sub.add_argument("--label_template", default="", help="as data.label_template")
     sub.add_argument("--out", help="a PNG for the contact sheet; NAME_sizes.png is beside it")
 
 
@@ -107,8 +110,10 @@ def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _data_inspect(options: argparse.Namespace, rest: Sequence[str]) -> None:
     no_more(rest)
     from offsetjax.data.inspect import inspect
+    from offsetjax.data.source import Features
 
-    inspect(options.data, options.out, options.split)
+    features = Features(options.image_feature, options.caption_feature, options.label_template)
+    inspect(options.data, options.out, options.split, features)
 
 
 def _pictures(options: argparse.Namespace, rest: Sequence[str]) -> None:

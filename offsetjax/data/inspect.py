@@ -18,7 +18,7 @@ from offsetjax.data.images import UnreadableImage, resize_and_crop
 from offsetjax.data.items import shown
 from offsetjax.data.sizes import cropped, suited
 from offsetjax.data.sizes_figure import sizes_figure
-from offsetjax.data.source import unreadable
+from offsetjax.data.source import USUAL, Features, unreadable
 from offsetjax.data.tfds import TfdsPictures, open_pictures
 from offsetjax.errors import one_line
 from offsetjax.files import check_file, write_all
@@ -29,14 +29,19 @@ MAX_MEASURED = 10_000  # pictures that are decoded
 _COUNTS, _SHOWN = (1, 3, 5, 7, 9), 7  # of sizes
 
 
-def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str = "train") -> None:
+def inspect(
+    path: epath.PathLike,
+    out: epath.PathLike | None = None,
+    split: str = "train",
+    features: Features = USUAL,
+) -> None:
     """Prints what a data set holds: sizes, brightness, captions, what was dropped.
 
     Args:
         path: as for `open_source`.
         out: a PNG to write, a contact sheet of up to 24 pictures with their captions; beside it `NAME_sizes.png`, a
             figure of the sizes that suit the pictures.
-        split: as for `open_source`.
+        split, features: as for `open_source`.
 
     Raises:
         UserError: no data set or split, a record that cannot be decoded, or an `out` that cannot be written.
@@ -44,7 +49,7 @@ def inspect(path: epath.PathLike, out: epath.PathLike | None = None, split: str 
     if out is not None:
         check_file("data", out)
         check_file("data", _figure_of_sizes(out))
-    source = open_pictures(os.fspath(path), split)
+    source = open_pictures(os.fspath(path), split, features)
     indices = np.linspace(0, len(source) - 1, min(len(source), MAX_MEASURED)).round().astype(int)
     rows_read = (
         grain.MapDataset.source(indices)

@@ -9,10 +9,11 @@ from jaxtyping import Int
 
 from offsetjax.data.buckets import Size
 from offsetjax.data.cache import Cache, read_cache
+from offsetjax.data.features import text
 from offsetjax.data.record import Latents
 from offsetjax.data.shards import SIZES_FILE
 from offsetjax.data.source import Source, split_names
-from offsetjax.data.tfds import Rows, noted_sizes, open_rows, text, version_folder
+from offsetjax.data.tfds import Rows, noted_sizes, open_rows, version_folder
 from offsetjax.errors import UserError
 
 
@@ -84,4 +85,4 @@ def open_latents(path: str, split: str = "train") -> CachedLatents:
             f"data: the split {split!r} is cut by shards, which have other records in {folder} than in its pictures' "
             "data set; cut it by percents or numbers, such as 'train[:90%]'"
         )
-    return CachedLatents(open_rows(folder, split, ("moments", "caption")), cache)
+    return CachedLatents(open_rows(folder, split, {"moments": "moments", "caption": "text"}), cache)

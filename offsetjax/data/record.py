@@ -11,11 +11,12 @@ from offsetjax.data.images import CENTRE, UnreadableImage, cropped, decode, pict
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, as encoded in its file or as RGB, and its caption."""
+    """A picture, as encoded in its file or as RGB, its caption, and further ones where there are several."""
 
     image: bytes | UInt8[np.ndarray, "h w 3"]
     caption: str
     name: str = ""
+    others: tuple[str, ...] = ()
 
     def pixels(self) -> UInt8[np.ndarray, "h w 3"]:
         """The whole picture in RGB, as a viewer shows it.

@@ -6,6 +6,7 @@ Another kind of data set is a class with these four methods and a function that 
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,13 +79,40 @@ class Source(Protocol):
         """Whether an example is in both; False where the two are of different kinds."""
 
 
+@dataclass(frozen=True)
+class Features:
+    """Which features of a record are read; each has the name that the config gives it, `data.image_feature` and so on.
+
+    Attributes:
+        image, caption: their names; `captions/text` is one within another.
+        label_template: the caption of a class, where `{label}` is its name; "": captions are texts.
+    """
+
+    image: str = "image"
+    caption: str = "caption"
+    label_template: str = ""
+
+
+USUAL = Features()
+_SETTINGS = {"image": "image_feature", "caption": "caption_feature", "label_template": "label_template"}
+
+
 class Opener(Protocol):
-    """Opens a kind of source: the path and the split are those of the config."""
+    """Opens a kind of source: the path and the split are those of the config.
+
+    With a further parameter, `features`, it also takes those that the config names.
+    """
 
     def __call__(self, path: str, split: str) -> Source: ...
 
 
-def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool = False, kind: str = "tfds") -> Source:
+def open_source(
+    path: epath.PathLike,
+    split: str = "train",
+    cached_latents: bool = False,
+    kind: str = "tfds",
+    features: Features = USUAL,
+) -> Source:
     """Opens a data set for random access.
 
     Args:
@@ -92,12 +120,20 @@ def open_source(path: epath.PathLike, split: str = "train", cached_latents: bool
         split: by the kind's rules; of TFDS: `train`, `train[:90%]`.
         cached_latents: it is what `offsetjax data encode` wrote, whatever the kind of its pictures.
         kind: a name of `SOURCES`.
+        features: those that are read.
 
     Raises:
-        UserError: an unknown kind, no data set, a damaged one, or an unknown or empty split.
+        UserError: an unknown kind, or one that has no features to name; no data set, or a damaged one; an unknown or
+            empty split.
     """
     opener: Opener = SOURCES["latents" if cached_latents else kind]
-    source = opener(str(path), split)
+    if "features" in inspect.signature(opener).parameters:
+        source = opener(str(path), split, features=features)  # type: ignore[call-arg]
+    elif given := [name for name, value in vars(features).items() if value != getattr(USUAL, name)]:
+        what = "data.cached_latents, which have captions" if cached_latents else f"data.source = {kind!r}"
+        raise UserError(f"config: data.{_SETTINGS[given[0]]} cannot apply with {what}; leave it out")
+    else:
+        source = opener(str(path), split)
     if not len(source):
         raise UserError(f"data: {source.label} is empty")
     return source
@@ -109,7 +145,13 @@ def open_data(data: ConfigDict, split: str | None = None) -> Source:
     Raises:
         UserError: as for `open_source`.
     """
-    return open_source(data.path, data.split if split is None else split, data.cached_latents, data.source)
+    split = data.split if split is None else split
+    return open_source(data.path, split, data.cached_latents, data.source, features_of(data))
+
+
+def features_of(data: ConfigDict) -> Features:
+    """Those that the section `data` of a config names."""
+    return Features(data.image_feature, data.caption_feature, data.label_template)
 
 
 def describe(source: Source, index: int) -> str:

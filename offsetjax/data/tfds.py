@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ from etils import epath
 from jaxtyping import Int
 
 from offsetjax.data.cache import DESCRIPTION, read_cache
+from offsetjax.data.features import CaptionOf, caption_of, check_features, text
 from offsetjax.data.record import Picture
 from offsetjax.data.shards import REPEATS_FILE, SIZES_FILE
 from offsetjax.data.sizes import sizes_of
-from offsetjax.data.source import Source
+from offsetjax.data.source import USUAL, Features, Source
 from offsetjax.errors import StorageError, TransientError, UserError, one_line
 from offsetjax.json_text import parse_json, parse_object
 from offsetjax.storage.retry import retried
@@ -68,13 +69,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class TfdsPictures:
-    """A source of pictures: the features `image` and `caption`, and `name` where there is one.
+    """A source of pictures: the features of a picture and its caption, and `name` where there is one.
 
     Attributes:
+        image: the name of the feature.
+        caption: where the captions are.
         order: the number of each example's row, where some are seen several times in an epoch; empty: each once.
     """
 
     rows: Rows
+    image: str
+    caption: CaptionOf
     order: tuple[int, ...] = ()
 
     @property
@@ -86,7 +91,11 @@ class TfdsPictures:
 
     def __getitem__(self, index: int) -> Picture:
         row = self.rows[self.order[index] if self.order else index]
-        return Picture(row["image"], text(row["caption"]), text(row.get("name", b"")))
+        try:
+            first, *others = self.caption.read(row)
+        except LookupError as error:
+            raise UserError(f"data: record {index} of {self.label} {error.args[0]}") from None
+        return Picture(row[self.image], first, text(row.get("name", b"")), tuple(others))
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """Width and height of each picture: as `offsetjax data build` noted them, or from the pictures' headers.
@@ -106,11 +115,12 @@ class TfdsPictures:
         return isinstance(other, TfdsPictures) and self.rows.overlaps(other.rows)
 
 
-def open_pictures(path: str, split: str = "train") -> TfdsPictures:
+def open_pictures(path: str, split: str = "train", features: Features = USUAL) -> TfdsPictures:
     """Opens pictures: what `offsetjax data build` wrote, or the version folder of another TFDS data set.
 
     Args:
         split: a split by TFDS's rules: `train`, `train[:90%]`.
+        features: those that are read.
 
     Raises:
         UserError: no data set, a damaged one, another format, other features, an unknown or empty split; or latents.
@@ -121,8 +131,10 @@ def open_pictures(path: str, split: str = "train") -> TfdsPictures:
             f"data: {folder} has the latents of pictures, not the pictures; train from them with "
             f"data.cached_latents=True, or give {cache.source}"
         )
-    rows = open_rows(folder, split, ("image", "caption"), {"image": tfds.decode.SkipDecoding()})
-    return TfdsPictures(rows, _order(folder, rows))
+    kinds = {features.image: "image", features.caption: "caption"}
+    rows = open_rows(folder, split, kinds, {features.image: tfds.decode.SkipDecoding()})
+    caption = caption_of(folder, _builder(folder).info.features, features)
+    return TfdsPictures(rows, features.image, caption, _order(folder, rows))
 
 
 def _order(folder: epath.Path, rows: Rows) -> tuple[int, ...]:
@@ -182,15 +194,15 @@ def _of_part(part: tuple[str, int, int], by_split: Mapping[str, Any], splits: Ma
 
 
 def open_rows(
-    folder: epath.Path, split: str, features: tuple[str, ...], decoders: Mapping[str, Any] | None = None
+    folder: epath.Path, split: str, kinds: Mapping[str, str], decoders: Mapping[str, Any] | None = None
 ) -> Rows:
-    """Opens a version folder that must have these features.
+    """Opens a version folder that must have features of these names and kinds (`check_features`).
 
     Raises:
         UserError: as for `open_pictures`.
     """
     builder = _builder(folder)
-    _check_features(folder, builder.info.features or {}, features)
+    check_features(folder, builder.info.features or {}, kinds)
     try:
         info = builder.info.splits[split]
         num_bytes = int(info.num_bytes)
@@ -252,31 +264,6 @@ def _class_names(described: Any) -> Iterator[Any]:
             yield from _class_names(each)
 
 
-def _check_features(folder: epath.Path, features: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Raises a UserError unless the features of these names are there, and are what they are called."""
-    for name in names:
-        if name not in features:
-            raise UserError(f"data: {folder} has no feature {name!r}; it must have {' and '.join(names)}")
-        kind, is_kind = _FEATURES[name]
-        if not is_kind(features[name]):
-            found = " ".join(repr(features[name]).split())
-            raise UserError(
-                f"data: {folder} has the feature {name!r} as {found}, but it must be {kind}; prepare the data with one"
-            )
-
-
-def _is_text(feature: Any) -> bool:
-    return isinstance(feature, tfds.features.Tensor) and (feature.shape, feature.np_dtype) == ((), np.object_)
-
-
-# What a feature has to be, in TFDS's words, and whether it is: a class label or a list of texts is no caption.
-_FEATURES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "image": ("an Image", lambda feature: isinstance(feature, tfds.features.Image)),
-    "moments": ("a Tensor", lambda feature: isinstance(feature, tfds.features.Tensor)),
-    "caption": ("a Text", _is_text),
-}
-
-
 def version_folder(path: epath.PathLike) -> epath.Path:
     """The folder with `dataset_info.json`: `path`, or the only one in the two levels below.
 
@@ -301,8 +288,3 @@ def _find(path: epath.PathLike, name: str) -> list[epath.Path]:
     """The files of a name in the first of a folder and the two levels below that has any."""
     patterns = (name, f"*/{name}", f"*/*/{name}") if str(path) else ()
     return next((files for pattern in patterns if (files := sorted(epath.Path(path).glob(pattern)))), [])
-
-
-def text(value: bytes | str) -> str:
-    """A feature's text; what is not UTF-8 becomes the character that stands for it."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from offsetjax.config.load import read_json
 from offsetjax.data.brightness import data_brightness, evenly_spaced
-from offsetjax.data.source import open_source
+from offsetjax.data.source import Features, open_source
 from offsetjax.errors import UserError, one_line
 from offsetjax.json_text import is_damaged, parse_object
 from offsetjax.training.goodput import read_goodput
@@ -104,7 +104,7 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
     if not workdirs:
         raise UserError("report: no work directory; give at least one --workdir=DIR")
     workdirs = [run for workdir in workdirs for run in _runs_of(workdir)]
-    data: dict[tuple[str, str, bool, str, int], Data | str] = {}
+    data: dict[tuple[str, str, bool, str, int, Features], Data | str] = {}
     return [_read_run(epath.Path(path), name, data) for path, name in zip(workdirs, _names(workdirs), strict=True)]
 
 
@@ -123,6 +123,9 @@ def _natural(name: str) -> list[tuple[float, str]]:
     return [(float(part) if place % 2 else 0.0, part) for place, part in enumerate(parts)]
 
 
+_FEATURES = {"image_feature": "image", "caption_feature": "caption", "label_template": ""}  # with their defaults
+
+
 def _names(workdirs: Sequence[str]) -> list[str]:
     parts = [[part for part in path.split("/") if part not in ("", ".")] or ["."] for path in workdirs]
     for depth in range(1, max(map(len, parts)) + 1):
@@ -132,12 +135,13 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     raise UserError("report: the same --workdir is given twice; give each one once")
 
 
-def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, str, int], Data | str]) -> Run:
+def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, str, int, Features], Data | str]) -> Run:
     config = _read_config(workdir / "config.json")
     about = (
         bool(config.get("data.cached_latents")),
         str(config.get("data.source", "tfds")),
         int(config["data.resolution"]),
+        Features(*(str(config.get(f"data.{name}", default)) for name, default in _FEATURES.items())),
     )
     where = (str(config["data.path"]), str(config["data.split"]), *about)
     if where not in data:
@@ -237,10 +241,10 @@ def read_picture(path: epath.Path) -> Image.Image:
         raise UserError(f"report: {path} is not a readable picture; draw it again, or move it away") from error
 
 
-def _measure(path: str, split: str, cached_latents: bool, kind: str, resolution: int) -> Data | str:
+def _measure(path: str, split: str, cached_latents: bool, kind: str, resolution: int, features: Features) -> Data | str:
     """Measures a data set, or says why it cannot: a report is often made where the data no longer are."""
     try:
-        source = open_source(path, split, cached_latents, kind)
+        source = open_source(path, split, cached_latents, kind, features)
         captions = tuple(source[index].caption for index in evenly_spaced(source))
         return Data(len(source), captions, tuple(data_brightness(source, resolution).tolist()))
     except (UserError, OSError, KeyError, ValueError) as error:

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from offsetjax.data.record import Picture
-from offsetjax.data.source import Source, open_source
+from offsetjax.data.source import Features, Source, open_source
 from offsetjax.data.stream import check_fingerprint, check_replaced, make_stream
 from offsetjax.errors import TransientError, UserError
 from offsetjax.storage import retry
@@ -399,11 +399,10 @@ def test_other_tfds_data_sets_can_be_read(tmp_path: pathlib.Path, data_set: path
     [
         (
             "caption",
-            tfds.features.Sequence(tfds.features.Text()),
-            ["a", "b"],
-            r"Sequence\(Text\(.*, but it must be a Text",
+            tfds.features.Tensor(shape=(2,), dtype=np.float32),
+            np.zeros(2, np.float32),
+            r"Tensor\(.*, but it must be a Text, a Sequence of them or a ClassLabel",
         ),
-        ("caption", tfds.features.ClassLabel(names=["x"]), 0, r"ClassLabel\(.*, but it must be a Text"),
         ("image", tfds.features.Text(), "a path", r"Text\(.*, but it must be an Image"),
     ],
 )
@@ -416,6 +415,51 @@ def test_features_of_another_kind_are_not_trained_on(
     with pytest.raises(UserError, match=f"has the feature '{name}' as {words}; prepare the data with one") as refused:
         open_source(tmp_path / "set")
     assert "\n" not in str(refused.value)
+
+
+def test_features_of_any_name_are_read_and_classes_by_a_template(
+    tmp_path: pathlib.Path, data_set: pathlib.Path
+) -> None:
+    image = open_source(data_set)[4].image
+    features = {
+        "picture": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(names=["tabby_cat", "dog"]),
+        "texts": tfds.features.Sequence(tfds.features.Text()),
+        "about": tfds.features.FeaturesDict({"alt": tfds.features.Text()}),
+        "told": tfds.features.Sequence({"by": tfds.features.Text(), "words": tfds.features.Text()}),
+    }
+    told = [{"by": "x", "words": "one"}, {"by": "y", "words": "two"}]
+    record = {"picture": image, "texts": ["first", "second"], "about": {"alt": "within"}, "told": told}
+    write_split(tmp_path / "set", features, [{**record, "label": label} for label in (1, 0, -1)])
+
+    def opened(caption: str, template: str = "") -> Any:
+        return open_source(tmp_path / "set", features=Features("picture", caption, template))
+
+    assert [opened("label", "a photo of a {label}")[number].caption for number in (0, 1)] == [
+        "a photo of a dog",
+        "a photo of a tabby cat",
+    ]
+    with pytest.raises(UserError, match=r"record 2 of .* has no class: -1"):
+        opened("label", "a {label}")[2]
+    assert (opened("texts")[0].caption, opened("texts")[0].others) == ("first", ("second",))
+    assert opened("about/alt", "art of {label}")[0].caption == "art of within"
+    assert (opened("told/words")[0].caption, opened("told/words")[0].others) == ("one", ("two",))
+    assert opened("texts")[0].image == image
+    for caption, template, message in (
+        ("label", "", r"'label' as classes, such as 'tabby_cat'; set data.label_template='a photo of a \{label\}'"),
+        ("label", "a photo", "data.label_template = 'a photo' has no place for the label"),
+        ("told", "", "but it must be a Text, a Sequence of them or a ClassLabel"),
+        (
+            "told/when",
+            "",
+            "has no feature 'told/when'; it must have picture and told/when, and has about .FeaturesDict., label",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            opened(caption, template)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"data\.caption_feature cannot apply with data\.cached_latents"):
+        open_source(tmp_path / "set", cached_latents=True, features=Features(caption="texts"))
 
 
 def test_a_string_that_is_not_called_text_is_one(tmp_path: pathlib.Path, data_set: pathlib.Path) -> None:
