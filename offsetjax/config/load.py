@@ -4,23 +4,22 @@ A config file is Python that starts from `default_config()` and changes what it 
 typed, so that a mistyped key or a wrong type fails where it is written.
 """
 
-import ast
 import hashlib
 import json
 import re
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from offsetjax.config.checks import example, must_be, shown, validate
-from offsetjax.config.field import Field
+from offsetjax.config.checks import validate
 from offsetjax.config.names import suggestion
 from offsetjax.config.schema import default_config, fields
 from offsetjax.config.settings import assign, explicit_paths, flatten
+from offsetjax.config.values import from_text, must_be, shown
 from offsetjax.errors import UserError
 from offsetjax.json_text import parse_object
 
@@ -107,46 +106,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     field = fields().get(key)
     if field is None:
         raise UserError(f"config: unknown key {shown(key)}; {suggestion(key)}")
-    try:
-        value = _parse(text, field)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        raise UserError(f"config: {key} = {shown(text)} is not of type {_kind(field)}, {_how(field)}") from None
-    assign(config, key, value)
-
-
-def _parse(text: str, field: Field) -> Any:
-    if field.type is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
-    if field.type in (int, float):
-        return field.type(text)
-    if get_origin(field.type) is tuple:
-        return _parse_tuple(text, get_args(field.type)[0])
-    return text
-
-
-def _parse_tuple(text: str, item: type) -> tuple[Any, ...]:
-    """A tuple as Python writes it; one item may stand alone, and a text without quotes."""
-    if item is str and text.strip()[:1] not in ("(", "[", "{", "'", '"', ""):
-        return (text,) if text not in ("None", "True", "False") else _fail(text)
-    value = ast.literal_eval(text)
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    is_right = all(isinstance(each, str if item is str else int | float) for each in values)
-    return values if is_right else _fail(text)
-
-
-def _fail(text: str) -> Any:
-    raise ValueError(text)
-
-
-def _kind(field: Field) -> str:
-    return "tuple" if get_origin(field.type) is tuple else field.type.__name__
-
-
-def _how(field: Field) -> str:
-    """How a value is written on a command line."""
-    if get_origin(field.type) is tuple and get_args(field.type)[0] is str:
-        return """such as 'one text' or '("one text", "another")', brackets and quotes closed"""
-    return example(field)
+    assign(config, key, from_text(key, field, text))
 
 
 def to_json(config: ConfigDict) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from offsetjax.config import assign, default_config, flatten, is_explicit
-from offsetjax.config.checks import shown
 from offsetjax.config.field import Field
 from offsetjax.config.schema import default, fields
+from offsetjax.config.values import shown
 from offsetjax.diffusion.calibration import filled, read_calibration
 from offsetjax.diffusion.process import make_process, recognised
 from offsetjax.errors import UserError
