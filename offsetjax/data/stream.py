@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ _CONFIG_NAMES = {
     "random_crop": "data.random_crop",
     "sizes": "data.buckets",
     "batch_sizes": "data.equal_tokens",
+    "shift": "train.stages",
 }
 
 # A caption's ids by text encoder, how many tokens it had before it was cut, and how many are read.
@@ -64,6 +65,7 @@ class Stream:
     max_bad_fraction: float = 0.0
     buckets: Buckets | None = None  # None: squares of `resolution`
     random_crop: bool = False
+    shift: int = 0  # batch number n is that of number n + shift in the order of these pictures, see `going_on_after`
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -87,12 +89,29 @@ class Stream:
 
     def examples_before(self, number: int) -> int:
         """How many examples the batches before that one have."""
-        plan = self.buckets.plan if self.buckets else None
+        plan, number = self.buckets.plan if self.buckets else None, number + self.shift
         return plan.examples_before(number) if isinstance(plan, BatchPlan) else number * self.global_batch_size
+
+    def going_on_after(self, examples: int, number: int) -> "Stream":
+        """The same batches, of which that number is the first before which as many examples have been shown.
+
+        So a stage of a training goes on in its data where the one before has stopped, whatever its batches are; fewer
+        examples than a batch has are left out.
+        """
+        whole = replace(self, shift=0)
+        low, high = -1, 1
+        while whole.examples_before(high) < examples:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if whole.examples_before(middle) >= examples else (middle, high)
+        return replace(self, shift=high - number)
 
     def size_of(self, number: int) -> Size:
         """The size of a batch."""
-        return self.buckets.sizes[self.buckets.plan.size_of(number)] if self.buckets else square(self.resolution)
+        if not self.buckets:
+            return square(self.resolution)
+        return self.buckets.sizes[self.buckets.plan.size_of(number + self.shift)]
 
     def iterator(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
         """The batches of this process from number `start_batch` on; close it when done.
@@ -108,7 +127,7 @@ class Stream:
             UserError: a record that cannot be decoded, where none may be left out, or 64 of them in a row; or a
                 caption that is refused for its length.
         """
-        iterator = iter(_batches(self, start_batch))
+        iterator = iter(_batches(self, start_batch + self.shift))
         try:
             yield from iterator
         except (UserError, TransientError, StorageError) as error:  # of one line, to which Grain adds its own
@@ -121,6 +140,7 @@ class Stream:
 
         One that cannot be read is replaced in training, see `data.max_bad_fraction`, and is listed here all the same.
         """
+        number += self.shift
         if self.buckets:
             return self.buckets.plan.batch(number).examples.tolist()
         order, first = _order(self), number * self.global_batch_size
@@ -136,6 +156,7 @@ class Stream:
             "random_flip": self.random_flip,
             **(self.buckets.fingerprint() if self.buckets else {}),
             **({"random_crop": True} if self.random_crop else {}),
+            **({"shift": self.shift} if self.shift else {}),
         }
 
 

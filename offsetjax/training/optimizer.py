@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -31,7 +32,7 @@ class BuildOptimizer(Protocol):
 
     Args:
         settings: the section `optimizer` of a config; `learning_rate` is that of the part.
-        num_steps: of the whole training.
+        num_steps: of the training, or of its stage.
         decays: which parameters a weight decay may change.
     """
 
@@ -64,7 +65,7 @@ def learning_rate(settings: ConfigDict, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    settings: ConfigDict, num_steps: int, encoders: Collection[str] = (), unread: tuple[str, ...] = ()
+    settings: ConfigDict, num_steps: int, encoders: Collection[str] = (), unread: tuple[str, ...] = (), first: int = 0
 ) -> Optimizer:
     """The optimizer of the section `optimizer` of a config, for parameters by part; it sees those that are trained.
 
@@ -72,26 +73,56 @@ def make_optimizer(
     gradient's norm is that of all parts together.
 
     Args:
-        num_steps: of the whole training.
+        num_steps: over which the learning rate rises and falls: of the training, or of its stage.
         encoders: the parts that are text encoders.
         unread: what the paths begin with of parameters that no loss depends on, which get no weight decay.
+        first: updates before these steps, those of the stages before.
 
     Raises:
         UserError: an unknown `optimizer.name`.
     """
     build: BuildOptimizer = OPTIMIZERS[settings.name]
     decays = partial(_is_read, unread=unread)
-    first = build(settings, num_steps, decays)
-    transform = first.transform
+    of_denoiser = build(settings, num_steps, decays)
+    transform = of_denoiser.transform
     if settings.text_encoder_learning_rate:
         of_text = settings.copy_and_resolve_references()
         of_text.learning_rate = settings.text_encoder_learning_rate
         second = build(of_text, num_steps, decays)
         transform = optax.partition(
-            {"denoiser": first.transform, "encoders": second.transform},
+            {"denoiser": of_denoiser.transform, "encoders": second.transform},
             lambda params: {part: "encoders" if part in encoders else "denoiser" for part in params},
         )
-    return Optimizer(optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), transform), first.learning_rate)
+    transform = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), transform)
+    return _counted_from(first, Optimizer(transform, of_denoiser.learning_rate))
+
+
+def _counted_from(first: int, optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose schedules begin after so many updates; its moments go on, and so does their correction.
+
+    Updates that were skipped do not count, so that a stage may begin before its count does: its rate waits.
+    """
+    if not first:
+        return optimizer
+    transform, rate = optimizer
+
+    def is_schedule(state: PyTree) -> bool:
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    def from_first(state: PyTree) -> PyTree:
+        return state._replace(count=jnp.maximum(state.count - first, 0)) if is_schedule(state) else state
+
+    def counted(new: PyTree, old: PyTree) -> PyTree:
+        return old._replace(count=optax.safe_increment(old.count)) if is_schedule(old) else new
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        shifted = jax.tree.map(from_first, state, is_leaf=is_schedule)
+        updates, new = transform.update(updates, shifted, params)
+        return updates, jax.tree.map(counted, new, state, is_leaf=is_schedule)
+
+    return Optimizer(
+        optax.GradientTransformation(transform.init, update), lambda count: rate(jnp.maximum(count - first, 0))
+    )
 
 
 def _is_read(params: Mapping[str, Any], unread: tuple[str, ...]) -> PyTree:

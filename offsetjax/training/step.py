@@ -50,14 +50,18 @@ class Update:
     max_spike: float = 0.0
 
 
-def make_update(optimizer: ConfigDict, train: ConfigDict, model: ConfigDict) -> Update:
+def make_update(optimizer: ConfigDict, train: ConfigDict, model: ConfigDict, steps: range | None = None) -> Update:
     """The update that these sections of a config say.
+
+    Args:
+        steps: of a stage, as the numbers of updates before each; None: all that the section `train` says.
 
     Raises:
         UserError: an unknown `optimizer.name`.
     """
     family = family_of(model)
-    made = make_optimizer(optimizer, train.steps, family.encoders, family.unread(model))
+    steps = range(train.steps) if steps is None else steps
+    made = make_optimizer(optimizer, len(steps), family.encoders, family.unread(model), steps.start)
     return Update(made, optimizer.ema_decay, train.max_spike)
 
 
