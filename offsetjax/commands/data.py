@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from offsetjax.commands.explain import explain
-from offsetjax.commands.shared import DEBUG, OVERRIDES, AddCommand, no_more, overrides
+from offsetjax.commands.shared import DEBUG, OVERRIDES, AddCommand, add_stage, no_more, overrides
 from offsetjax.errors import UserError
 
 _IMAGES = (
@@ -44,6 +44,7 @@ def add_data(command: AddCommand) -> None:
     sub.set_defaults(run=_data_encode, resumes="with the parts that are missing", is_together=True)
     sub.add_argument("--config", required=True, help="the config file of the training to be")
     sub.add_argument("--out", required=True, help="a folder for data.path, with data.cached_latents=True, or gs://…")
+    add_stage(sub)
     sub.epilog = f"What was interrupted is resumed with the parts that are missing. {OVERRIDES}"
     sub = data.add_parser("inspect", help="what a data set holds", allow_abbrev=False, parents=[DEBUG])
     sub.set_defaults(run=_data_inspect)
@@ -99,9 +100,9 @@ def _data_encode(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
     with processes.together(partial(explain, options=options)):
-        from offsetjax.config import load_config
+        from offsetjax.config import config_of_stage, load_config
 
-        config = load_config(options.config, overrides(rest))
+        config = config_of_stage(load_config(options.config, overrides(rest)), options.stage)
         from offsetjax.prepare.latents import encode_data
 
         encode_data(config, options.out)

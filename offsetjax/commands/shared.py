@@ -37,6 +37,11 @@ def choice(path: str) -> Callable[[str], str]:
     return check
 
 
+def add_stage(parser: argparse.ArgumentParser) -> None:
+    """Adds `--stage`, to what is prepared for one of several stages."""
+    parser.add_argument("--stage", type=int, help="of train.stages, by its number, where the config has several")
+
+
 def no_more(rest: Sequence[str]) -> None:
     """Refuses arguments of a command that takes no other."""
     if rest:

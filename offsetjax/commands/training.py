@@ -8,7 +8,7 @@ from typing import Any
 
 from offsetjax import log
 from offsetjax.commands.explain import explain
-from offsetjax.commands.shared import OVERRIDES, AddCommand, overrides
+from offsetjax.commands.shared import OVERRIDES, AddCommand, add_stage, overrides
 from offsetjax.errors import StorageError, UserError
 
 
@@ -62,6 +62,7 @@ def add_calibrate(command: AddCommand) -> None:
         default=0.1,
         help="what may be left of a picture's mean at the last step; %(default)s",
     )
+    add_stage(sub)
     sub.epilog = OVERRIDES
     sub.set_defaults(is_together=True)
 
@@ -126,9 +127,9 @@ def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from offsetjax.parallel import processes
 
     with processes.together(partial(explain, options=options)):
-        from offsetjax.config import load_config
+        from offsetjax.config import config_of_stage, load_config
 
-        config = load_config(options.config, overrides(rest))
+        config = config_of_stage(load_config(options.config, overrides(rest)), options.stage)
         from offsetjax.prepare.calibrate import calibrate
 
         calibrate(config, options.out, options.target_snr)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.config import assign, default_config, from_json, to_json, validate
+from offsetjax.config import assign, config_at, default_config, from_json, to_json, validate
 from offsetjax.diffusion.flow import stored_scheduler
 from offsetjax.diffusion.process import recognised
 from offsetjax.errors import UserError
@@ -128,12 +129,14 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, which: str | 
     Raises:
         UserError: no work directory, no such step, an average that was not kept, or weights that are not finite.
     """
-    config, pipeline, which = _open_workdir(workdir, which)
+    config, tokenizers, which = _open_workdir(workdir, which)
     mesh = sharding.mesh_of(data=1, fsdp=jax.device_count())
-    place = partial(sharding.shardings, mesh, pipeline.sharding)
-    like = abstract_trained(pipeline, config.lora)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)
+        config = config_at(config, step)
+        pipeline = build(config, tokenizers)
+        place = partial(sharding.shardings, mesh, pipeline.sharding)
+        like = abstract_trained(pipeline, config.lora)
         params = checkpoint.restore_part(manager, _FIELD[which], checkpoint.abstract(like, place(like)), step)
     if not jax.jit(partial(all_finite, mesh=mesh, rules=pipeline.sharding))(params):
         raise UserError(
@@ -181,25 +184,28 @@ def open_stored(workdir: epath.PathLike, step: int | None = None, which: str | N
     Raises:
         UserError: as for `load_trained`; what is damaged is found when it is read.
     """
-    config, pipeline, which = _open_workdir(workdir, which)
+    config, tokenizers, which = _open_workdir(workdir, which)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = checkpoint.existing_step(manager, step)
+        config = config_at(config, step)
+        pipeline = build(config, tokenizers)
         params = arrays.open_part(manager, _FIELD[which], abstract_trained(pipeline, config.lora), step)
     return Stored(config, pipeline, params, epath.Path(workdir) / "frozen", step, which)
 
 
-def _open_workdir(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, Pipeline, str]:
+def _open_workdir(workdir: epath.PathLike, which: str | None) -> tuple[ConfigDict, dict[str, Any], str]:
     config, folder = read_config(workdir), epath.Path(workdir)
     if which == "ema" and not config.optimizer.ema_decay:
         raise UserError("params: no average was kept (optimizer.ema_decay = 0); use --params=raw")
     if not (folder / "checkpoints").exists():
         raise UserError(f"workdir: {workdir} has no checkpoint yet; wait for the first of its training")
     which = which or (config.sample.params if config.optimizer.ema_decay else "raw")
-    pipeline = build(config, read_tokenizers(folder / "frozen", family_of(config.model)))
-    if task_of(config).denoises and len(pipeline.tokenizers) != len(pipeline.family.encoders):
+    family = family_of(config.model)
+    tokenizers = read_tokenizers(folder / "frozen", family)
+    if task_of(config).denoises and len(tokenizers) != len(family.encoders):
         raise UserError(f"workdir: {folder / 'frozen'} lacks a tokenizer; restore it from a copy")
     digests.check(folder / "frozen")
-    return config, pipeline, which
+    return config, tokenizers, which
 
 
 def _open_pretrained(

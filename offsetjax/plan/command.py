@@ -18,7 +18,8 @@ from offsetjax.plan.compile import Compiled, Request, check_topology, compile_st
 from offsetjax.plan.estimate import Plan, estimate
 from offsetjax.plan.search import largest_batch
 from offsetjax.plan.show import show
-from offsetjax.plan.sizes import joined, shares_of
+from offsetjax.plan.sizes import Share, joined, shares_of
+from offsetjax.plan.stages import of_each_stage, whole
 
 
 def plan(
@@ -52,25 +53,37 @@ def plan(
         check_topology(topology, num_slices)
         if searches and topology.startswith("cpu"):
             raise UserError(f"plan: --search cannot apply to {topology}, whose memory is not known; leave it out")
-    if searches and config.data.equal_tokens:
+    stages = of_each_stage(config)
+    if searches and any(each.data.equal_tokens for _, each in stages):
         raise UserError("plan: --search cannot apply with data.equal_tokens, by which batches differ; leave it out")
     folder = Path(cache_dir) if cache_dir else Path.home() / ".cache" / "offsetjax" / "plan"
-    shares, assumption = shares_of(config)
+    shares = []
+    for stage, each in stages:
+        with stage.named():
+            shares.append(shares_of(each))
     plans = []
     for topology in topologies:
-        request = Request(config, topology, num_slices, is_full, folder)
-        of_sizes = [replace(request, size=share.size, count=share.batch) for share in shares] or [request]
-        each = [estimate(one, _compile(one)) for one in of_sizes]
-        found = joined(each, shares, assumption) if shares else each[0]
-        if searches:
-            largest = max(range(len(each)), key=lambda place: each[place]["bytes_per_device"]["total"])
-            found["largest_batch"] = _search(of_sizes[largest], each[largest])
-        plans.append(found)
+        of_stages = []
+        for (stage, each), of_sizes in zip(stages, shares, strict=True):
+            with stage.named():
+                of_stages.append(_plan(Request(each, topology, num_slices, is_full, folder), *of_sizes, searches))
+        plans.append(whole(of_stages, [stage for stage, _ in stages]))
     if out:
         write_whole(out, json.dumps(plans, indent=2) + "\n")
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(show(plans))
     return plans
+
+
+def _plan(request: Request, shares: Sequence[Share], assumption: str, searches: bool) -> Plan:
+    """The plan of a training without stages, or of one of them."""
+    of_sizes = [replace(request, size=share.size, count=share.batch) for share in shares] or [request]
+    each = [estimate(one, _compile(one)) for one in of_sizes]
+    found = joined(each, shares, assumption) if shares else each[0]
+    if searches:
+        largest = max(range(len(each)), key=lambda place: each[place]["bytes_per_device"]["total"])
+        found["largest_batch"] = _search(of_sizes[largest], each[largest])
+    return found
 
 
 def _compile(request: Request) -> Compiled:

@@ -16,8 +16,8 @@ from offsetjax.models.pipeline import Pipeline, is_from_scratch
 from offsetjax.models.resolve import adopt_lora, calibrated, check_resolution, resolve
 from offsetjax.models.weights import abstract_trained
 from offsetjax.parallel import sharding
-from offsetjax.train import jit_train_step
 from offsetjax.training.abstract import abstract_batch, abstract_frozen, abstract_pipeline, abstract_state
+from offsetjax.training.placed import jit_train_step
 from offsetjax.training.setup import Run
 from offsetjax.training.step import make_update
 

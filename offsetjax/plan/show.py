@@ -1,5 +1,6 @@
 """Plans as text: a line each in a table, and one plan in full."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,10 +13,16 @@ def show(plans: list[Plan]) -> RenderableType:
     """Each plan in full, and a table of all of them where there are several."""
     parts: list[RenderableType] = []
     for plan in plans:
-        parts += [_one(plan), *([_sizes(plan)] if "sizes" in plan else [])]
+        parts.append(_one(plan))
+        if "sizes" in plan:
+            parts.append(_sizes(_name(plan), plan["sizes"]))
+        if "stages" in plan:
+            parts.append(_stages(plan))
+            of_sizes = [each for each in plan["stages"] if "sizes" in each]
+            parts += [_sizes(f"{_name(plan)}, stage {each['stage']}", each["sizes"]) for each in of_sizes]
     if len(plans) > 1:
         parts.append(_all(plans))
-    known = [plan for plan in plans if "step_seconds" in plan or "sizes" in plan]
+    known = [plan for plan in plans if {"step_seconds", "sizes", "stages"} & plan.keys()]
     if known:
         timed = ASSUMPTIONS if any("step_seconds" in plan for plan in plans) else ()
         others = dict.fromkeys(each for plan in known for each in plan["assumptions"] if each not in ASSUMPTIONS)
@@ -38,15 +45,37 @@ def _all(plans: list[Plan]) -> Table:
     return table
 
 
-def _sizes(plan: Plan) -> Table:
-    """A row for each size of pictures, and for all."""
-    title = f"{_name(plan)}, by the size of pictures; memory is that of the largest, the rest above a mean by steps"
-    table = Table(title=title, title_justify="left")
-    for column in ("size", "steps", "batch", "memory a device", *(name for name, key, _ in _RATES if key in plan)):
-        if column not in ("hours", "chip-hours"):
-            table.add_column(column, justify="left" if column == "size" else "right")
+def _stages(plan: Plan) -> Table:
+    """A row for each stage of a training."""
+    title = f"{_name(plan)}, by stage; memory is that of the largest, hours are the sum, the rest above a mean by steps"
+    table, rows = Table(title=title, title_justify="left"), plan["stages"]
+    rates = [each for each in _RATES if all(each[1] in row for row in rows)]
+    searched = ["largest batch"] * all("largest_batch" in row for row in rows)
+    for column in ("stage", "steps", "batch", "memory a device", *searched, *(name for name, *_ in rates)):
+        table.add_column(column, justify="right")
     table.add_column("compiled in", justify="right")
-    for row in plan["sizes"]:
+    for row in rows:
+        table.add_row(
+            str(row["stage"]),
+            f"{row['steps']:,}",
+            f"{row['global_batch_size']:g}",
+            _of_hbm(row["bytes_per_device"]),
+            *(f"{row['largest_batch']['global_batch_size']}" for _ in searched),
+            *(_range(row, key, form) for _, key, form in rates),
+            f"{row['compile_seconds']:.0f} s",
+        )
+    return table
+
+
+def _sizes(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """A row for each size of pictures."""
+    title = f"{name}, by the size of pictures; memory is that of the largest, the rest above a mean by steps"
+    table = Table(title=title, title_justify="left")
+    rates = [name for name, key, _ in _RATES if all(key in row for row in rows)]
+    for column in ("size", "steps", "batch", "memory a device", *rates):
+        table.add_column(column, justify="left" if column == "size" else "right")
+    table.add_column("compiled in", justify="right")
+    for row in rows:
         does_not_fit = ", does not fit" * (row["fits"] is False)
         table.add_row(
             row["size"],

@@ -52,7 +52,8 @@ def _smooth(curve: Curve) -> Curve:
 def losses(pools: Sequence[Pool]) -> Figure | None:
     """The logged losses (faint, of a run alone) and their running mean; and the learning rate.
 
-    Of pictures of several sizes a logged step has one: the mean since the last line is drawn.
+    Of pictures of several sizes a logged step has one: the mean since the last line is drawn. The seams of stages are
+    dotted.
     """
     curves = [pool.curve("loss_of_sizes") or pool.curve("loss") for pool in pools]
     found = [(index, pool, curve) for index, (pool, curve) in enumerate(zip(pools, curves, strict=True)) if curve]
@@ -70,6 +71,9 @@ def losses(pools: Sequence[Pool]) -> Figure | None:
             )
     if all((curve.mean > 0).all() for *_, curve in found):
         loss.set_yscale("log")
+    for seam in {stage.steps.stop for pool in pools for run in pool.runs for stage in run.stages[:-1]}:
+        for axes in (loss, rate):
+            axes.axvline(seam + 0.5, color="#999999", lw=0.8, ls=":")
     loss.set(title="Loss")
     rate.set(title="Learning rate", ylim=(0, None))
     return _finish(canvas, (loss, rate), loss, pools)

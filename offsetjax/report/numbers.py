@@ -7,6 +7,7 @@ pictures of the data.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ def _summarise_run(run: Run) -> Numbers:
         "first_loss": _finite(run.metrics[0].get("loss")) if run.metrics else None,
         "last_loss": _last_loss(run),
         "last_loss_by_size": _last_losses_by_size(run),
+        "stages": _summarise_stages(run),
         "steps_skipped": int(last.get("skipped", 0)),
         "not_finite": _not_finite(run),
         "seconds": {kind: round(value, 3) for kind, value in run.seconds.items()},
@@ -149,6 +151,18 @@ def _last_losses_by_size(run: Run) -> dict[str, float]:
     """The same of each size of pictures, where there are several."""
     fields = sorted({field for line in run.metrics for field in line if re.fullmatch(r"loss_\d{1,5}x\d{1,5}", field)})
     return {field.removeprefix("loss_"): loss for field in fields if (loss := _last_loss(run, field)) is not None}
+
+
+def _summarise_stages(run: Run) -> list[Numbers]:
+    """Each stage that has begun, with what is set for it and its last loss."""
+    found = []
+    for stage in run.stages:
+        own = [line for line in run.metrics if stage.steps.start < line["step"] <= stage.steps.stop]
+        about = {"stage": stage.number, "first_step": stage.steps.start + 1, "last_step": stage.steps.stop}
+        if own:
+            loss = _last_loss(replace(run, metrics=own))
+            found.append({**about, "settings": dict(stage.settings), "last_loss": loss})
+    return found
 
 
 def _last_loss(run: Run, field: str = "") -> float | None:

@@ -64,6 +64,7 @@ def render(numbers: Numbers, pictures: Pictures, note: str = "") -> str:
         _section(pictures, "probe", "Brightness of a probe", _PROBE_NOTE + band),
         _grids(pools, pictures),
         "<h2>Runs</h2>" + _runs_table(runs),
+        _stages_table(runs),
         _seconds(runs, pictures),
         _section(pictures, "losses", "Loss", _LOSS_NOTE + band),
         _section(pictures, "sizes", "Loss by the size of pictures", _SIZES_NOTE + band),
@@ -186,6 +187,22 @@ def _runs_table(runs: Sequence[Numbers]) -> str:
     ]
     note = "Time: wall-clock, sampling and checkpoints included. Last loss: the mean of the last tenth logged."
     return _table(head, rows) + f"<p class='note'>{note}</p>"
+
+
+def _stages_table(runs: Sequence[Numbers]) -> str:
+    """A row for each stage of the runs that have several."""
+    rows = [
+        [
+            run["name"],
+            f"{stage['stage']}",
+            f"{stage['first_step']:,} to {stage['last_step']:,}",
+            ", ".join(f"{path} {_value(value)}" for path, value in stage["settings"].items()),
+            _number(stage["last_loss"], ".4f"),
+        ]
+        for run in runs
+        for stage in run["stages"]
+    ]
+    return "<h2>Stages</h2>" + _table(["run", "stage", "steps", "settings", "last loss"], rows) if rows else ""
 
 
 def _seconds(runs: Sequence[Numbers], pictures: Pictures) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from offsetjax.config import Stage
 from offsetjax.config.load import read_json
+from offsetjax.config.stages import stages_in
 from offsetjax.data.brightness import data_brightness, evenly_spaced
 from offsetjax.data.source import Features, open_source
 from offsetjax.errors import UserError, one_line
@@ -90,6 +92,7 @@ class Run:
     others: list[Samples]
     data: Data | str  # or why it could not be measured
     seconds: Mapping[str, float] = field(default_factory=dict)  # of the wall clock, by what they were spent on
+    stages: Sequence[Stage] = ()  # where there are several
 
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:
@@ -137,13 +140,15 @@ def _names(workdirs: Sequence[str]) -> list[str]:
 
 def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, str, int, Features], Data | str]) -> Run:
     config = _read_config(workdir / "config.json")
+    stages = stages_in(config) if config.get("train.stages") else ()
+    last = {**config, **(stages[-1].settings if stages else {})}
     about = (
-        bool(config.get("data.cached_latents")),
-        str(config.get("data.source", "tfds")),
-        int(config["data.resolution"]),
-        Features(*(str(config.get(f"data.{name}", default)) for name, default in _FEATURES.items())),
+        bool(last.get("data.cached_latents")),
+        str(last.get("data.source", "tfds")),
+        int(last["data.resolution"]),
+        Features(*(str(last.get(f"data.{name}", default)) for name, default in _FEATURES.items())),
     )
-    where = (str(config["data.path"]), str(config["data.split"]), *about)
+    where = (str(last["data.path"]), str(last["data.split"]), *about)
     if where not in data:
         data[where] = _measure(*where)
     samples = [_read_samples(path) for path in sorted((workdir / "samples").glob("*.json"))]
@@ -158,6 +163,7 @@ def _read_run(workdir: epath.Path, name: str, data: dict[tuple[str, str, bool, s
         others=[each for each in samples if each not in by_step],
         data=data[where],
         seconds=read_goodput(workdir),
+        stages=stages,
     )
 
 

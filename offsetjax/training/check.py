@@ -10,10 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from offsetjax.config import Stage, stages_of
 from offsetjax.data.buckets import square
 from offsetjax.data.record import Latents
+from offsetjax.data.sizes import Buckets
 from offsetjax.data.source import Source, open_data, seen
 from offsetjax.errors import UserError
 from offsetjax.files import check_folder
@@ -21,11 +24,10 @@ from offsetjax.models.frozen import read_tokenizers
 from offsetjax.models.pipeline import Pipeline, build, for_training
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_trained
-from offsetjax.parallel import sharding
-from offsetjax.training.setup import reopened, settled
+from offsetjax.training.setup import for_stages, mesh_of_stages, reopened, settled
 from offsetjax.training.step import make_update
-from offsetjax.training.streams import check_batches, held_out_buckets, open_buckets
-from offsetjax.training.summary import GIB, free_bytes, state_bytes, summary
+from offsetjax.training.streams import check_batches, held_out_buckets, open_buckets, open_sources
+from offsetjax.training.summary import GIB, advice, free_bytes, state_bytes, summary
 from offsetjax.training.validation import check_apart
 
 _RECORDS = 16  # that are decoded, evenly over the data
@@ -48,6 +50,13 @@ class _Found:
             self.wrong.append(str(error))
             return None
 
+    def of_stages(
+        self, config: ConfigDict, sources: Sequence[Source], look: Callable[[ConfigDict, Source], None]
+    ) -> None:
+        """Looks at the config and the data of each stage."""
+        for stage, source in zip(stages_of(config), sources, strict=True):
+            self.of(partial(_named, stage, partial(look, stage.config(config), source)))
+
 
 def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[str], list[str]]:
     """Checks data, model, mesh, prompts, disk and work directory.
@@ -57,43 +66,66 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> tuple[list[str], list[
     """
     found, folder = _Found(), epath.Path(workdir)
     found.of(lambda: check_folder("train", folder))
-    data = config.data
-    source = found.of(lambda: open_data(data))
-    if source:
-        _look_at_records(found, source, data.resolution, data.max_bad_fraction)
-        if config.validation.every_steps:
-            found.of(lambda: check_apart(source, open_data(data, config.validation.split)))
-    mesh = found.of(lambda: sharding.make_mesh(config.mesh, config.train))
-    ready = found.of(lambda: _ready(config, folder, source)) if source else None
-    if source and mesh and ready:
+    sources = found.of(lambda: open_sources(config))
+    if sources:
+        found.of_stages(config, sources, partial(_look_at_data, found))
+    mesh = found.of(lambda: mesh_of_stages(config))
+    ready = found.of(lambda: _ready(config, folder, sources)) if sources else None
+    if sources and mesh and ready:
         resolved, pipeline = ready
-        if task_of(resolved).denoises:
-            platform = mesh.devices.flat[0].platform
-            found.of(lambda: for_training(pipeline, data.resolution, platform, mesh.shape["fsdp"]))
         found.notes += _long_prompts(resolved, pipeline)
         found.of(lambda: _check_room(resolved, pipeline, folder))
-        buckets = open_buckets(resolved, source)
-        found.of(lambda: check_batches(resolved, source, mesh, buckets))
-        if resolved.validation.every_steps and buckets:
-            held_out = found.of(
-                lambda: held_out_buckets(resolved, source, open_data(resolved.data, resolved.validation.split))
-            )
-            found.notes += held_out.notes if held_out else ()
+        shown: list[tuple[int, Buckets | None]] = []
+        found.of_stages(resolved, sources, partial(_look_at_batches, found, pipeline, mesh, shown))
         if not found.wrong:
-            found.notes += task_of(resolved).advice(pipeline, resolved)
-            found.notes += buckets.notes if buckets else ()
-            sizes = buckets.describe() if buckets else ()
-            return [], found.notes, [*summary(resolved, pipeline, len(source), mesh, workdir, buckets), *sizes]
+            found.notes += advice(resolved, pipeline)
+            lines = [*summary(resolved, pipeline, shown, mesh, workdir)]
+            for stage, (_, buckets) in zip(stages_of(resolved), shown, strict=True):
+                found.notes += buckets.notes if buckets else ()
+                of_stage = [f"sizes of stage {stage.number}:"] * (stage.count > 1)
+                lines += [*of_stage, *buckets.describe()] if buckets else ()
+            return [], found.notes, lines
     return found.wrong, found.notes, []
 
 
-def _ready(config: ConfigDict, folder: epath.Path, source: Source) -> tuple[ConfigDict, Pipeline]:
+def _named(stage: Stage, look: Callable[[], None]) -> None:
+    with stage.named():
+        look()
+
+
+def _look_at_data(found: _Found, config: ConfigDict, source: Source) -> None:
+    data = config.data
+    _look_at_records(found, source, data.resolution, data.max_bad_fraction)
+    if config.validation.every_steps:
+        check_apart(source, open_data(data, config.validation.split))
+
+
+def _look_at_batches(
+    found: _Found,
+    pipeline: Pipeline,
+    mesh: Mesh,
+    shown: list[tuple[int, Buckets | None]],
+    config: ConfigDict,
+    source: Source,
+) -> None:
+    """Of a stage: its kernels, its batches, and its held-out pictures; `shown` gets what a summary says of its data."""
+    if task_of(config).denoises:
+        for_training(pipeline, config.data.resolution, mesh.devices.flat[0].platform, mesh.shape["fsdp"])
+    buckets = open_buckets(config, source)
+    shown.append((len(source), buckets))
+    check_batches(config, source, mesh, buckets)
+    if config.validation.every_steps and buckets:
+        held_out = held_out_buckets(config, source, open_data(config.data, config.validation.split))
+        found.notes += held_out.notes if held_out else ()
+
+
+def _ready(config: ConfigDict, folder: epath.Path, sources: Sequence[Source]) -> tuple[ConfigDict, Pipeline]:
     """The config as the run would have it, and its parts."""
     if (folder / "config.json").exists():
         config = reopened(config, folder)
-        open_buckets(config, source)
+        for_stages(config, sources, open_buckets)
         return config, build(config, read_tokenizers(folder / "frozen", build(config).family))
-    config, tokenizers = settled(config, folder, source)
+    config, tokenizers = settled(config, folder, *sources)
     return config, build(config, tokenizers)
 
 

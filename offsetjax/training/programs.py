@@ -5,8 +5,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,43 +21,62 @@ _log = logging.getLogger("offsetjax")
 _FOUND = "/jax/compilation_cache/cache_hits"
 
 
+@dataclass(frozen=True)
+class Program:
+    """What is to be compiled: a train step of batches of one size.
+
+    Attributes:
+        name: what the step is for, in the log.
+        train_step: jitted.
+        batch: an abstract one.
+    """
+
+    name: str
+    train_step: Any
+    batch: Batch
+
+
 def compiled_ahead(
-    train_step: Any,
+    programs: Sequence[Program],
     state: TrainState,
     frozen: PyTree,
-    batches: Mapping[Size, Batch],
     at_once: int,
     progressed: Callable[[], None] = lambda: None,
-) -> TrainStep:
-    """The jitted step, with its program of each size compiled; a line in the log for each, and for all.
+) -> list[Any]:
+    """What each program was compiled to, in their order; a line in the log for each, and for all.
 
     Tracing is Python's, one after the other; the compiler works on several at a time meanwhile. The largest size comes
     first: what does not fit is known soon.
 
     Args:
-        batches: an abstract one of each size.
         at_once: how many are compiled at a time, no more than there are processors.
         progressed: is called after each.
     """
-    began, programs = time.monotonic(), dict[Any, Any]()
-    futures: dict[Future[tuple[Any, float, bool]], Size] = {}
+    began, found = time.monotonic(), dict[int, Any]()
+    futures: dict[Future[tuple[Any, float, bool]], int] = {}
     with _Hits() as hits, ThreadPoolExecutor(min(at_once, os.cpu_count() or 1)) as pool:
         try:
-            for size, batch in sorted(batches.items(), key=lambda each: -_elements(each[1])):
-                lowered = train_step.lower(state, frozen, batch)
-                futures[pool.submit(_compile, lowered, hits)] = size
+            for place, each in sorted(enumerate(programs), key=lambda item: -_elements(item[1].batch)):
+                lowered = each.train_step.lower(state, frozen, each.batch)
+                futures[pool.submit(_compile, lowered, hits)] = place
                 progressed()
             for number, future in enumerate(as_completed(futures), start=1):
-                size = futures[future]
-                program, seconds, is_cached = future.result()
-                programs[_shape(batches[size])] = program
+                place = futures[future]
+                found[place], seconds, is_cached = future.result()
                 how = "read from the compilation cache" if is_cached else "compiled"
-                _log.info("the step for %s was %s in %.1f s (%d of %d)", size, how, seconds, number, len(futures))
+                name = programs[place].name
+                _log.info("the step for %s was %s in %.1f s (%d of %d)", name, how, seconds, number, len(futures))
                 progressed()
         except BaseException:  # a signal, or a program that does not fit: what was not begun is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    _log.info("the steps for all %d sizes are there after %.1f s", len(programs), time.monotonic() - began)
+    _log.info("the steps for all %d sizes are there after %.1f s", len(found), time.monotonic() - began)
+    return [found[place] for place in range(len(programs))]
+
+
+def by_size(train_step: Any, compiled: Iterable[tuple[Batch, Any]]) -> TrainStep:
+    """The step that takes for batches such as these what was compiled for them, and else itself."""
+    programs = {_shape(batch): program for batch, program in compiled}
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         return programs.get(_shape(batch), train_step)(state, frozen, batch)

@@ -5,8 +5,8 @@ not change are kept in `frozen/`, so that nothing outside the work directory is 
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,18 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.config import assign, default_config, flatten, is_explicit, may_change_on_resume, validate
+from offsetjax.config import (
+    Stage,
+    assign,
+    config_at,
+    default_config,
+    flatten,
+    is_explicit,
+    may_change_on_resume,
+    stages_of,
+    validate,
+)
+from offsetjax.config.stages import check_past
 from offsetjax.data.source import captions
 from offsetjax.diffusion.calibration import FILLED
 from offsetjax.errors import UserError
@@ -50,13 +61,29 @@ _log = logging.getLogger("offsetjax")
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step to the last."""
+    """What stays the same from the first step to the last, or, of a stage, for its steps.
+
+    Attributes:
+        stage: whose config and pipeline these are; None: those of the whole training.
+    """
 
     config: ConfigDict
     workdir: epath.Path
     mesh: Mesh
     pipeline: Pipeline
     frozen: PyTree
+    stage: Stage | None = None
+
+    @property
+    def steps(self) -> range:
+        """As the numbers of updates before each."""
+        return self.stage.steps if self.stage else range(self.config.train.steps)
+
+    def of_stage(self, stage: Stage) -> "Run":
+        """A stage of this run, whose config is that of all of them."""
+        if (config := stage.config(self.config)) is self.config:
+            return replace(self, stage=stage)
+        return replace(self, config=config, pipeline=build(config, self.pipeline.tokenizers), stage=stage)
 
     @property
     def step_frozen(self) -> PyTree:
@@ -68,43 +95,74 @@ class Run:
         return {part: params for part, params in self.frozen.items() if part != unused}
 
 
-def open_run(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLock | None = None) -> Run:
+def open_run(
+    config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLock | None = None, others: Sequence[Any] = ()
+) -> Run:
     """Begins the run of `workdir`, or reopens it.
 
     Args:
+        source: the data, of the first stage where there are several.
         lock: of the work directory, which is acquired before anything is written.
+        others: the data of the other stages.
 
     Raises:
         UserError: the config contradicts the checkpoint that it starts from, or the run that it resumes; or another
             training holds the lock.
     """
-    mesh = sharding.make_mesh(config.mesh, config.train)
+    mesh, sources = mesh_of_stages(config), (source, *others)
     is_new = not (workdir / "config.json").exists()
     barrier("the work directory is looked at")  # the first process must not write before the others have looked
-    config = _begin(config, workdir, source, lock) if is_new else _reopen(config, workdir, lock)
+    config = _begin(config, workdir, sources, lock) if is_new else _reopen(config, workdir, lock)
     digests.check(workdir / "frozen")
     pipeline = build(config, read_tokenizers(workdir / "frozen", family_of(config.model)))
     frozen = load_frozen(workdir / "frozen", pipeline, partial(sharding.shardings, mesh, pipeline.sharding))
     if not is_new:  # the data may be others than those that the run was begun with
-        check_cache(config, source, pipeline, frozen.get(pipeline.family.autoencoder))
+        vae = frozen.get(pipeline.family.autoencoder)
+        for_stages(config, sources, lambda each, source: _check_resumed(each, source, pipeline, vae))
     return Run(config, workdir, mesh, pipeline, frozen)
 
 
-def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLock | None) -> ConfigDict:
+def _check_resumed(config: ConfigDict, source: Any, pipeline: Pipeline, vae_params: PyTree) -> None:
+    check_resolution(config)  # of a stage that was added
+    check_cache(config, source, pipeline, vae_params)
+
+
+def mesh_of_stages(config: ConfigDict) -> Mesh:
+    """The mesh of a config, among whose devices the batches of all of its stages divide.
+
+    Raises:
+        UserError: they do not.
+    """
+    meshes = []
+    for stage in stages_of(config):
+        with stage.named():
+            meshes.append(sharding.make_mesh(config.mesh, stage.config(config).train))
+    return meshes[0]
+
+
+def for_stages(config: ConfigDict, sources: Sequence[Any], look: Callable[[ConfigDict, Any], object]) -> None:
+    """Looks at the config and the data of each stage; a UserError says of which it is."""
+    for stage, source in zip(stages_of(config), sources, strict=True):
+        with stage.named():
+            look(stage.config(config), source)
+
+
+def _begin(config: ConfigDict, workdir: epath.Path, sources: Sequence[Any], lock: WorkdirLock | None) -> ConfigDict:
     """Writes what a work directory has from the start, once all that can be wrong has been looked at."""
-    config, tokenizers = settled(config, workdir, source)
+    config, tokenizers = settled(config, workdir, *sources)
     pipeline = build(config, tokenizers)
     tensors = {part: initial_tensors(config.model, config.seed, part, pipeline.parts[part]) for part in pipeline.frozen}
     autoencoder = pipeline.family.autoencoder
     if task_of(config).denoises and pipeline.autoencoder.scaling_factor == 0:
         vae = _vae_params(tensors[autoencoder], pipeline)
-        mean, std = latent_statistics(batching_of(config), pipeline, vae, source)
+        mean, std = latent_statistics(batching_of(config_at(config, 1)), pipeline, vae, sources[0])
         tensors[autoencoder] = torch_tensors(pipeline.autoencoder.standardised(vae, mean, std))
         assign(config, f"model.{autoencoder}.scaling_factor", 1.0, explicit=False)
         pipeline = build(config, tokenizers)
         _log.info("%s: latents standardised; mean %s, standard deviation %s", autoencoder, mean.round(3), std.round(3))
     if config.data.cached_latents:
-        check_cache(config, source, pipeline, _vae_params(tensors[autoencoder], pipeline))
+        vae = _vae_params(tensors[autoencoder], pipeline)
+        for_stages(config, sources, lambda each, source: check_cache(each, source, pipeline, vae))
     if left_out := left_out_tensors(config.model):
         _log.info("%s: left out %d tensors of its training: %s, …", config.model.pretrained, len(left_out), left_out[0])
     if jax.process_index() == 0:
@@ -119,8 +177,11 @@ def _begin(config: ConfigDict, workdir: epath.Path, source: Any, lock: WorkdirLo
     return config
 
 
-def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[ConfigDict, dict[str, Any]]:
+def settled(config: ConfigDict, workdir: epath.Path, source: Any, *others: Any) -> tuple[ConfigDict, dict[str, Any]]:
     """The config with what its model, calibration and LoRA say, and the tokenizers; nothing is written.
+
+    Args:
+        source: the data, of the first stage where there are several, and of the others.
 
     Raises:
         UserError: they contradict it or one another, or cannot be read.
@@ -133,13 +194,17 @@ def settled(config: ConfigDict, workdir: epath.Path, source: Any) -> tuple[Confi
     config = calibrated(config)
     adopt_lora(config)
     validate(config)  # what was read and filled in may not go with what was set
-    check_resolution(config)
+    for_stages(config, (source, *others), _check_sizes)
     if task_of(config).denoises:
         check_drawn_size(config.sample, resolution_unit(config))
-    open_buckets(config, source)  # which cannot be changed once the run has begun
     tokenizers = _tokenizers(config, source)
     check_initial(build(config, tokenizers), config.model, config.lora)
     return config, tokenizers
+
+
+def _check_sizes(config: ConfigDict, source: Any) -> None:
+    check_resolution(config)
+    open_buckets(config, source)  # which cannot be changed once the run has begun
 
 
 def _vae_params(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> PyTree:
@@ -170,6 +235,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     if not is_lora_gone:
         adopt_lora(config)
     given, defaults = dict(flatten(config)), dict(flatten(default_config()))
+    check_past(dict(flatten(stored)), given, record.newest_saved(workdir) or 0)
     scale = f"model.{family_of(stored.model).autoencoder}.scaling_factor"
     if given.get(scale) == 0:  # the latents were standardised when the run began
         given[scale] = dict(flatten(stored))[scale]

@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.config import stages_of
 from offsetjax.data.buckets import Limits, Size
 from offsetjax.data.sizes import Buckets, make_buckets, once_each
-from offsetjax.data.source import check_crops
+from offsetjax.data.source import Source, check_crops, open_data
 from offsetjax.data.stream import Stream, make_stream
 from offsetjax.errors import UserError
 from offsetjax.models.encode import encoder_checksum, to_unit_range
@@ -57,6 +58,24 @@ def batching_of(config: ConfigDict) -> Batching:
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
     )
+
+
+def open_sources(config: ConfigDict) -> tuple[Source, ...]:
+    """The data of each stage of a config; a data set that several read is opened once.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    opened: dict[tuple[str, str], Source] = {}
+    sources = []
+    for stage in stages_of(config):
+        data = stage.config(config).data
+        where = (data.path, data.split)
+        if where not in opened:
+            with stage.named():
+                opened[where] = open_data(data)
+        sources.append(opened[where])
+    return tuple(sources)
 
 
 def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh | None = None) -> Stream:

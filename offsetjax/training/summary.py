@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from offsetjax.config import stages_of
 from offsetjax.data.sizes import Buckets
 from offsetjax.diffusion.noise import describe
 from offsetjax.models.pipeline import Pipeline
@@ -24,30 +25,20 @@ GIB = 2**30
 def summary(
     config: ConfigDict,
     pipeline: Pipeline,
-    num_examples: int,
+    shown: Sequence[tuple[int, Buckets | None]],
     mesh: Mesh,
     workdir: epath.PathLike,
-    buckets: Buckets | None = None,
 ) -> Iterator[str]:
     """The lines: data, steps, noise, what is trained and what is not, devices, and where things go.
 
     Args:
-        buckets: the sizes of the pictures and their batches, where there are several.
+        shown: of each stage how many pictures its data have, and their sizes and batches, where there are several.
     """
-    train, sample = config.train, config.sample
-    kind = "latents" if config.data.cached_latents else "pictures"
-    sizes = len(config.data.buckets) or config.data.bucket_count
-    of_sizes = f", {sizes} sizes" if config.data.buckets else f", at most {sizes} sizes of its area" if sizes else ""
-    about = f"{config.data.resolution} px{of_sizes}"
-    yield f"data: {num_examples:,} {kind} of {config.data.path} ({config.data.split}), {about}"
-    an_epoch = buckets.batches_an_epoch if buckets else num_examples / train.global_batch_size
-    epochs = train.steps / an_epoch
-    parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
-    yield f"steps: {train.steps:,} of {train.global_batch_size} examples{parts}, {epochs:.3g} epochs"
-    if task_of(config).denoises:
-        _, *size = pipeline.latent_shape(config.data.resolution)
-        vanishing = f"; plain over the last {config.noise.anneal:.3g} of the training" * (config.noise.anneal > 0)
-        yield f"noise: {describe(pipeline.noising.noise(), config.noise, *size)}{vanishing}"
+    sample = config.sample
+    for stage, (num_examples, buckets) in zip(stages_of(config), shown, strict=True):
+        if stage.count > 1:
+            yield str(stage)
+        yield from _of_stage(stage.config(config), pipeline, len(stage.steps), num_examples, buckets)
     trained = abstract_trained(pipeline, config.lora)
     rank = f" in adapters of rank {config.lora.rank}" if config.lora.rank else ""
     yield f"trained: {_counted({part: _size(params) for part, params in trained.items()})}{rank}"
@@ -62,6 +53,31 @@ def summary(
     if sample.every_steps and sample.prompts:
         grid = len(sample.prompts) * sample.seeds_per_prompt
         yield f"pictures: {workdir}/samples, {grid} every {sample.every_steps:,} steps"
+
+
+def _of_stage(
+    config: ConfigDict, pipeline: Pipeline, steps: int, num_examples: int, buckets: Buckets | None
+) -> Iterator[str]:
+    """Data, steps and noise of a stage."""
+    train = config.train
+    kind = "latents" if config.data.cached_latents else "pictures"
+    sizes = len(config.data.buckets) or config.data.bucket_count
+    of_sizes = f", {sizes} sizes" if config.data.buckets else f", at most {sizes} sizes of its area" if sizes else ""
+    about = f"{config.data.resolution} px{of_sizes}"
+    yield f"data: {num_examples:,} {kind} of {config.data.path} ({config.data.split}), {about}"
+    an_epoch = buckets.batches_an_epoch if buckets else num_examples / train.global_batch_size
+    parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
+    yield f"steps: {steps:,} of {train.global_batch_size} examples{parts}, {steps / an_epoch:.3g} epochs"
+    if task_of(config).denoises:
+        _, *size = pipeline.latent_shape(config.data.resolution)
+        vanishing = f"; plain over the last {config.noise.anneal:.3g} of the training" * (config.noise.anneal > 0)
+        yield f"noise: {describe(pipeline.noising.noise(), config.noise, *size)}{vanishing}"
+
+
+def advice(config: ConfigDict, pipeline: Pipeline) -> list[str]:
+    """What its task has to say of a training, of all of its stages."""
+    lines = (line for stage in stages_of(config) for line in task_of(config).advice(pipeline, stage.config(config)))
+    return list(dict.fromkeys(lines))
 
 
 def _bare(model: Any) -> Any:

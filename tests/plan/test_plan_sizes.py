@@ -13,6 +13,7 @@ from offsetjax.errors import UserError
 from offsetjax.plan.command import plan
 from offsetjax.plan.show import show
 from offsetjax.plan.sizes import Share, joined, shares_of
+from offsetjax.plan.stages import of_each_stage, whole
 from tests.data.shapes import pictures_of_shapes
 from tests.tiny import tiny_config
 
@@ -88,6 +89,37 @@ def test_without_data_sizes_that_are_given_are_planned_alike() -> None:
         shares_of(tiny_config("", data__buckets=("24x15",)))
     with pytest.raises(UserError, match=r"--search cannot apply with data\.equal_tokens"):
         plan(tiny_config("", data__equal_tokens=2), ["v5e:2x2"], searches=True)
+
+
+STAGES = ("train.steps=30 data.resolution=8", "train.steps=10 data.buckets=('16x16', '24x16')")
+
+
+def test_a_training_in_stages_has_the_sum_of_their_hours_and_the_memory_of_the_largest() -> None:
+    stages, configs = zip(*of_each_stage(tiny_config("", train__stages=STAGES, train__steps=40)), strict=True)
+    assert [each.train.steps for each in configs] == [30, 10] and configs[0].data.resolution == 8
+    plans = [{**of_size(50, 1.0, 8, 0.4), "hours": [3.0, 6.0]}, {**of_size(120, 6.0, 4, 0.6), "hours": [6.0, None]}]
+    found = whole(plans, stages)
+    assert found["hours"] == [9.0, None] and found["bytes_per_device"]["total"] == 120
+    assert found["bytes_per_device"]["fits"] is False and found["compiled"]["seconds"] == 20.0
+    assert found["step_seconds"] == [9 * 3600 / 40, None]
+    assert found["mfu"] == [pytest.approx((0.4 * 3 + 0.6 * 6) / 9), None]
+    assert found["global_batch_size"] == 7 and found["images_per_second"] == [7 / (9 * 3600 / 40), None]
+    rows = [(row["stage"], row["steps"], row["hours"]) for row in found["stages"]]
+    assert rows == [(1, 30, [3, 6]), (2, 10, [6, None])]
+    assert whole(plans[:1], stages[:1]) is plans[0]
+    console = Console(width=140, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(show([json.loads(json.dumps(found))]))
+    assert "by stage" in shown.get() and "– (not known)" in shown.get()
+
+
+@pytest.mark.slow
+def test_each_size_of_each_stage_is_compiled(tmp_path: pathlib.Path) -> None:
+    config = tiny_config("", train__stages=STAGES, train__steps=40, train__global_batch_size=4)
+    [found] = plan(config, ["cpu:2"], cache_dir=str(tmp_path))
+    small, large = found["stages"]
+    assert small["bytes_per_device"]["total"] < large["bytes_per_device"]["total"] and len(large["sizes"]) == 2
+    assert small["steps"] == 30 and found["bytes_per_device"]["total"] == large["bytes_per_device"]["total"]
 
 
 @pytest.mark.slow

@@ -116,6 +116,18 @@ def test_losses_are_shown_by_size(tmp_path: pathlib.Path) -> None:
     assert "Loss by the size of pictures" in html and any(tmp_path.rglob("sizes.png"))
 
 
+def test_stages_are_shown_with_what_is_set_for_them(tmp_path: pathlib.Path, data: Callable[[Brightness], None]) -> None:
+    data(GREY)
+    stages = ("train.steps=50 data.resolution=32", "train.steps=30 data.resolution=64", "train.steps=20")
+    workdir = _workdir(tmp_path / "staged", 0.1, {100: GREY}, changes={"train.stages": stages})
+    numbers, html = _run(tmp_path, workdir)
+    found = numbers["runs"][0]["stages"]
+    assert [(each["first_step"], each["last_step"]) for each in found] == [(1, 50), (51, 80), (81, 100)]
+    assert [each["last_loss"] for each in found] == [1 / 50, 1 / 80, 1 / 100]
+    assert found[0]["settings"] == {"data.resolution": 32}
+    assert "<h2>Stages</h2>" in html and "51 to 80" in html and "data.resolution 64" in html
+
+
 def test_the_numbers_are_those_of_the_files(tmp_path: pathlib.Path, data: Callable[[Brightness], None]) -> None:
     data({SQUARE: (0.0, 0.2), SKI: (0.6,)})
     numbers, html = _run(tmp_path, _workdir(tmp_path / "fine", 0.1, {0: GREY, 50: GREY, 100: WIDE}))

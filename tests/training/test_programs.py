@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from offsetjax.data.buckets import Size
-from offsetjax.training.programs import SizeLosses, compiled_ahead
+from offsetjax.training.programs import Program, SizeLosses, by_size, compiled_ahead
 
 SIZES = (Size(4, 2), Size(2, 4), Size(3, 3))
 
@@ -29,7 +29,9 @@ def test_each_size_is_compiled_once_and_before_it_comes(caplog: pytest.LogCaptur
 
     abstract = {size: batch(size, jax.ShapeDtypeStruct) for size in SIZES}
     with caplog.at_level(logging.INFO, "offsetjax"):
-        step = compiled_ahead(train_step, jnp.zeros(()), jnp.ones(()), abstract, 2, lambda: progress.append(1))
+        programs = [Program(str(size), train_step, each) for size, each in abstract.items()]
+        compiled = compiled_ahead(programs, jnp.zeros(()), jnp.ones(()), 2, lambda: progress.append(1))
+        step = by_size(train_step, zip(abstract.values(), compiled, strict=True))
     lines = [re.sub(r"\d+\.\d+ s", "T", record.message) for record in caplog.records]
     assert sorted(line.split(" (")[0] for line in lines[:3]) == sorted(
         f"the step for {s} was compiled in T" for s in SIZES
@@ -51,9 +53,9 @@ def test_a_program_that_fails_ends_the_others() -> None:
             raise ValueError("does not fit")
         return state, {}
 
-    abstract = {size: batch(size, jax.ShapeDtypeStruct) for size in SIZES}
+    programs = [Program(str(size), jax.jit(train_step), batch(size, jax.ShapeDtypeStruct)) for size in SIZES]
     with pytest.raises(ValueError, match="does not fit"):
-        compiled_ahead(jax.jit(train_step), jnp.zeros(()), jnp.ones(()), abstract, 2)
+        compiled_ahead(programs, jnp.zeros(()), jnp.ones(()), 2)
 
 
 def test_losses_are_means_since_the_last_line_of_all_sizes_and_of_each() -> None:

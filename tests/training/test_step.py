@@ -20,9 +20,9 @@ from offsetjax.models.pipeline import Pipeline, noising_of
 from offsetjax.models.stable_diffusion import SD1
 from offsetjax.models.task import task_of
 from offsetjax.parallel import sharding
-from offsetjax.train import place
 from offsetjax.training.objective import add_position, batch_keys
 from offsetjax.training.optimizer import make_optimizer
+from offsetjax.training.placed import place
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState, accumulate, init_state, make_gradient, make_train_step
 from tests.tiny import quick_compilation, tiny_config, update_of

@@ -11,6 +11,7 @@ from offsetjax.config.ranges import (
     Registered,
     above,
     at_least,
+    at_most_letters,
     count,
     one_of,
 )
@@ -50,6 +51,15 @@ TRAIN = Section(
             count(1),
             "updates of the parameters in all, those before a resume included",
             elsewhere={"max_train_steps": "kohya, diffusers, SimpleTuner"},
+            change=Change.RESUME,
+        ),
+        Field(
+            "stages",
+            Texts,
+            (),
+            at_most_letters(64, each=2000),
+            "stages that follow one another, such as 'train.steps=1000 data.resolution=256', each with its own steps, "
+            "of which train.steps is the sum; a resume may change those that have not begun",
             change=Change.RESUME,
         ),
         Field(
