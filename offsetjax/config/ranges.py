@@ -170,6 +170,10 @@ FINITE_NUMBERS = Range(
 DECAY = Range(lambda value: 0 <= value <= 1 - 2**-24, "at least 0 and below 1, in float32 too")
 FACTOR = Range(lambda value: value == 0 or 1 < value <= _FLOAT32_MAX, "0, or above 1 and finite in float32")
 FRACTION = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
+WEIGHTS = Range(
+    lambda value: all(0 <= each <= _FLOAT32_MAX for each in value) and (not value or any(value)),
+    "numbers of at least 0, of which one is above",
+)
 DISTINCT_TIMESTEPS = Range(
     lambda values: all(value >= 0 for value in values) and len(set(values)) == len(values), "timesteps, each once"
 )

@@ -20,7 +20,7 @@ Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
 
 def combinations(values: Values) -> Wrongs:
     """Every rule, for the values of a config by their paths, each of which is in its range."""
-    for rules in (_training, _sizes, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _task):
+    for rules in (_training, _sizes, _captions, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _task):
         yield from rules(values)
 
 
@@ -83,6 +83,29 @@ def _sizes(values: Values) -> Wrongs:
     yield (
         values["data.equal_tokens"] and values["timesteps.stratified"],
         "timesteps.stratified cannot apply with data.equal_tokens, whose batches differ; set one of them back",
+    )
+
+
+def _captions(values: Values) -> Wrongs:
+    """Rules of captions that could not apply."""
+    tags = values["captions.shuffle_tags"] or values["captions.tag_dropout"]
+    for name, is_set, is_needed, needs in (
+        ("weights", values["captions.weights"], values["captions.several"] == "draw", "captions.several = 'draw'"),
+        ("keep_tags", values["captions.keep_tags"], tags, "captions.shuffle_tags or captions.tag_dropout"),
+        (
+            "separator",
+            values["captions.separator"] != ",",
+            tags or values["captions.trigger"],
+            "captions.shuffle_tags, captions.tag_dropout or captions.trigger",
+        ),
+    ):
+        yield is_set and not is_needed, f"captions.{name} cannot apply without {needs}"
+    bad = [each for each in values["captions.templates"] if "{caption}" not in each]
+    yield bad, f"captions.templates has {bad[:1]}, without a place for the caption; write 'a {{caption}}'"
+    yield (
+        values["captions.several"] == "draw" and values["data.cached_latents"],
+        "captions.several = 'draw' cannot apply with data.cached_latents, which has each picture's first caption; "
+        "set it back",
     )
 
 

@@ -20,6 +20,7 @@ _OWN = {
     "": f"{_HERE}.training:TOP",
     "train": f"{_HERE}.training:TRAIN",
     "data": f"{_HERE}.data:DATA",
+    "captions": f"{_HERE}.data:CAPTIONS",
     "encode": f"{_HERE}.data:ENCODE",
     "model": f"{_HERE}.model:MODEL",
     "model.unet": f"{_HERE}.architectures:UNET",

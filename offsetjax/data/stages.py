@@ -162,11 +162,13 @@ class Order(grain.MapDataset):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        return _Following(self._parent, index)
+        return Following(self._parent, index)
 
 
 @dataclass(frozen=True)
-class _Following:
+class Following:
+    """The example at a place of an order, and those that follow it."""
+
     order: grain.MapDataset
     place: int
 

@@ -11,7 +11,7 @@ With pictures of several sizes (`sizes.py`) the order is that of a `BatchPlan`: 
 import logging
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -23,13 +23,15 @@ from jaxtyping import Int
 
 from offsetjax.data.batches import BatchPlan
 from offsetjax.data.buckets import Size, square
+from offsetjax.data.caption_rules import CaptionRules
 from offsetjax.data.images import CENTRE
 from offsetjax.data.sizes import Buckets
 from offsetjax.data.source import Source, describe, seen
-from offsetjax.data.stages import MOST_TRIES, Batches, BatchesOfThreads, Order, Planned, Rows, Share, Sized
+from offsetjax.data.stages import MOST_TRIES, Batches, BatchesOfThreads, Following, Order, Planned, Rows, Share, Sized
 from offsetjax.errors import StorageError, TransientError, UserError
 from offsetjax.parallel.signals import end_with_parent
 
+AS_THEY_ARE = CaptionRules()
 _log = logging.getLogger("offsetjax")
 
 # How each field of a fingerprint is called in a config, for the remedy.
@@ -66,6 +68,7 @@ class Stream:
     buckets: Buckets | None = None  # None: squares of `resolution`
     random_crop: bool = False
     shift: int = 0  # batch number n is that of number n + shift in the order of these pictures, see `going_on_after`
+    captions: CaptionRules = AS_THEY_ARE
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -174,6 +177,7 @@ def make_stream(
     max_bad_fraction: float = 0.0,
     buckets: Buckets | None = None,
     random_crop: bool = False,
+    captions: CaptionRules = AS_THEY_ARE,
 ) -> Stream:
     """The stream of a source.
 
@@ -187,6 +191,7 @@ def make_stream(
         max_bad_fraction: of the records that may be left out, for `check_replaced`; 0: the first ends the stream.
         buckets: the sizes of the pictures, where there are several, and their batches.
         random_crop: what is cropped of a picture is drawn, as its flip is; else it is its centre.
+        captions: what becomes of them.
     """
     batch_sizes = set(buckets.plan.batch_sizes) if buckets else {global_batch_size}
     by_size = rows if isinstance(rows, Mapping) else dict.fromkeys(batch_sizes, rows)
@@ -204,6 +209,7 @@ def make_stream(
         max_bad_fraction=max_bad_fraction,
         buckets=buckets,
         random_crop=random_crop,
+        captions=captions,
     )
 
 
@@ -253,7 +259,8 @@ def _order(stream: Stream) -> grain.MapDataset:
 
 
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
-    show = partial(_shown, stream.source, stream.max_bad_fraction > 0)
+    rules = None if stream.captions == AS_THEY_ARE else (stream.captions, stream.seed)
+    show = partial(_shown, stream.source, stream.max_bad_fraction > 0, rules=rules)
     order = Order(_order(stream))
     examples = order.map(partial(show, False, CENTRE))
     if stream.random_flip or stream.random_crop:
@@ -287,9 +294,18 @@ def _sized(size: Size, index: int) -> Sized:
 
 
 def _shown(
-    source: Source, may_be_bad: bool, is_mirrored: bool, place: float, following: Iterable[Sized]
+    source: Source,
+    may_be_bad: bool,
+    is_mirrored: bool,
+    place: float,
+    following: Following,
+    rules: tuple[CaptionRules, int] | None = None,
 ) -> dict[str, Any]:
-    """The first example of an order that can be read, and why those before it cannot."""
+    """The first example of an order that can be read, and why those before it cannot.
+
+    Args:
+        rules: of captions, and the seed of what they draw.
+    """
     end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
     problems: list[str] = []
     for index, size in following:
@@ -301,15 +317,18 @@ def _shown(
                 raise
             problems.append(str(error))
         else:
-            return {**fields, "caption": record.caption, "problems": "\n".join(problems), "index": np.int64(index)}
+            caption = record.caption
+            if rules:
+                caption = rules[0].caption((caption, *getattr(record, "others", ())), rules[1], following.place)
+            return {**fields, "caption": caption, "problems": "\n".join(problems), "index": np.int64(index)}
     raise UserError(f"{problems[0]} (and so are the {MOST_TRIES - 1} that follow it)")
 
 
 def _drawn(
-    show: Callable[[bool, float, Iterable[Sized]], dict[str, Any]],
+    show: Callable[[bool, float, Following], dict[str, Any]],
     random_flip: bool,
     random_crop: bool,
-    following: Iterable[Sized],
+    following: Following,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """An example as it is drawn; flips are the same with random crops and without."""

@@ -11,7 +11,7 @@ from offsetjax.models.family import Family
 from offsetjax.models.task import Task, Values
 
 # What it does not read: these sections, and these fields.
-_SECTIONS = ("encode.", "lora.", "noise.", "schedule.", "timesteps.")
+_SECTIONS = ("captions.", "encode.", "lora.", "noise.", "schedule.", "timesteps.")
 _FIELDS = (
     "data.cached_latents",
     "model.attention",

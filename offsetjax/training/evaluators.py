@@ -131,9 +131,12 @@ def _probe(run: Run, sampler: Sampler, source: Source) -> Evaluate:
 
 
 def validation_batching(training: Batching, accumulate_steps: int) -> Batching:
-    """A validation's batches: the same pictures in every run, each once whatever sizes are trained."""
+    """A validation's batches: the same pictures and captions in every run, each once whatever sizes are trained."""
     size = training.global_batch_size // accumulate_steps  # as much as the devices hold in training
-    return dataclasses.replace(training, seed=0, random_flip=False, random_crop=False, global_batch_size=size)
+    fixed = dataclasses.replace(
+        training, random_flip=False, random_crop=False, captions=training.captions.without_draws()
+    )
+    return dataclasses.replace(fixed, seed=0, global_batch_size=size)
 
 
 def _validation(run: Run, source: Source) -> Evaluate:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.config import stages_of
 from offsetjax.data.buckets import Limits, Size
+from offsetjax.data.caption_rules import CaptionRules
 from offsetjax.data.sizes import Buckets, make_buckets, once_each
 from offsetjax.data.source import Source, check_crops, open_data
 from offsetjax.data.stream import Stream, make_stream
@@ -43,6 +44,7 @@ class Batching:
     long_captions: Literal["truncate", "refuse"]
     num_workers: int
     max_bad_fraction: float
+    captions: CaptionRules
 
 
 def batching_of(config: ConfigDict) -> Batching:
@@ -57,6 +59,7 @@ def batching_of(config: ConfigDict) -> Batching:
         long_captions=config.encode.long_captions,
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
+        captions=CaptionRules(**config.captions),
     )
 
 

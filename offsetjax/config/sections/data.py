@@ -1,7 +1,7 @@
 """The pictures and captions, and what becomes of them before the denoiser."""
 
-from offsetjax.config.field import Change, Field, Section, Texts
-from offsetjax.config.ranges import ANY, FRACTION, PLACE, Registered, at_least, between, count, one_of
+from offsetjax.config.field import Change, Field, Numbers, Section, Texts
+from offsetjax.config.ranges import ANY, FRACTION, PLACE, WEIGHTS, Range, Registered, at_least, between, count, one_of
 from offsetjax.config.registries import SOURCES
 
 DATA = Section(
@@ -172,6 +172,91 @@ ENCODE = Section(
             "truncate",
             one_of("truncate", "refuse"),
             "what happens to captions that are longer than the text encoder reads",
+        ),
+    ),
+)
+
+CAPTIONS = Section(
+    "captions",
+    "What becomes of a caption before it is tokenized; an empty one stays empty.",
+    (
+        Field(
+            "several",
+            str,
+            "first",
+            one_of("first", "draw"),
+            "which of a picture's several captions is shown: the first, or each time one that is drawn",
+        ),
+        Field(
+            "weights",
+            Numbers,
+            (),
+            WEIGHTS,
+            "of a picture's captions by their places, for the draw; those beyond have the last one's; (): all alike",
+        ),
+        Field(
+            "templates",
+            Texts,
+            (),
+            ANY,
+            "such as a photo of {caption}: each time one is drawn, and the caption put in it",
+        ),
+        Field(
+            "trigger",
+            str,
+            "",
+            ANY,
+            "a word that is put before the other tags as one of them; it is neither moved nor dropped",
+            elsewhere={"trigger_word": "ai-toolkit"},
+        ),
+        Field(
+            "separator",
+            str,
+            ",",
+            Range(bool, "not empty"),
+            "what stands between two tags of a caption",
+            elsewhere={"caption_separator": "kohya", "tag_delimiter": "OneTrainer"},
+        ),
+        Field(
+            "shuffle_tags",
+            bool,
+            False,
+            ANY,
+            "each time tags come in another order",
+            elsewhere={"shuffle_caption": "kohya", "enable_tag_shuffling": "OneTrainer"},
+        ),
+        Field(
+            "tag_dropout",
+            float,
+            0.0,
+            FRACTION,
+            "the fraction of tags that are left out, each time others",
+            elsewhere={"caption_tag_dropout_rate": "kohya"},
+        ),
+        Field(
+            "keep_tags",
+            int,
+            0,
+            count(0, 1024),
+            "the first tags of a caption, which are neither moved nor dropped",
+            "tags",
+            elsewhere={"keep_tokens": "kohya", "keep_tags_count": "OneTrainer"},
+        ),
+        Field(
+            "prefix",
+            str,
+            "",
+            ANY,
+            "what is put before each caption, as it is",
+            elsewhere={"caption_prefix": "kohya"},
+        ),
+        Field(
+            "suffix",
+            str,
+            "",
+            ANY,
+            "what is put behind each caption, as it is",
+            elsewhere={"caption_suffix": "kohya"},
         ),
     ),
 )
