@@ -48,6 +48,10 @@ class Registry(Generic[T]):
         """All that can be named: ours, those that were registered, those of installed packages."""
         return tuple(dict.fromkeys([*self._own, *self._registered, *self._installed()]))
 
+    def is_own(self, name: str) -> bool:
+        """Whether a name is one of ours."""
+        return name in self._own
+
     def __contains__(self, name: object) -> bool:
         return name in self.names
 

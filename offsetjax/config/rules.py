@@ -8,9 +8,10 @@ from typing import Any
 
 from offsetjax.config.families import FAMILIES, family_of_values
 from offsetjax.config.registries import TASKS
+from offsetjax.config.schema import default as default_of
 from offsetjax.config.schema import default_config
 from offsetjax.config.settings import flatten
-from offsetjax.diffusion.process import PROCESSES
+from offsetjax.diffusion.process import PROCESSES, unread_fields
 from offsetjax.diffusion.spectrum import formula_spectrum
 from offsetjax.errors import one_line
 
@@ -205,6 +206,13 @@ def _schedule(values: Values) -> Wrongs:
             f"{path} cannot apply to timesteps.density = {density!r}; set it back to {default}",
         )
     yield from PROCESSES[values["schedule.process"]].rules(values)
+    schedule = {path.removeprefix("schedule."): value for path, value in values.items() if path.startswith("schedule.")}
+    for name in unread_fields(schedule):
+        yield (
+            schedule[name] != default_of(f"schedule.{name}"),
+            f"schedule.{name} = {schedule[name]!r} cannot apply to schedule.process = {schedule['process']!r}, which "
+            "does not read it; leave it out",
+        )
 
 
 def _noise(values: Values) -> Wrongs:

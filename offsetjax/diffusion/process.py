@@ -183,6 +183,35 @@ def make_process(schedule: Mapping[str, Any], downscale: int = 8) -> Process:
     return PROCESSES[schedule.get("process", "variance_preserving")].make(schedule, downscale)
 
 
+def unread_fields(schedule: Mapping[str, Any]) -> list[str]:
+    """The fields of `config.schedule` that a process which others bring never asks for: they cannot apply to it.
+
+    Of ours none: their rules say what cannot apply, and why.
+    """
+    if PROCESSES.is_own(schedule["process"]):
+        return []
+    asked = _Asked(schedule)
+    make_process(asked)
+    return sorted(schedule.keys() - asked.names - {"process"})
+
+
+class _Asked(Mapping[str, Any]):
+    """A mapping that remembers what it was asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values, self.names = values, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 def recognised(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fields of `config.schedule`, `process` first, that a checkpoint's `scheduler_config.json` says.
 

@@ -12,6 +12,7 @@ from offsetjax.config import validate
 from offsetjax.diffusion.flow import Flow
 from offsetjax.diffusion.process import PROCESSES, make_process
 from offsetjax.diffusion.sampler import coefficients, solve
+from offsetjax.errors import UserError
 from tests.training.test_objective import _config, _look
 
 
@@ -23,7 +24,7 @@ class PredictsLatents:
 
     @classmethod
     def make(cls, schedule: Mapping[str, Any], downscale: int) -> "PredictsLatents":
-        return cls(Flow())
+        return cls(Flow(shift=schedule["shift"]))
 
     @staticmethod
     def rules(values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
@@ -69,3 +70,14 @@ def test_a_registered_process_trains_and_samples() -> None:
 def test_its_rules_hold() -> None:
     with pytest.raises(Exception, match=r"min_snr_gamma cannot apply to a toy"):
         validate(_config(schedule__process="toy", loss__min_snr_gamma=5.0))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("conversion", "mapped"), ("shift_rule", "tokens"), ("zero_terminal_snr", True), ("num_train_timesteps", 50)],
+)
+def test_what_it_does_not_read_cannot_be_set(field: str, value: Any) -> None:
+    validate(_config(schedule__process="toy", schedule__shift=2.0))
+    expected = rf"schedule\.{field} = {value!r} cannot apply to schedule\.process = 'toy', which does not read it"
+    with pytest.raises(UserError, match=expected):
+        validate(_config(schedule__process="toy", **{f"schedule__{field}": value}))

@@ -30,7 +30,7 @@ from offsetjax.models.stable_diffusion import SD1
 from offsetjax.parallel.sharding import mesh_of, shardings
 from offsetjax.rng import stream_key
 from offsetjax.sampling.pictures import Picture
-from offsetjax.sampling.sample import Sampler
+from offsetjax.sampling.sample import Sampler, sample_workdir
 from offsetjax.train import train
 from offsetjax.training.evaluators import open_evaluators, validation_batching
 from offsetjax.training.setup import Run
@@ -306,3 +306,22 @@ def test_a_probe_has_the_same_starts_in_runs_of_any_seed(base: pathlib.Path, mon
     assert seen == [(0, ())]
     assert [len(pictures) for pictures in found.images.values()] == [1] and found.images.keys() == {"probe_0"}
     assert found.scalars["brightness_wasserstein"] == pytest.approx(data_brightness(source, 16).mean())
+
+
+def test_a_flows_probe_draws_what_sampling_draws_of_the_same_seeds(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Of a flow trained with offset noise, from the start that matches it."""
+    config = run_config(
+        data_path(base), train__steps=1, sample__every_steps=0, schedule__process="flow", schedule__shift=2.0,
+        timesteps__density="logit_normal", sample__sampler="euler", noise__offset_strength=0.5,
+    )  # fmt: skip
+    config.probe.update(every_steps=1, prompts=("a white square",), seeds_per_prompt=2)
+    train(config, tmp_path / "run")
+    probed = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    probed = [line for line in probed if "brightness_mean" in line]
+    assert [line["step"] for line in probed] == [0, 1]
+    record = json.loads((tmp_path / "run" / "samples" / "probe_1.json").read_text())
+    sample_workdir(epath.Path(tmp_path / "run"), epath.Path(tmp_path), ["a white square"], range(2), name="drawn")
+    drawn = json.loads((tmp_path / "drawn.json").read_text())
+    assert record["start_noise"] == drawn["start_noise"] == "matched"
+    found, expected = ([each["brightness"] for each in every["records"]] for every in (record, drawn))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
