@@ -173,3 +173,32 @@ def _bare(config: ConfigDict, workdir: pathlib.Path) -> Callable[[], float]:
 
     laps()
     return laps
+
+
+def test_a_flows_step_beside_the_present_one(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole step from pictures, of a flow with a logit-normal density and of the variance-preserving process."""
+    rounds = call(_flow_beside_the_present, build_data(tmp_path, count=32), tmp_path, seconds=3000)
+    flow, present = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median(one / other for one, other in rounds)
+    with capsys.disabled():
+        print(f"\na flow's step: {flow:.3f} s, the present one {present:.3f} s; {ratio:.3f} times its time")
+    assert ratio < 1.02
+
+
+def _flow_beside_the_present(data: pathlib.Path, folder: pathlib.Path) -> list[list[float]]:
+    """Seconds of a step of each, each round; who comes first changes from round to round."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    steps = []
+    for process in ("flow", "variance_preserving"):
+        config = tiny_config(data, train__steps=1, schedule__process=process, optimizer__decay="constant")
+        config.model.unet.update(block_out_channels=(128,), norm_num_groups=32, layers_per_block=2)
+        if process == "flow":
+            config.timesteps.density = "logit_normal"
+        train(config, folder / process)
+        steps.append(_bare(config, folder / process))
+    rounds = []
+    for number in range(4 * ROUNDS):
+        order = (0, 1) if number % 2 else (1, 0)
+        found = {index: steps[index]() for index in order}
+        rounds.append([found[0], found[1]])
+    return rounds
