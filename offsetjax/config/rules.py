@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from offsetjax.config.families import FAMILIES, family_of_values
+from offsetjax.config.mix import parts_of
 from offsetjax.config.registries import TASKS
 from offsetjax.config.schema import default as default_of
 from offsetjax.config.schema import default_config
 from offsetjax.config.settings import flatten
 from offsetjax.diffusion.process import PROCESSES, unread_fields
 from offsetjax.diffusion.spectrum import formula_spectrum
-from offsetjax.errors import one_line
+from offsetjax.errors import UserError, one_line
 
 Values = Mapping[str, Any]  # by path
 Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
@@ -21,7 +22,19 @@ Wrongs = Iterator[tuple[object, str]]  # whether something is wrong, and what
 
 def combinations(values: Values) -> Wrongs:
     """Every rule, for the values of a config by their paths, each of which is in its range."""
-    for rules in (_training, _sizes, _captions, _model, _schedule, _noise, _noise_extras, _spectrum, _sampling, _task):
+    for rules in (
+        _training,
+        _sizes,
+        _captions,
+        _mix,
+        _model,
+        _schedule,
+        _noise,
+        _noise_extras,
+        _spectrum,
+        _sampling,
+        _task,
+    ):
         yield from rules(values)
 
 
@@ -108,6 +121,28 @@ def _captions(values: Values) -> Wrongs:
         "captions.several = 'draw' cannot apply with data.cached_latents, which has each picture's first caption; "
         "set it back",
     )
+
+
+def _mix(values: Values) -> Wrongs:
+    """Several data sets, and what is said of each."""
+    mix = values["data.mix"]
+    for path, default in (("data.weight", 0.0), ("data.repeats", 1)):
+        yield values[path] != default, f"{path} is of one data set among several; write it in a text of data.mix"
+    if not mix:
+        return
+    yield values["data.path"], "data.path cannot apply with data.mix, each of whose texts has its own; leave it out"
+    yield (
+        values["data.cached_latents"],
+        "data.mix cannot apply with data.cached_latents, which are of one data set; leave one of them out",
+    )
+    try:
+        parts = parts_of(mix)
+    except UserError as error:
+        yield True, str(error).removeprefix("config: ")
+        return
+    for number, part in enumerate(parts, start=1):
+        own = {**values, **{f"captions.{name}": value for name, value in part.captions.items()}}
+        yield from ((wrong, f"data.mix, data set {number}: {what}") for wrong, what in _captions(own))
 
 
 def _model(values: Values) -> Wrongs:

@@ -13,17 +13,15 @@ What a stage does not say is as the config has it. A stage is, to whatever reads
 """
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from offsetjax.config.names import suggestion
-from offsetjax.config.schema import fields, may_change_on_resume
+from offsetjax.config.schema import may_change_on_resume
 from offsetjax.config.settings import assign, flatten
-from offsetjax.config.values import check, from_text, shown
+from offsetjax.config.texts import settings_in
 from offsetjax.errors import UserError
 
 _STAGES, _STEPS = "train.stages", "train.steps"
@@ -148,26 +146,11 @@ def config_of_stage(config: ConfigDict, number: int | None) -> ConfigDict:
 
 def _settings(text: str, where: str) -> dict[str, Any]:
     """The fields of a stage, each once, of its type and in its range."""
-    settings: dict[str, Any] = {}
-    for part in re.split(r"\s+(?=[a-z_0-9.]+\.[a-z_0-9]+=)", text.strip()):
-        path, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(
-                f"config: {where}: {shown(part)} sets no field; write fields such as 'train.steps=1000 "
-                "data.resolution=256'"
-            )
-        field = fields().get(path)
-        if field is None:
-            raise UserError(f"config: {where}: unknown key {shown(path)}; {suggestion(path)}")
-        if path not in CHANGING:
-            raise UserError(f"config: {where}: {path} cannot change between stages; {', '.join(CHANGING)} can")
-        if path in settings:
-            raise UserError(f"config: {where}: {path} is given twice; leave one of them out")
-        try:
-            settings[path] = from_text(path, field, value)
-            check(path, field, settings[path])
-        except UserError as error:
-            raise UserError(f"config: {where}: {str(error).removeprefix('config: ')}") from error
+
+    def refused(path: str) -> str:
+        return "" if path in CHANGING else f"cannot change between stages; {', '.join(CHANGING)} can"
+
+    settings = settings_in(text, where, "train.steps=1000 data.resolution=256", refused)
     if _STEPS not in settings:
         raise UserError(f"config: {where}: it has no train.steps; say how long it is, such as train.steps=1000")
     return settings

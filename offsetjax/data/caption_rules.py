@@ -9,9 +9,9 @@ they are in the order that they have without.
 The whole caption is dropped later, with all that these have put before and after it: `encode.caption_dropout`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class CaptionRules:
         tag_dropout: the fraction of tags that are left out.
         keep_tags: the first tags of a caption, which are neither moved nor dropped.
         prefix, suffix: what is put before and after the caption, as it is.
+        is_fixed: nothing may be drawn, see `without_draws`.
     """
 
     several: Literal["first", "draw"] = "first"
@@ -45,6 +46,7 @@ class CaptionRules:
     keep_tags: int = 0
     prefix: str = ""
     suffix: str = ""
+    is_fixed: bool = False
 
     @property
     def draws(self) -> bool:
@@ -54,7 +56,12 @@ class CaptionRules:
     def without_draws(self) -> "CaptionRules":
         """The same with nothing drawn, as a validation shows captions: the first caption, the first template."""
         fixed = replace(self, several="first", weights=(), templates=self.templates[:1])
-        return replace(fixed, shuffle_tags=False, tag_dropout=0.0, keep_tags=0)
+        return replace(fixed, shuffle_tags=False, tag_dropout=0.0, keep_tags=0, is_fixed=True)
+
+    def changed(self, changes: Mapping[str, Any]) -> "CaptionRules":
+        """The same with the rules of one data set among several."""
+        rules = replace(self, **changes)
+        return rules.without_draws() if self.is_fixed else rules
 
     def caption(self, captions: Sequence[str], seed: int, place: int) -> str:
         """The caption of the example at a place of the training's order; an empty one stays empty.

@@ -23,6 +23,7 @@ from offsetjax.data.buckets import (
     square,
 )
 from offsetjax.data.images import UnreadableImage
+from offsetjax.data.mixed import Mixed
 from offsetjax.data.source import Source, unreadable
 from offsetjax.errors import UserError
 from offsetjax.progress import tracked
@@ -266,9 +267,16 @@ def measured(source: Source) -> Int[np.ndarray, "n 2"]:
     """
     global _latest
     if _latest is None or _latest[0] is not source:
-        own = getattr(source, "sizes", None)
-        _latest = source, own() if own else sizes_of(source)
+        _latest = source, _measured(source)
     return _latest[1]
+
+
+def _measured(source: Source) -> Int[np.ndarray, "n 2"]:
+    if isinstance(source, Mixed):
+        each = zip(map(_measured, source.sources), source.counts, strict=True)
+        return np.concatenate([np.resize(sizes, (count, 2)) for sizes, count in each])
+    own = getattr(source, "sizes", None)
+    return own() if own else sizes_of(source)
 
 
 _latest: tuple[Source, Int[np.ndarray, "n 2"]] | None = None

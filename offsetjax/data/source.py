@@ -13,9 +13,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from offsetjax.config.mix import parts_of
 from offsetjax.config.registries import SOURCES
 from offsetjax.data.buckets import Size
 from offsetjax.data.images import CENTRE, UnreadableImage
+from offsetjax.data.mixed import Mixed, mixed
 from offsetjax.errors import UserError
 
 
@@ -145,8 +147,23 @@ def open_data(data: ConfigDict, split: str | None = None) -> Source:
     Raises:
         UserError: as for `open_source`.
     """
+    if data.mix:
+        return _open_mix(data, split)
     split = data.split if split is None else split
     return open_source(data.path, split, data.cached_latents, data.source, features_of(data))
+
+
+def _open_mix(data: ConfigDict, split: str | None) -> Mixed:
+    sources, parts = [], parts_of(tuple(data.mix))
+    for number, part in enumerate(parts, start=1):
+        own = data.copy_and_resolve_references()
+        own.update({"mix": (), **part.data})
+        try:
+            sources.append(open_data(own, split))
+        except UserError as error:
+            raise UserError(f"{error} (data.mix, data set {number})") from error
+    weights, repeats = [part.weight for part in parts], [part.repeats for part in parts]
+    return mixed(sources, weights, repeats, [part.captions for part in parts])
 
 
 def features_of(data: ConfigDict) -> Features:
@@ -156,6 +173,9 @@ def features_of(data: ConfigDict) -> Features:
 
 def describe(source: Source, index: int) -> str:
     """Which record of which data set it is, for a message."""
+    if isinstance(source, Mixed):
+        number, index = source.located(index)
+        source = source.sources[number]
     return f"record {index} ({source[index].name or 'without a name'}) of {source.label}"
 
 
@@ -181,9 +201,11 @@ def check_crops(source: Source) -> None:
     Raises:
         UserError: they have.
     """
-    if "place" not in inspect.signature(source[0].view).parameters:
+    for each in source.sources if isinstance(source, Mixed) else (source,):
+        if "place" in inspect.signature(each[0].view).parameters:
+            continue
         raise UserError(
-            f"config: data.random_crop cannot apply to {source.label}, whose records are cropped at their centres; "
+            f"config: data.random_crop cannot apply to {each.label}, whose records are cropped at their centres; "
             "leave it out"
         )
 

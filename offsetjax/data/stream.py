@@ -25,6 +25,7 @@ from offsetjax.data.batches import BatchPlan
 from offsetjax.data.buckets import Size, square
 from offsetjax.data.caption_rules import CaptionRules
 from offsetjax.data.images import CENTRE
+from offsetjax.data.mixed import Mixed
 from offsetjax.data.sizes import Buckets
 from offsetjax.data.source import Source, describe, seen
 from offsetjax.data.stages import MOST_TRIES, Batches, BatchesOfThreads, Following, Order, Planned, Rows, Share, Sized
@@ -259,8 +260,9 @@ def _order(stream: Stream) -> grain.MapDataset:
 
 
 def _batches(stream: Stream, start_batch: int) -> grain.IterDataset:
-    rules = None if stream.captions == AS_THEY_ARE else (stream.captions, stream.seed)
-    show = partial(_shown, stream.source, stream.max_bad_fraction > 0, rules=rules)
+    changes = stream.source.captions if isinstance(stream.source, Mixed) else ({},)
+    rules = tuple(stream.captions.changed(each) for each in changes)
+    show = partial(_shown, stream.source, stream.max_bad_fraction > 0, rules=(rules, stream.seed))
     order = Order(_order(stream))
     examples = order.map(partial(show, False, CENTRE))
     if stream.random_flip or stream.random_crop:
@@ -299,12 +301,12 @@ def _shown(
     is_mirrored: bool,
     place: float,
     following: Following,
-    rules: tuple[CaptionRules, int] | None = None,
+    rules: tuple[Sequence[CaptionRules], int] = ((AS_THEY_ARE,), 0),
 ) -> dict[str, Any]:
     """The first example of an order that can be read, and why those before it cannot.
 
     Args:
-        rules: of captions, and the seed of what they draw.
+        rules: of captions, of each source where it is several; and the seed of what they draw.
     """
     end_with_parent()  # where this is a worker, which nobody else would end after a SIGKILL
     problems: list[str] = []
@@ -317,9 +319,9 @@ def _shown(
                 raise
             problems.append(str(error))
         else:
-            caption = record.caption
-            if rules:
-                caption = rules[0].caption((caption, *getattr(record, "others", ())), rules[1], following.place)
+            number = source.located(index)[0] if isinstance(source, Mixed) else 0
+            captions = (record.caption, *getattr(record, "others", ()))
+            caption = rules[0][number].caption(captions, rules[1], following.place)
             return {**fields, "caption": caption, "problems": "\n".join(problems), "index": np.int64(index)}
     raise UserError(f"{problems[0]} (and so are the {MOST_TRIES - 1} that follow it)")
 

@@ -62,6 +62,8 @@ def encode_data(config: ConfigDict, out: epath.PathLike, shard_size: int = cache
         )
     if config.data.cached_latents:
         raise UserError("data: `data encode` reads pictures: give their data.path, and data.cached_latents=False")
+    if config.data.mix:
+        raise UserError("data: `data encode` makes the latents of one data set; leave out data.mix, give data.path")
     if config.data.random_crop:
         raise UserError("data: `data encode` makes latents of central crops; leave out data.random_crop")
     of_training = open_data(config.data)

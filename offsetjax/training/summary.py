@@ -64,7 +64,8 @@ def _of_stage(
     sizes = len(config.data.buckets) or config.data.bucket_count
     of_sizes = f", {sizes} sizes" if config.data.buckets else f", at most {sizes} sizes of its area" if sizes else ""
     about = f"{config.data.resolution} px{of_sizes}"
-    yield f"data: {num_examples:,} {kind} of {config.data.path} ({config.data.split}), {about}"
+    where = f"{config.data.path} ({config.data.split})" if config.data.path else f"a mix of {len(config.data.mix)}"
+    yield f"data: {num_examples:,} {kind} of {where}, {about}"
     an_epoch = buckets.batches_an_epoch if buckets else num_examples / train.global_batch_size
     parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
     yield f"steps: {steps:,} of {train.global_batch_size} examples{parts}, {steps / an_epoch:.3g} epochs"

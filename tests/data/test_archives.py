@@ -369,7 +369,7 @@ def test_img2datasets_folder_is_its_tars(tmp_path: pathlib.Path) -> None:
     assert len(numbers.splits["train"]) == 4
 
 
-def test_a_stranger_s_format_is_one_file(tmp_path: pathlib.Path) -> None:
+def test_a_stranger_s_format_is_one_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Lines(list[Named]):
         def part(self, first: int, last: int) -> "Lines":
             return Lines(self[first:last])
@@ -382,6 +382,7 @@ def test_a_stranger_s_format_is_one_file(tmp_path: pathlib.Path) -> None:
         made = (Item(f"{name}:{row}", drawn(1)["000000.png"][0], [row]) for row in rows)
         return Archive(Lines(Named(item.name, lambda item=item: item) for item in made))
 
+    monkeypatch.setattr(READERS, "_registered", {})
     READERS.register(".rows", Reader(opened, frozenset()))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.rows").write_text("A\nB")

@@ -50,6 +50,29 @@ DATA = Section(
         ),
         Field("split", str, "train", ANY, "of the data set, such as train[:95%]"),
         Field(
+            "mix",
+            Texts,
+            (),
+            ANY,
+            "several data sets in the place of data.path: each text is one, such as data.path=a data.weight=2 "
+            "captions.trigger=sks; what it does not say is as the config has it",
+        ),
+        Field(
+            "weight",
+            float,
+            0.0,
+            at_least(0.0),
+            "in a text of data.mix: the data set's share of the examples, over the sum of all; 0: by data.repeats",
+        ),
+        Field(
+            "repeats",
+            int,
+            1,
+            count(1, 10_000),
+            "in a text of data.mix: how often each picture comes in an epoch",
+            elsewhere={"num_repeats": "kohya", "repeats": "SimpleTuner"},
+        ),
+        Field(
             "resolution",
             int,
             512,
