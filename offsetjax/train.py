@@ -18,7 +18,7 @@ from orbax.checkpoint import CheckpointManager
 
 from offsetjax.config import Origin
 from offsetjax.data.buckets import Size
-from offsetjax.data.devices import on_devices
+from offsetjax.data.devices import in_steps, on_devices
 from offsetjax.data.stream import Stream, check_replaced
 from offsetjax.errors import Status, UserError
 from offsetjax.files import written_to
@@ -36,6 +36,7 @@ from offsetjax.training.goodput import Goodput, in_words
 from offsetjax.training.guard import Guard
 from offsetjax.training.instruments import Instruments, compilation_cache, ideal_of_sizes
 from offsetjax.training.metrics import Metrics, StepClock, open_metrics
+from offsetjax.training.mixed import PART_LOSSES
 from offsetjax.training.placed import jit_train_step
 from offsetjax.training.programs import SizeLosses
 from offsetjax.training.rollback import RollBack
@@ -172,21 +173,22 @@ def _loop(
     start, end = int(state.step), run.steps.stop
     about = {"stage": ready.open.stage.number} if ready.open.stage.count > 1 else {}
 
-    def size_of(step: int) -> Size:
-        return stream.size_of(rolled_back.batch_of(step))
+    def sizes_of(step: int) -> tuple[Size, ...]:
+        return stream.sizes_of(rolled_back.batch_of(step))
 
     def count_of(step: int) -> int:
-        return stream.batch_sizes[size_of(step)]
+        return sum(stream.batch_sizes[size] for size in sizes_of(step))
 
     def ideal_of(step: int) -> float:
-        return ideal[size_of(step)] if ideal else 0.0
+        return sum(ideal[size] for size in sizes_of(step)) if ideal else 0.0
 
     flops_of = partial(model_flops, run.config, run.pipeline)
     ideal = ideal_of_sizes(flops_of, run.mesh.devices.ravel(), stream.batch_sizes)
     clock = StepClock(start, count_of, goodput, ideal_of)
-    size_losses = SizeLosses(size_of) if len(stream.sizes) > 1 else None
+    size_losses = SizeLosses(sizes_of) if len(stream.sizes) > 1 else None
     host_batches = rolled_back.batches(stream, start)
-    batches = on_devices(host_batches, NamedSharding(run.mesh, sharding.BATCH), stream.whole_size)
+    split = NamedSharding(run.mesh, sharding.BATCH)
+    batches = in_steps(on_devices(host_batches, split, stream.whole_size, 2 * stream.parts), stream.parts)
     guard = Guard(
         *(stream, rolled_back),
         step=start,
@@ -212,7 +214,7 @@ def _loop(
                 state, step_metrics = ready.train_step(state, frozen, batch)
             instruments.after(step, state)
             if size_losses:
-                size_losses.add(step, step_metrics["loss"])
+                size_losses.add(step, *step_metrics.get(PART_LOSSES, (step_metrics["loss"],)))
             if last:  # one step ahead of the devices, no more: a stall shows, and to stop is quick
                 with clock.waiting():
                     guard.look(step - 1, last)
@@ -268,7 +270,7 @@ def _write(
     values: Any,
 ) -> UserError | None:
     """Logs a step; gives why the run has to end with it, where too many records could not be read."""
-    values = {name: value.item() for name, value in jax.device_get(values).items()}
+    values = {name: value.item() for name, value in jax.device_get(values).items() if name != PART_LOSSES}
     by_size = size_losses.means(step) if size_losses else {}
     metrics.scalars(step, {**values, **about, **by_size, **clock.lap(step)})
     try:

@@ -90,6 +90,12 @@ def _sizes(values: Values) -> Wrongs:
     ):
         what = "data.bucket_count" if path == "data.bucket_step" else "data.buckets or data.bucket_count"
         yield values[path] != defaults[path] and not needed, f"{path} cannot apply without {what}"
+    mixed, several = values["data.mixed_sizes"], given or count
+    yield mixed and not several, "data.mixed_sizes cannot apply without data.buckets or data.bucket_count"
+    yield (
+        mixed and several and values["train.accumulate_steps"] == 1,
+        "data.mixed_sizes cannot apply with train.accumulate_steps = 1, for a part has one size; set it to 2 or more",
+    )
     yield (
         values["data.random_crop"] and values["data.cached_latents"],
         "data.random_crop cannot apply with data.cached_latents, which are of central crops; leave it out",

@@ -39,6 +39,7 @@ CHANGING = (
     "data.max_aspect",
     "data.max_enlargement",
     "data.equal_tokens",
+    "data.mixed_sizes",
     "optimizer.learning_rate",
     "optimizer.text_encoder_learning_rate",
     "optimizer.warmup_steps",

@@ -1,6 +1,7 @@
 """Host batches to global arrays on the devices, ahead of their use."""
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,3 +46,11 @@ def on_devices(
         if len(queue) > ahead:
             yield queue.popleft()
     yield from queue
+
+
+def in_steps(batches: Iterator[dict[str, jax.Array]], parts: int) -> Iterator[Any]:
+    """What a step takes: a batch, or, where batches have parts of different sizes, a tuple of these."""
+    if parts == 1:
+        yield from batches
+    while taken := tuple(itertools.islice(batches, parts)):
+        yield taken

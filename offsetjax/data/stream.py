@@ -46,6 +46,7 @@ _CONFIG_NAMES = {
     "sizes": "data.buckets",
     "batch_sizes": "data.equal_tokens",
     "shift": "train.stages",
+    "parts": "data.mixed_sizes",
 }
 
 # A caption's ids by text encoder, how many tokens it had before it was cut, and how many are read.
@@ -70,6 +71,7 @@ class Stream:
     random_crop: bool = False
     shift: int = 0  # batch number n is that of number n + shift in the order of these pictures, see `going_on_after`
     captions: CaptionRules = AS_THEY_ARE
+    parts: int = 1  # of a batch, each of one size: with several, these are what is read one after the other
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -81,7 +83,7 @@ class Stream:
 
     @property
     def batch_sizes(self) -> dict[Size, int]:
-        """How many examples a batch of each size has, over all processes."""
+        """How many examples a batch of each size, or a part of one, has, over all processes."""
         if not self.buckets:
             return {square(self.resolution): self.global_batch_size}
         pairs = zip(self.buckets.sizes, self.buckets.plan.batch_sizes, strict=True)
@@ -93,7 +95,7 @@ class Stream:
 
     def examples_before(self, number: int) -> int:
         """How many examples the batches before that one have."""
-        plan, number = self.buckets.plan if self.buckets else None, number + self.shift
+        plan, number = self.buckets.plan if self.buckets else None, self._parts(number).start
         return plan.examples_before(number) if isinstance(plan, BatchPlan) else number * self.global_batch_size
 
     def going_on_after(self, examples: int, number: int) -> "Stream":
@@ -111,14 +113,19 @@ class Stream:
             low, high = (low, middle) if whole.examples_before(middle) >= examples else (middle, high)
         return replace(self, shift=high - number)
 
-    def size_of(self, number: int) -> Size:
-        """The size of a batch."""
+    def sizes_of(self, number: int) -> tuple[Size, ...]:
+        """The sizes of the parts of a batch: one, where it has no parts."""
         if not self.buckets:
-            return square(self.resolution)
-        return self.buckets.sizes[self.buckets.plan.size_of(number + self.shift)]
+            return (square(self.resolution),)
+        return tuple(self.buckets.sizes[self.buckets.plan.size_of(part)] for part in self._parts(number))
+
+    def _parts(self, number: int) -> range:
+        """The numbers, in the order of these pictures, of the parts of a batch."""
+        first = (number + self.shift) * self.parts
+        return range(first, first + self.parts)
 
     def iterator(self, start_batch: int = 0) -> Generator[dict[str, Any], None, None]:
-        """The batches of this process from number `start_batch` on; close it when done.
+        """The batches of this process, or their parts, from number `start_batch` on; close it when done.
 
         Yields:
             the fields of the source's records (`offsetjax.data.source.Record.view`): `pixels` uint8
@@ -131,7 +138,7 @@ class Stream:
             UserError: a record that cannot be decoded, where none may be left out, or 64 of them in a row; or a
                 caption that is refused for its length.
         """
-        iterator = iter(_batches(self, start_batch + self.shift))
+        iterator = iter(_batches(self, self._parts(start_batch).start))
         try:
             yield from iterator
         except (UserError, TransientError, StorageError) as error:  # of one line, to which Grain adds its own
@@ -144,10 +151,9 @@ class Stream:
 
         One that cannot be read is replaced in training, see `data.max_bad_fraction`, and is listed here all the same.
         """
-        number += self.shift
-        if self.buckets:
-            return self.buckets.plan.batch(number).examples.tolist()
-        order, first = _order(self), number * self.global_batch_size
+        if plan := self.buckets.plan if self.buckets else None:
+            return [int(example) for part in self._parts(number) for example in plan.batch(part).examples]
+        order, first = _order(self), self._parts(number).start * self.global_batch_size
         return [order[first + row][0] for row in range(self.global_batch_size)]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -161,6 +167,7 @@ class Stream:
             **(self.buckets.fingerprint() if self.buckets else {}),
             **({"random_crop": True} if self.random_crop else {}),
             **({"shift": self.shift} if self.shift else {}),
+            **({"parts": self.parts} if self.parts > 1 else {}),
         }
 
 

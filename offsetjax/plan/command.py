@@ -66,13 +66,21 @@ def plan(
         of_stages = []
         for (stage, each), of_sizes in zip(stages, shares, strict=True):
             with stage.named():
-                of_stages.append(_plan(Request(each, topology, num_slices, is_full, folder), *of_sizes, searches))
+                request = Request(_of_one_size(each), topology, num_slices, is_full, folder)
+                of_stages.append(_plan(request, *of_sizes, searches))
         plans.append(whole(of_stages, [stage for stage, _ in stages]))
     if out:
         write_whole(out, json.dumps(plans, indent=2) + "\n")
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(show(plans))
     return plans
+
+
+def _of_one_size(config: ConfigDict) -> ConfigDict:
+    """The config of steps whose parts have one size: a step of several is planned as the mean of these."""
+    config = config.copy_and_resolve_references()
+    config.data.mixed_sizes = False
+    return config
 
 
 def _plan(request: Request, shares: Sequence[Share], assumption: str, searches: bool) -> Plan:

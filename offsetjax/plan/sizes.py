@@ -16,7 +16,7 @@ from offsetjax.errors import UserError
 from offsetjax.models.resolve import resolution_unit
 from offsetjax.plan.estimate import Plan
 from offsetjax.plan.program import architecture
-from offsetjax.training.streams import open_buckets
+from offsetjax.training.streams import open_buckets, parts_of_sizes
 
 _MEANS = ("step_seconds", "hours", "chip_hours")
 
@@ -39,6 +39,8 @@ def shares_of(config: ConfigDict) -> tuple[list[Share], str]:
     if not (data.buckets or data.bucket_count):
         return [], ""
     config = architecture(config)
+    parts = parts_of_sizes(config)
+    mixed = "; a step whose parts differ in size takes the mean of steps of one size each" * (parts > 1)
     try:
         source = open_data(data)
     except (UserError, OSError) as error:
@@ -49,18 +51,18 @@ def shares_of(config: ConfigDict) -> tuple[list[Share], str]:
             ) from error
         sizes = [parse_size(text) for text in data.buckets]
         check_sizes(sizes, resolution_unit(config))
-        train = config.train.global_batch_size
-        counts = [batch_size_of(size, train, data.resolution, data.equal_tokens) for size in sizes]
+        train = config.train.global_batch_size // parts
+        counts = [batch_size_of(size, train, data.resolution, data.equal_tokens) * parts for size in sizes]
         each = 1 / len(sizes)
         found = [Share(size, count, each) for size, count in zip(sizes, counts, strict=True)]
-        return found, "each size has as many steps, for data.path is not there to count its pictures"
+        return found, f"each size has as many steps, for data.path is not there to count its pictures{mixed}"
     buckets = open_buckets(config, source)
     assert buckets
-    return _of_buckets(buckets), "the share of each size is that of its pictures"
+    return _of_buckets(buckets, parts), f"the share of each size is that of its pictures{mixed}"
 
 
-def _of_buckets(buckets: Buckets) -> list[Share]:
-    counts = np.array(buckets.plan.batch_sizes)
+def _of_buckets(buckets: Buckets, parts: int) -> list[Share]:
+    counts = np.array(buckets.plan.batch_sizes) * parts
     steps = buckets.assignment.counts / counts
     pairs = zip(buckets.sizes, counts.tolist(), (steps / steps.sum()).tolist(), strict=True)
     return [Share(size, count, share) for size, count, share in pairs if share]

@@ -38,7 +38,7 @@ from offsetjax.prepare.mode_snr import mode_snr_figure
 from offsetjax.prepare.modes import Modes, measure, measure_sizes
 from offsetjax.prepare.reach import Drawn, octaves, reach_advice, reach_figure, reach_table
 from offsetjax.sampling.reach import drawing
-from offsetjax.training.streams import batching_of, in_parts, limits_of, open_buckets
+from offsetjax.training.streams import batching_of, in_parts, limits_of, open_buckets, parts_of_a_size
 
 _log = logging.getLogger("offsetjax")
 
@@ -82,7 +82,7 @@ def calibrate(config: ConfigDict, out: epath.PathLike, target: float = 0.1) -> C
     modes = measure(batching, pipeline, params, source, mesh)
     buckets, of_sizes = open_buckets(config, source), {}
     if buckets:
-        batch_sizes = in_parts(buckets, config.train.accumulate_steps)
+        batch_sizes = in_parts(buckets, parts_of_a_size(config))
         of_sizes = measure_sizes(batching, pipeline, params, source, mesh, batch_sizes, limits_of(config.data))
     if not (np.isfinite(modes.mean).all() and np.isfinite(modes.variance).all()):
         raise UserError("calibrate: the autoencoder's latents are not finite; check model.pretrained")

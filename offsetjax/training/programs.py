@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
 from offsetjax.data.buckets import Size
 from offsetjax.training.objective import Batch
-from offsetjax.training.step import Metrics, TrainState, TrainStep
 
 _log = logging.getLogger("offsetjax")
 _FOUND = "/jax/compilation_cache/cache_hits"
@@ -23,23 +21,28 @@ _FOUND = "/jax/compilation_cache/cache_hits"
 
 @dataclass(frozen=True)
 class Program:
-    """What is to be compiled: a train step of batches of one size.
+    """What is to be compiled: a train step of batches of one size, or a part of it.
 
     Attributes:
-        name: what the step is for, in the log.
-        train_step: jitted.
-        batch: an abstract one.
+        name: in the log, such as `the step for 1152x896`.
+        function: jitted.
+        arguments: that it is compiled for, which may be abstract.
+        place: of the batch among them; None: there is none.
     """
 
     name: str
-    train_step: Any
-    batch: Batch
+    function: Any
+    arguments: tuple[Any, ...]
+    place: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pictures of its batch."""
+        return () if self.place is None else _shape(self.arguments[self.place])
 
 
 def compiled_ahead(
     programs: Sequence[Program],
-    state: TrainState,
-    frozen: PyTree,
     at_once: int,
     progressed: Callable[[], None] = lambda: None,
 ) -> list[Any]:
@@ -56,8 +59,8 @@ def compiled_ahead(
     futures: dict[Future[tuple[Any, float, bool]], int] = {}
     with _Hits() as hits, ThreadPoolExecutor(min(at_once, os.cpu_count() or 1)) as pool:
         try:
-            for place, each in sorted(enumerate(programs), key=lambda item: -_elements(item[1].batch)):
-                lowered = each.train_step.lower(state, frozen, each.batch)
+            for place, each in sorted(enumerate(programs), key=lambda item: -math.prod(item[1].shape or (0,))):
+                lowered = each.function.lower(*each.arguments)
                 futures[pool.submit(_compile, lowered, hits)] = place
                 progressed()
             for number, future in enumerate(as_completed(futures), start=1):
@@ -65,23 +68,26 @@ def compiled_ahead(
                 found[place], seconds, is_cached = future.result()
                 how = "read from the compilation cache" if is_cached else "compiled"
                 name = programs[place].name
-                _log.info("the step for %s was %s in %.1f s (%d of %d)", name, how, seconds, number, len(futures))
+                _log.info("%s was %s in %.1f s (%d of %d)", name, how, seconds, number, len(futures))
                 progressed()
         except BaseException:  # a signal, or a program that does not fit: what was not begun is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    _log.info("the steps for all %d sizes are there after %.1f s", len(found), time.monotonic() - began)
+    num_sizes = sum(each.place is not None for each in programs)
+    _log.info("the steps for all %d sizes are there after %.1f s", num_sizes, time.monotonic() - began)
     return [found[place] for place in range(len(programs))]
 
 
-def by_size(train_step: Any, compiled: Iterable[tuple[Batch, Any]]) -> TrainStep:
-    """The step that takes for batches such as these what was compiled for them, and else itself."""
-    programs = {_shape(batch): program for batch, program in compiled}
+def by_size(function: Any, compiled: Iterable[tuple[Program, Any]]) -> Callable[..., Any]:
+    """The function that takes for batches of these programs' sizes what was compiled for them, and else itself."""
+    found = {program.shape: (program.place, each) for program, each in compiled}
+    (place,) = {place for place, _ in found.values() if place is not None}
 
-    def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        return programs.get(_shape(batch), train_step)(state, frozen, batch)
+    def dispatched(*arguments: Any) -> Any:
+        shape = _shape(arguments[place])
+        return (found[shape][1] if shape in found else function)(*arguments)
 
-    return step
+    return dispatched
 
 
 def _compile(lowered: Any, hits: "_Hits") -> tuple[Any, float, bool]:
@@ -93,10 +99,6 @@ def _compile(lowered: Any, hits: "_Hits") -> tuple[Any, float, bool]:
 def _shape(batch: Batch) -> tuple[int, ...]:
     """By which batches of different sizes differ."""
     return tuple(batch["moments" if "moments" in batch else "pixels"].shape)
-
-
-def _elements(batch: Batch) -> int:
-    return math.prod(_shape(batch))
 
 
 class _Hits:
@@ -124,19 +126,19 @@ class _Hits:
 class SizeLosses:
     """The mean loss over the steps since the last line, of all sizes and of each.
 
-    A step's loss alone is that of one size. Values stay on the devices until a line is written.
+    A step's loss alone is that of one size, or of its parts. Values stay on the devices until a line is written.
 
     Args:
-        size_of: the size of a step's batch.
+        sizes_of: those of the parts of a step's batch; one where it has no parts of different sizes.
     """
 
-    def __init__(self, size_of: Callable[[int], Size]):
-        self._size_of = size_of
+    def __init__(self, sizes_of: Callable[[int], Sequence[Size]]):
+        self._sizes_of = sizes_of
         self._kept: list[tuple[int, Size, Any]] = []
 
-    def add(self, step: int, loss: jax.Array) -> None:
-        """To be called after each step."""
-        self._kept.append((step, self._size_of(step), loss))
+    def add(self, step: int, *losses: jax.Array) -> None:
+        """To be called after each step, with the losses of its parts."""
+        self._kept += [(step, size, loss) for size, loss in zip(self._sizes_of(step), losses, strict=True)]
 
     def means(self, step: int) -> dict[str, float]:
         """`loss_of_sizes` and `loss_1152x896`, …, over the steps up to this one; those that were skipped count not."""

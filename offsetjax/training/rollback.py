@@ -40,10 +40,10 @@ class RollBack:
         return step - 1 + (self.left_out if step > self.to else 0)
 
     def batches(self, stream: Stream, start: int) -> Generator[dict[str, Any], None, None]:
-        """The batches of the steps after `start`; to be closed, as those of the stream."""
+        """The batches of the steps after `start`, or their parts; to be closed, as those of the stream."""
         if start < self.to:
             with contextlib.closing(stream.iterator(start)) as before:
-                yield from (next(before) for _ in range(start, self.to))
+                yield from (next(before) for _ in range((self.to - start) * stream.parts))
         with contextlib.closing(stream.iterator(max(start, self.to) + self.left_out)) as after:
             yield from after
 

@@ -3,19 +3,20 @@
 A run without stages is one of all steps. A stage goes on in the data where the one before has stopped.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offsetjax.config import Stage, stages_of
-from offsetjax.data.buckets import Size
 from offsetjax.data.source import Source
 from offsetjax.data.stream import Stream
 from offsetjax.training.abstract import abstract_batch
 from offsetjax.training.evaluators import Evaluator, open_evaluators
 from offsetjax.training.goodput import Goodput
+from offsetjax.training.mixed import programs_of, with_compiled
 from offsetjax.training.objective import Batch
-from offsetjax.training.programs import Program, by_size, compiled_ahead
+from offsetjax.training.programs import compiled_ahead
 from offsetjax.training.setup import Run
 from offsetjax.training.step import TrainState, TrainStep
 from offsetjax.training.streams import open_stream
@@ -96,19 +97,20 @@ def make_ready(
     if not at_once or sum(map(len, batches)) < 2:
         ready = zip(stages, steps, evaluators, batches, strict=True)
         return [ReadyStage(each, step, own, len(sizes)) for each, step, own, sizes in ready]
+    frozen = stages[0].run.step_frozen
     programs = [
-        Program(f"{size}{f' of stage {each.stage.number}' * (each.stage.count > 1)}", step, batch)
+        programs_of(step, state, frozen, sizes, f" of stage {each.stage.number}" * (each.stage.count > 1))
         for each, step, sizes in zip(stages, steps, batches, strict=True)
-        for size, batch in sizes.items()
     ]
     with goodput.spent_on("compile"):
-        compiled = iter(compiled_ahead(programs, state, stages[0].run.step_frozen, at_once, progressed))
+        compiled = iter(compiled_ahead(list(itertools.chain(*programs)), at_once, progressed))
     return [
-        ReadyStage(each, by_size(step, [(batch, next(compiled)) for batch in sizes.values()]), own, 0)
-        for each, step, own, sizes in zip(stages, steps, evaluators, batches, strict=True)
+        ReadyStage(each, with_compiled(step, [(program, next(compiled)) for program in of_stage]), own, 0)
+        for each, step, own, of_stage in zip(stages, steps, evaluators, programs, strict=True)
     ]
 
 
-def _abstract_batches(opened: OpenStage) -> dict[Size, Batch]:
+def _abstract_batches(opened: OpenStage) -> dict[str, Batch]:
     pipeline, is_cached = opened.run.pipeline, opened.run.config.data.cached_latents
-    return {size: abstract_batch(pipeline, size, count, is_cached) for size, count in opened.stream.batch_sizes.items()}
+    sizes = opened.stream.batch_sizes.items()
+    return {str(size): abstract_batch(pipeline, size, count, is_cached) for size, count in sizes}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -19,7 +19,8 @@ from offsetjax.training.optimizer import Optimizer, make_optimizer
 from offsetjax.training.spikes import followed, no_spikes, spike_ratio
 
 Metrics = Mapping[str, Float[Array, ""]]
-TrainStep = Callable[["TrainState", PyTree, Batch], tuple["TrainState", Metrics]]
+# (state, frozen, batch) → (state, metrics); a batch whose parts differ in size is a sequence of them (`mixed.py`).
+TrainStep = Callable[["TrainState", PyTree, Any], tuple["TrainState", Metrics]]
 
 
 @flax.struct.dataclass
@@ -108,6 +109,33 @@ def make_train_step(
         saves_memory: the update is computed to be looked at, and once more to be written. Accelerators' compilers would
             else hold the state before and after it at once; that for CPUs holds little of it, and compiles faster so.
     """
+    apply = make_apply(update, is_finite, saves_memory)
+
+    def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = add_position(batch, len(batch["is_truncated"]))
+        loss, gradients = gradient(state.params, frozen, batch, state.step)
+        counts = Counts(*(batch[name].sum(dtype=jnp.uint32) for name in ("is_truncated", "is_replaced")))
+        # An autoencoder's training reads no captions.
+        return apply(state, loss, gradients, counts, bool(batch.get("input_ids")))
+
+    return train_step
+
+
+class Counts(NamedTuple):
+    """Of a batch: captions that were cut, and records that could not be read, uint32; or where these numbers lie."""
+
+    truncated: Any
+    replaced: Any
+
+
+def make_apply(
+    update: Update, is_finite: Callable[[PyTree], Bool[Array, ""]] = all_finite, saves_memory: bool = False
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """What follows a gradient: (state, loss, gradients, counts, reads_captions) → (state, metrics).
+
+    Args:
+        update, is_finite, saves_memory: as for `make_train_step`.
+    """
     optimizer, rate = update.optimizer
     max_spike = update.max_spike
 
@@ -116,9 +144,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return params, opt_state, _average(state, params, update.ema_decay)
 
-    def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = add_position(batch, len(batch["is_truncated"]))
-        loss, gradients = gradient(state.params, frozen, batch, state.step)
+    def apply(
+        state: TrainState, loss: Float[Array, ""], gradients: PyTree, counts: Counts, reads_captions: bool
+    ) -> tuple[TrainState, Metrics]:
         grad_norm = optax.tree.norm(gradients)
         is_taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {"loss": loss, "grad_norm": grad_norm}
@@ -139,15 +167,14 @@ def make_train_step(
             spikes = followed(spikes, loss, grad_norm, is_taken)
 
         skipped = state.skipped + (~is_taken).astype(jnp.int32)
-        truncated = state.truncated + batch["is_truncated"].sum(dtype=jnp.uint32)
-        replaced = state.replaced + batch["is_replaced"].sum(dtype=jnp.uint32)
+        truncated, replaced = state.truncated + counts.truncated, state.replaced + counts.replaced
         applied = rate(state.step - state.skipped)  # a skipped step does not count in the schedule
         metrics |= {"learning_rate": applied, "skipped": skipped, "records_replaced": replaced}
-        if batch.get("input_ids"):  # an autoencoder's training reads no captions
+        if reads_captions:
             metrics["captions_truncated"] = truncated
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped, truncated, replaced, spikes), metrics
 
-    return train_step
+    return apply
 
 
 def accumulate(

@@ -93,7 +93,8 @@ def open_stream(config: ConfigDict, pipeline: Pipeline, source: Any, mesh: Mesh 
     for line in buckets.notes if buckets else ():
         _log.warning("%s", line)
     check_batches(config, source, mesh, buckets)
-    return stream_of(batching_of(config), pipeline, source, mesh, buckets)
+    stream = stream_of(batching_of(config), pipeline, source, mesh, buckets)
+    return replace(stream, parts=parts_of_sizes(config))
 
 
 def stream_of(
@@ -142,11 +143,21 @@ def open_buckets(config: ConfigDict, source: Any) -> Buckets | None:
         step=data.bucket_step,
         unit=resolution_unit(config),
         limits=limits_of(data),
-        batch_size=config.train.global_batch_size,
+        batch_size=config.train.global_batch_size // parts_of_sizes(config),
         seed=config.seed,
         max_bad_fraction=data.max_bad_fraction,
         equal_tokens=data.equal_tokens,
     )
+
+
+def parts_of_sizes(config: ConfigDict) -> int:
+    """How many parts of a batch may each have another size: 1 where all of a batch have one."""
+    return config.train.accumulate_steps if config.data.mixed_sizes else 1
+
+
+def parts_of_a_size(config: ConfigDict) -> int:
+    """In how many parts is computed what the data give of one size."""
+    return config.train.accumulate_steps // parts_of_sizes(config)
 
 
 def held_out_buckets(config: ConfigDict, source: Any, held_out: Any) -> Buckets | None:
@@ -159,7 +170,7 @@ def held_out_buckets(config: ConfigDict, source: Any, held_out: Any) -> Buckets 
     """
     if not (trained := open_buckets(config, source)):
         return None
-    sizes = in_parts(trained, config.train.accumulate_steps)
+    sizes = in_parts(trained, parts_of_a_size(config))
     return once_each(held_out, sizes, limits_of(config.data), config.validation.num_examples)[0]
 
 
@@ -177,11 +188,12 @@ def check_batches(config: ConfigDict, source: Any, mesh: Mesh | None, buckets: B
         check_crops(source)
     if mesh is None or buckets is None or not config.data.equal_tokens:
         return
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate_steps
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * parts_of_a_size(config)
     if any(size % parts for size in buckets.plan.batch_sizes):
+        among = "mesh.data x mesh.fsdp" + " x train.accumulate_steps" * (not config.data.mixed_sizes)
         raise UserError(
-            f"config: data.equal_tokens = {config.data.equal_tokens} must be a multiple of mesh.data x mesh.fsdp x "
-            f"train.accumulate_steps = {parts}, among which each batch is divided"
+            f"config: data.equal_tokens = {config.data.equal_tokens} must be a multiple of {among} = {parts}, among "
+            "which each batch is divided"
         )
 
 

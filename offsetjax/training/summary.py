@@ -18,6 +18,7 @@ from offsetjax.models.pipeline import Pipeline
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_params, abstract_trained
 from offsetjax.training.step import Update, init_state, make_update
+from offsetjax.training.streams import parts_of_sizes
 
 GIB = 2**30
 
@@ -66,8 +67,11 @@ def _of_stage(
     about = f"{config.data.resolution} px{of_sizes}"
     where = f"{config.data.path} ({config.data.split})" if config.data.path else f"a mix of {len(config.data.mix)}"
     yield f"data: {num_examples:,} {kind} of {where}, {about}"
-    an_epoch = buckets.batches_an_epoch if buckets else num_examples / train.global_batch_size
-    parts = f" in {train.accumulate_steps} parts" if train.accumulate_steps > 1 else ""
+    an_epoch = num_examples / train.global_batch_size
+    if buckets:
+        an_epoch = buckets.batches_an_epoch / parts_of_sizes(config)
+    of_sizes = ", each of a size," * config.data.mixed_sizes
+    parts = f" in {train.accumulate_steps} parts{of_sizes}" if train.accumulate_steps > 1 else ""
     yield f"steps: {steps:,} of {train.global_batch_size} examples{parts}, {steps / an_epoch:.3g} epochs"
     if task_of(config).denoises:
         _, *size = pipeline.latent_shape(config.data.resolution)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from offsetjax.config import validate
 from offsetjax.data.buckets import Limits, Size
 from offsetjax.data.record import Picture
 from offsetjax.data.shards import SIZES_FILE
@@ -330,3 +331,49 @@ def test_a_training_of_several_sizes_resumes_bit_for_bit(
     assert {name for line in lines for name in line if name.startswith("loss_")} == {
         *("loss_16x16", "loss_24x16", "loss_of_sizes")
     }
+
+
+@pytest.mark.parametrize("equal_tokens", [0, 2])
+def test_the_parts_of_a_batch_may_have_sizes_of_their_own(source: Source, equal_tokens: int) -> None:
+    """Part j of k of batch n is number k n + j of the plan, so that each example is seen once an epoch all the same."""
+    buckets = buckets_of(source, batch_size=2, equal_tokens=equal_tokens)
+    stream = make_stream(
+        source,
+        seed=3,
+        global_batch_size=6,
+        resolution=16,
+        random_flip=True,
+        buckets=buckets,
+        tokenize=lambda caption: ({"text": np.array([int(caption)])}, 1, 1),
+    )
+    mixed = dataclasses.replace(stream, parts=3)
+    for number in range(9):
+        parts = range(3 * number, 3 * number + 3)
+        assert mixed.sizes_of(number) == tuple(buckets.sizes[buckets.plan.size_of(part)] for part in parts)
+        assert mixed.examples_of(number) == [each for part in parts for each in stream.examples_of(part)]
+        assert mixed.examples_before(number) == stream.examples_before(3 * number)
+        counts = [mixed.batch_sizes[size] for size in mixed.sizes_of(number)]
+        assert sum(counts) == len(mixed.examples_of(number))
+    assert any(len(set(mixed.sizes_of(number))) > 1 for number in range(9))
+    with contextlib.closing(mixed.iterator(4)) as batches:  # as a run resumes at step 4
+        read = [next(batches) for _ in range(3)]
+    assert [each for part in read for each in part["index"].tolist()] == mixed.examples_of(4)
+    assert [part["pixels"].shape[2:0:-1] for part in read] == list(mixed.sizes_of(4))
+    epochs = 4
+    seen = Counter(each for part in range(buckets.plan.batches_before(epochs)) for each in stream.examples_of(part))
+    assert set(seen.values()) <= {epochs - 1, epochs} and len(seen) == buckets.assignment.counts.sum()
+    assert mixed.fingerprint() == {**stream.fingerprint(), "parts": 3}
+    on = mixed.going_on_after(mixed.examples_before(5) - 1, number=2)
+    assert on.shift == 3 and on.examples_of(2) == mixed.examples_of(5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__accumulate_steps": 2}, "data.mixed_sizes cannot apply without data.buckets"),
+        ({"data__bucket_count": 3}, "data.mixed_sizes cannot apply with train.accumulate_steps = 1"),
+    ],
+)
+def test_parts_of_different_sizes_need_parts_and_sizes(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        validate(tiny.tiny_config("", data__mixed_sizes=True, **changes))

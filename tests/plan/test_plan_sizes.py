@@ -77,6 +77,18 @@ def test_the_steps_of_a_size_are_those_that_its_pictures_make(tmp_path_factory: 
     assert shares_of(tiny_config(data)) == ([], "")
 
 
+def test_steps_of_parts_of_different_sizes_are_planned_by_their_mean(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    data = pictures_of_shapes(tmp_path_factory.getbasetemp())
+    mixed: dict[str, Any] = {**SEVERAL, "data__mixed_sizes": True, "train__accumulate_steps": 2}
+    found, assumed = shares_of(tiny_config(data, **mixed, train__global_batch_size=4))
+    assert [(str(each.size), each.batch) for each in found] == [("16x24", 4), ("16x16", 4), ("24x16", 4)]
+    assert [each.share for each in found] == pytest.approx([5 / 30, 10 / 30, 15 / 30]) and "differ in size" in assumed
+    found, assumed = shares_of(tiny_config("", **mixed, data__equal_tokens=2))
+    assert [each.batch for each in found] == [8, 4, 4] and "differ in size" in assumed
+
+
 def test_without_data_sizes_that_are_given_are_planned_alike() -> None:
     found, assumed = shares_of(tiny_config("", data__buckets=("16x16", "8x8"), data__equal_tokens=2))
     assert [(str(each.size), each.batch, each.share) for each in found] == [("16x16", 8, 0.5), ("8x8", 32, 0.5)]

@@ -29,9 +29,11 @@ def test_each_size_is_compiled_once_and_before_it_comes(caplog: pytest.LogCaptur
 
     abstract = {size: batch(size, jax.ShapeDtypeStruct) for size in SIZES}
     with caplog.at_level(logging.INFO, "offsetjax"):
-        programs = [Program(str(size), train_step, each) for size, each in abstract.items()]
-        compiled = compiled_ahead(programs, jnp.zeros(()), jnp.ones(()), 2, lambda: progress.append(1))
-        step = by_size(train_step, zip(abstract.values(), compiled, strict=True))
+        given = jnp.zeros(()), jnp.ones(())
+        sizes = abstract.items()
+        programs = [Program(f"the step for {size}", train_step, (*given, each), place=2) for size, each in sizes]
+        compiled = compiled_ahead(programs, 2, lambda: progress.append(1))
+        step = by_size(train_step, zip(programs, compiled, strict=True))
     lines = [re.sub(r"\d+\.\d+ s", "T", record.message) for record in caplog.records]
     assert sorted(line.split(" (")[0] for line in lines[:3]) == sorted(
         f"the step for {s} was compiled in T" for s in SIZES
@@ -53,15 +55,23 @@ def test_a_program_that_fails_ends_the_others() -> None:
             raise ValueError("does not fit")
         return state, {}
 
-    programs = [Program(str(size), jax.jit(train_step), batch(size, jax.ShapeDtypeStruct)) for size in SIZES]
+    step, given = jax.jit(train_step), (jnp.zeros(()), jnp.ones(()))
+    programs = [Program(str(size), step, (*given, batch(size, jax.ShapeDtypeStruct)), place=2) for size in SIZES]
     with pytest.raises(ValueError, match="does not fit"):
-        compiled_ahead(programs, jnp.zeros(()), jnp.ones(()), 2)
+        compiled_ahead(programs, 2)
 
 
 def test_losses_are_means_since_the_last_line_of_all_sizes_and_of_each() -> None:
-    losses = SizeLosses(lambda step: SIZES[step % 2])
+    losses = SizeLosses(lambda step: (SIZES[step % 2],))
     for step, loss in enumerate((1.0, 2.0, 3.0, np.nan, 9.0)):
         losses.add(step, jnp.float32(loss))
     assert losses.means(3) == {"loss_of_sizes": 2.0, "loss_2x4": 2.0, "loss_4x2": 2.0}
     assert losses.means(4) == {"loss_of_sizes": 9.0, "loss_4x2": 9.0}
     assert losses.means(5) == {}
+
+
+def test_losses_of_parts_are_of_their_own_sizes() -> None:
+    losses = SizeLosses(lambda step: (SIZES[0], SIZES[step % 2]))
+    for step in range(2):
+        losses.add(step, jnp.float32(1.0), jnp.float32(5.0))
+    assert losses.means(1) == {"loss_of_sizes": 3.0, "loss_2x4": 5.0, "loss_4x2": pytest.approx(7 / 3)}

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,38 @@ def test_losses_are_the_same_on_any_number_of_processes_and_devices_and_resumed_
     for step, (processes, devices) in enumerate(((1, 1), (2, 1), (1, 4), (4, 1), (1, 2), (1, 1)), start=1):
         found = run(data, tmp_path / "resumed", step, processes, devices)
     np.testing.assert_allclose(found, whole, rtol=2e-5)
+
+
+MIXED: dict[str, Any] = {"data__mixed_sizes": True, "train__accumulate_steps": 2, "train__global_batch_size": 16}
+
+
+def _train_mixed(data: str, workdir: str, steps: int) -> list[dict[str, float]]:
+    return _train(data, workdir, steps, MIXED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_steps_of_parts_of_different_sizes_are_the_same_on_any_number_of_processes_and_resumed_at_any_step(
+    tmp_path: pathlib.Path,
+) -> None:
+    data = pictures_of_shapes(tmp_path)
+
+    def run_mixed(workdir: str, steps: int, processes: int, devices: int) -> list[dict[str, float]]:
+        calls = [(_train_mixed, str(data), str(tmp_path / workdir), steps)] * processes
+        return call_together(calls, devices, seconds=900)[0]
+
+    found = run_mixed("whole", STEPS, 1, 1)
+    whole = losses(found)
+    assert len(whole) == STEPS and np.isfinite(whole).all()
+    sizes = [{name for name in line if re.fullmatch(r"loss_\d+x\d+", name)} for line in found if "loss" in line]
+    assert any(len(each) == 2 for each in sizes)  # of one step, whose line it is
+    for processes, devices in ((1, 8), (2, 2), (4, 1)):
+        np.testing.assert_allclose(losses(run_mixed(f"{processes}", STEPS, processes, devices)), whole, rtol=2e-5)
+    for step, (processes, devices) in enumerate(((1, 1), (2, 1), (1, 4), (4, 1), (1, 2), (1, 1)), start=1):
+        found = run_mixed("resumed", step, processes, devices)
+    np.testing.assert_allclose(losses(found), whole, rtol=2e-5)
+    again = run_mixed("again", 3, 1, 1) and run_mixed("again", STEPS, 1, 1)
+    assert losses(again) == whole  # bit for bit, on the same devices
 
 
 @pytest.mark.slow

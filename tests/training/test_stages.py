@@ -87,7 +87,7 @@ def test_a_stage_of_several_sizes_goes_on_too(data: pathlib.Path) -> None:
     for shown in (0, 1, 3, 20, 100, 1000):
         stream = plain.going_on_after(shown, number=7)
         assert stream.examples_before(7) >= shown > stream.examples_before(7) - 3
-        assert stream.size_of(7) == plain.size_of(7 + stream.shift)
+        assert stream.sizes_of(7) == plain.sizes_of(7 + stream.shift)
         batches = stream.iterator(9)
         assert next(batches)["index"].tolist() == stream.examples_of(9) == plain.examples_of(9 + stream.shift)
         batches.close()

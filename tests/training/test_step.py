@@ -182,6 +182,26 @@ def test_a_step_in_parts_is_the_same_on_eight_devices() -> None:
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_step_of_parts_of_different_sizes_is_the_mean_over_all_examples() -> None:
+    """Parts of 8, 16 and 8 examples are the batch of 32: each has the draws of its place there."""
+    whole = Trainer(_config(), _mesh(2, 4))
+    mixed = Trainer(_config(data__mixed_sizes=True, train__accumulate_steps=3), _mesh(2, 4))
+    split = NamedSharding(mixed.mesh, sharding.BATCH)
+    for number in range(2):
+        batch, expected = _batch(number), whole.step(number)
+        batch["is_truncated"][[1, 30]] = True
+        parts = [jax.tree.map(lambda x, at=at: x[at], batch) for at in (slice(8), slice(8, 24), slice(24, 32))]
+        mixed.state, found = mixed.train_step(mixed.state, mixed.frozen, jax.device_put(parts, split))
+        losses = found.pop("part_losses")
+        assert {name: float(value) for name, value in found.items() if name != "captions_truncated"} == pytest.approx(
+            {name: value for name, value in expected.items() if name != "captions_truncated"}, rel=1e-5
+        )
+        assert float(found["loss"]) == pytest.approx(float(losses[0] + 2 * losses[1] + losses[2]) / 4, rel=1e-6)
+        assert float(found["captions_truncated"]) == 2 * (number + 1)
+    for one, other in zip(jax.tree.leaves(whole.state.params), jax.tree.leaves(mixed.state.params), strict=True):
+        np.testing.assert_allclose(other, one, rtol=2e-4, atol=1e-6)
+
+
 def _bytes(tree: PyTree) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 

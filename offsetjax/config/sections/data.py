@@ -130,6 +130,13 @@ DATA = Section(
             "examples",
         ),
         Field(
+            "mixed_sizes",
+            bool,
+            False,
+            ANY,
+            "each of the train.accumulate_steps parts of a batch may have another size; else all of a batch have one",
+        ),
+        Field(
             "random_flip",
             bool,
             True,
