@@ -30,6 +30,10 @@ def add_data(command: AddCommand) -> None:
     sub.add_argument("--images", required=True, help=_IMAGES)
     sub.add_argument("--out", required=True)
     sub.add_argument("--max_dropped", type=float, default=0.1, help="the share of broken pictures that is accepted")
+    sub.add_argument("--min_side", type=int, default=0, help="leave out pictures with a shorter side below; in pixels")
+    sub.add_argument("--max_aspect", type=float, default=0.0, help="leave out longer ones: longer over shorter side")
+    sub.add_argument("--drop_animated", action="store_true", help="leave out animations; else the first frame is taken")
+    sub.add_argument("--drop_duplicates", action="store_true", help="leave out what has the pixels of one before")
     sub.add_argument("--text_lines", choices=("whole", "first", "each"), default="whole", help=_TEXT_LINES)
     sub.add_argument("--no_repeats", action="store_true", help="folders called `10_a cat` are not kohya's")
     sub.add_argument("--label_template", default="", help=_LABEL_TEMPLATE)
@@ -80,12 +84,14 @@ def add_pictures(command: AddCommand) -> None:
 def _data_build(options: argparse.Namespace, rest: Sequence[str]) -> None:
     no_more(rest)
     from offsetjax.data.build import build
+    from offsetjax.data.cleaning import Cleaning
 
     build(
         options.images,
         options.out,
         options.max_dropped,
         workers=options.workers,
+        cleaning=Cleaning(options.min_side, options.max_aspect, options.drop_animated, options.drop_duplicates),
         lines=options.text_lines,
         repeats=not options.no_repeats,
         follow_links=options.follow_links,

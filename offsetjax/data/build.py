@@ -12,24 +12,22 @@ import multiprocessing
 import os
 import shutil
 import threading
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image
 
 from offsetjax import log
-from offsetjax.data.images import UnreadableImage, clean
-from offsetjax.data.items import Dropped, Items, Listing, Named, shown
+from offsetjax.data.cleaning import Cleaning, duplicates, is_chosen
+from offsetjax.data.items import Items, Listing, shown
 from offsetjax.data.places import list_pictures
-from offsetjax.data.shards import INFO, REPEATS_FILE, SIZES_FILE, shard_paths, write_info, write_shard
+from offsetjax.data.shards import INFO, REPEATS_FILE, SIZES_FILE, shard_paths, write_info
+from offsetjax.data.task import Result, Task, features
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
 from offsetjax.json_text import parse_object
@@ -38,23 +36,6 @@ from offsetjax.progress import tracked
 DROPPED_FILE = "dropped.json"
 SHARD_SIZE = 1024  # items
 _NAME, _VERSION, _DESCRIPTION = "pictures", "1.0.0", "build.json"
-Given = TypeVar("Given")
-Made = TypeVar("Made")
-_OPTIONS = "group_size:1"  # each record is found at once
-
-
-def features() -> tfds.features.FeaturesDict:
-    """What a record holds; `captions` are those beyond the first."""
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "caption": tfds.features.Text(),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-            "name": tfds.features.Text(),
-            "height": np.int32,
-            "width": np.int32,
-        }
-    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +72,7 @@ def build(
     *,
     workers: int = 0,
     shard_size: int = SHARD_SIZE,
+    cleaning: Cleaning | None = None,
     **options: Any,
 ) -> Summary:
     """Builds the data set `pictures` and prints what it holds.
@@ -101,7 +83,8 @@ def build(
     Args:
         images: a folder of pictures, a file of many, or a pattern of files, as `offsetjax.data.places` says.
         out_dir: where `pictures/1.0.0` is put; no reader takes it for a data set until it is complete.
-        max_dropped: the share of the pictures that may be left out.
+        max_dropped: the share of the pictures that may be left out for what is wrong with them.
+        cleaning: what is left out by choice.
         workers: processes; 0: as many as this machine has cores, where there are as many shards.
         options: as for `list_pictures`.
 
@@ -113,12 +96,16 @@ def build(
         raise UserError(f"data: --max_dropped={max_dropped} must be between 0 and 1")
     folder = out / _NAME / _VERSION
     _check_free(out, folder)
-    listing = list_pictures(images, **options)
-    _begin(out, folder, _plan(listing, shard_size, options))
-    tasks = [task for split in listing.splits for task in _tasks(folder, split, listing.splits[split], shard_size)]
-    missing = [task for task in tasks if not task.is_done]
-    for _ in tracked(_written(missing, workers), "Reading pictures", sum(len(task.items) for task in missing)):
-        pass
+    listing, cleaning = list_pictures(images, **options), cleaning or Cleaning()
+    chosen = {name: value for name, value in asdict(cleaning).items() if value}
+    _begin(out, folder, _plan(listing, shard_size, {**options, **chosen}))
+    splits = listing.splits.items()
+    tasks = [replace(task, cleaning=cleaning) for each in splits for task in _tasks(folder, *each, shard_size)]
+    _write_all([task for task in tasks if not task.is_done], workers, "Reading pictures")
+    if cleaning.drop_duplicates:
+        twice = duplicates(task.result().known for task in tasks)
+        again = [replace(task, left_out=each) for task, each in zip(tasks, twice, strict=True) if each]
+        _write_all(again, workers, "Leaving out duplicates")
     results = {task.path.name: task.result() for task in tasks}
     total = sum(map(len, listing.splits.values())) + len(listing.dropped)
     dropped = (*(each for result in results.values() for each in result.dropped), *listing.dropped)
@@ -128,13 +115,13 @@ def build(
         if len(tasks) == 1:  # of more, another try with a larger --max_dropped need not read them again
             _remove(out)
         raise
-    splits = {split: [results[task.path.name] for task in tasks if task.split == split] for split in listing.splits}
+    kept = {split: [results[task.path.name] for task in tasks if task.split == split] for split in listing.splits}
     write_whole(folder / DROPPED_FILE, json.dumps(dict(dropped), indent=2) + "\n")
     if listing.repeats:
-        repeats = {split: _kept_repeats(runs, splits[split]) for split, runs in listing.repeats.items()}
+        repeats = {split: _kept_repeats(runs, kept[split]) for split, runs in listing.repeats.items()}
         write_whole(folder / REPEATS_FILE, json.dumps(repeats) + "\n")
-    write_whole(folder / SIZES_FILE, _sizes(splits))
-    lengths = {split: [result.kept for result in each] for split, each in splits.items()}
+    write_whole(folder / SIZES_FILE, _sizes(kept))
+    lengths = {split: [result.kept for result in each] for split, each in kept.items()}
     write_info(folder, _NAME, _VERSION, "Pictures with captions, built by offsetjax.", features(), lengths)
     for task in tasks:
         task.result_path.unlink()
@@ -184,105 +171,16 @@ def _remove(out: epath.Path) -> None:
             folder.rmdir()
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of a shard's items: how many are kept, and (name, reason) of the others with their places.
-
-    Attributes:
-        sizes: width and height of those that are kept, in pixels.
-    """
-
-    kept: int
-    dropped: tuple[tuple[str, str], ...]
-    places: tuple[int, ...]
-    sizes: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to write, and its items."""
-
-    path: epath.Path
-    split: str
-    items: Items
-
-    @property
-    def result_path(self) -> epath.Path:
-        return self.path.parent / f".{self.path.name}.json"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the shard is there, with what this version says of its items; else it is written again."""
-        try:
-            self.result()
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return False
-        return self.path.exists()
-
-    def result(self) -> Result:
-        """What became of its items, once it is done."""
-        stored = parse_object(self.result_path.read_bytes())
-        dropped = tuple((str(name), str(reason)) for name, reason in stored["dropped"])
-        sizes = tuple((int(width), int(height)) for width, height in stored["sizes"])
-        return Result(int(stored["kept"]), dropped, tuple(stored["places"]), sizes)
-
-    def write(self, threads: int) -> int:
-        """Writes the shard and what became of its items; how many there were."""
-        dropped: list[tuple[str, str]] = []
-        places: list[int] = []
-        sizes: list[tuple[int, int]] = []
-
-        def kept() -> Iterator[dict[str, Any]]:
-            for place, (name, record) in enumerate(_in_order(_record, self.items, threads)):
-                if isinstance(record, Dropped):
-                    dropped.append((name, str(record)))
-                    places.append(place)
-                else:
-                    sizes.append((record["width"], record["height"]))
-                    yield record
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `clean` refuses what it warns of
-            count = write_shard(self.path, features(), kept(), _OPTIONS)
-        result = Result(count, tuple(dropped), tuple(places), tuple(sizes))
-        write_whole(self.result_path, json.dumps(asdict(result)) + "\n")
-        return len(self.items)
-
-
-def _record(named: Named) -> tuple[str, dict[str, Any] | Dropped]:
-    """The name of an item, and its record or why there is none."""
-    try:
-        item = named.read()
-        image, height, width = clean(item.image)
-    except Dropped as reason:
-        return named.name, reason
-    except UnreadableImage as error:
-        return named.name, Dropped(str(error))
-    first, *others = item.captions
-    about = {"caption": first, "captions": others, "name": item.name}
-    return named.name, {"image": image, "height": height, "width": width, **about}
-
-
-def _in_order(make: Callable[[Given], Made], items: Iterable[Given], threads: int) -> Iterator[Made]:
-    """What threads make of items, in their order; few are held, however many there are."""
-    waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for each in items:
-                waiting.append(pool.submit(make, each))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _tasks(folder: epath.Path, split: str, items: Items, shard_size: int) -> list[Task]:
     firsts = range(0, len(items), shard_size)
     paths = shard_paths(folder, _NAME, split, len(firsts))
     parts = (items.part(first, min(first + shard_size, len(items))) for first in firsts)
     return [Task(path, split, part) for path, part in zip(paths, parts, strict=True)]
+
+
+def _write_all(tasks: Sequence[Task], workers: int, what: str) -> None:
+    for _ in tracked(_written(tasks, workers), what, sum(len(task.items) for task in tasks)):
+        pass
 
 
 def _written(tasks: Sequence[Task], workers: int) -> Iterator[int]:
@@ -317,8 +215,10 @@ def _end_with_parent() -> None:
 
 
 def _check_dropped(dropped: Sequence[tuple[str, str]], total: int, max_dropped: float) -> None:
-    if len(dropped) < total and len(dropped) <= max_dropped * total:
+    faults = [each for each in dropped if not is_chosen(each[1])]
+    if len(dropped) < total and len(faults) <= max_dropped * total:
         return
+    dropped = faults if len(dropped) < total else dropped
     first = "; ".join(f"{shown(name)}: {shown(reason)}" for name, reason in dropped[:3])
     allowed = "none is left" if len(dropped) == total else f"more than --max_dropped={max_dropped} allows"
     raise UserError(
