@@ -17,7 +17,7 @@ from offsetjax.models.task import task_of
 from offsetjax.storage import checkpoint
 from offsetjax.storage.checkpoint import UnreadableError
 from offsetjax.storage.saving import Saver
-from offsetjax.training import rollback
+from offsetjax.training import placed, rollback
 from offsetjax.training.goodput import Goodput, read_goodput
 from offsetjax.training.rollback import RollBack
 from tests.tiny import data_path, quick_compilation, tiny_config
@@ -28,6 +28,8 @@ BACK = RollBack(to=4, left_out=5)
 
 class _Stream:
     """Batches that are their numbers."""
+
+    parts = 1
 
     def __init__(self) -> None:
         self.open = 0
@@ -103,7 +105,7 @@ def run(
         return hurt
 
     monkeypatch.setattr(Stream, "iterator", marked)
-    monkeypatch.setattr(offsetjax.train, "task_of", lambda config: replace(task_of(config), objective=make))
+    monkeypatch.setattr(placed, "task_of", lambda config: replace(task_of(config), objective=make))
     base = tmp_path_factory.getbasetemp()
 
     def train(workdir: pathlib.Path, *more: int, **changes: Any) -> dict[int, Any]:
