@@ -52,5 +52,6 @@ def in_steps(batches: Iterator[dict[str, jax.Array]], parts: int) -> Iterator[An
     """What a step takes: a batch, or, where batches have parts of different sizes, a tuple of these."""
     if parts == 1:
         yield from batches
+        return
     while taken := tuple(itertools.islice(batches, parts)):
         yield taken
