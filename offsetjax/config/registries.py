@@ -10,7 +10,15 @@ SOURCES: Registry[Any] = Registry(
     {"tfds": "offsetjax.data.tfds:open_pictures", "latents": "offsetjax.data.latents:open_latents"},
 )
 OPTIMIZERS: Registry[Any] = Registry(
-    "optimizer.name", "offsetjax.optimizers", {"adamw": "offsetjax.training.optimizer:adamw"}
+    "optimizer.name",
+    "offsetjax.optimizers",
+    {
+        "adamw": "offsetjax.training.optimizer:adamw",
+        **{
+            name: f"offsetjax.training.optimizers:{name}"
+            for name in ("adafactor", "dadapt_adamw", "lion", "muon", "prodigy", "sgd")
+        },
+    },
 )
 TASKS: Registry[Any] = Registry(
     "task",

@@ -8,6 +8,7 @@ from typing import Any
 
 from offsetjax.config.families import FAMILIES, family_of_values
 from offsetjax.config.mix import parts_of
+from offsetjax.config.optimizer_rules import optimizer_rules
 from offsetjax.config.registries import TASKS
 from offsetjax.config.schema import default as default_of
 from offsetjax.config.schema import default_config
@@ -24,6 +25,7 @@ def combinations(values: Values) -> Wrongs:
     """Every rule, for the values of a config by their paths, each of which is in its range."""
     for rules in (
         _training,
+        optimizer_rules,
         _sizes,
         _captions,
         _mix,

@@ -66,6 +66,7 @@ def estimate(request: Request, compiled: Compiled) -> Plan:
         "parameters": {"trained": facts["trained_parameters"], "frozen": facts["frozen_parameters"]},
         "bytes_per_device": _memory(compiled, chip),
         "checkpoint_bytes": facts["checkpoint_bytes_in_all"],
+        "optimizer_bytes_a_parameter": facts["opt_state_bytes_in_all"] / max(1, facts["trained_parameters"]),
         "flops_per_device": {
             "model": facts["model_flops"] / devices,
             "compiled": sum(each.flops * each.times for each in work),

@@ -120,6 +120,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     if "largest_batch" in plan:
         rows.append(("largest batch", _largest(plan["largest_batch"])))
     rows += [
+        ("optimizer", f"{plan['optimizer_bytes_a_parameter']:.2g} bytes a trained parameter"),
         ("checkpoint", _bytes(plan["checkpoint_bytes"])),
         ("FLOPs a device", f"model {_count(flops['model'])}, compiled {_count(flops['compiled'])}"),
     ]

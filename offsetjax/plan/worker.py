@@ -146,7 +146,8 @@ def _facts(program: Program) -> dict[str, Any]:
         "frozen_bytes": _local_bytes(frozen, frozen_at),
         "idle_bytes": _local_bytes(idle, sharding.shardings(program.mesh, program.pipeline.sharding, idle)),
         "batch_bytes": _local_bytes(batch, batch_at),
-        "checkpoint_bytes_in_all": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        "checkpoint_bytes_in_all": _bytes(state),
+        "opt_state_bytes_in_all": _bytes(state.opt_state),
         "global_batch_size": batch["is_truncated"].shape[0],
         "accumulate_steps": config.train.accumulate_steps,
         "steps": config.train.steps,
@@ -155,6 +156,10 @@ def _facts(program: Program) -> dict[str, Any]:
 
 def _elements(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _local_bytes(tree: PyTree, shardings: PyTree) -> int:

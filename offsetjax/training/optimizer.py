@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from offsetjax.config.registries import OPTIMIZERS
+from offsetjax.training.schedules import learning_rate
 
 # Parameters → a tree of the same structure of whether each may decay.
 Mask = Callable[[PyTree], PyTree]
@@ -43,25 +44,15 @@ def adamw(settings: ConfigDict, num_steps: int, decays: Mask) -> Optimizer:
     """AdamW (I. Loshchilov and F. Hutter, arXiv 1711.05101)."""
     rate = learning_rate(settings, num_steps)
     transform = optax.adamw(
-        rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay, mask=decays
+        rate,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        mu_dtype=settings.moment_dtype,
+        weight_decay=settings.weight_decay,
+        mask=decays,
     )
     return Optimizer(transform, rate)
-
-
-def learning_rate(settings: ConfigDict, num_steps: int) -> optax.Schedule:
-    """Linear warm-up to `optimizer.learning_rate`, then the decay to 0 at `num_steps`."""
-    warmup = min(settings.warmup_steps, num_steps)
-    remaining = max(1, num_steps - warmup)
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(settings.learning_rate, remaining),
-        "linear": lambda: optax.linear_schedule(settings.learning_rate, 0.0, remaining),
-        "constant": lambda: optax.constant_schedule(settings.learning_rate),
-    }[settings.decay]()
-    if warmup == 0:
-        return after
-    # From 1/warmup rather than 0, so that the first step is not wasted.
-    ramp = optax.linear_schedule(settings.learning_rate / warmup, settings.learning_rate, warmup)
-    return optax.join_schedules([ramp, after], [warmup])
 
 
 def make_optimizer(

@@ -5,6 +5,7 @@ not change are kept in `frozen/`, so that nothing outside the work directory is 
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from offsetjax.config import (
     stages_of,
     validate,
 )
+from offsetjax.config.registries import OPTIMIZERS
 from offsetjax.config.stages import check_past
 from offsetjax.data.source import captions
 from offsetjax.diffusion.calibration import FILLED
@@ -54,6 +56,7 @@ from offsetjax.parallel.processes import barrier
 from offsetjax.sampling.size import check_drawn_size
 from offsetjax.storage import digests, record
 from offsetjax.storage.lock import WorkdirLock
+from offsetjax.training.schedules import learning_rate
 from offsetjax.training.streams import batching_of, check_cache, latent_statistics, open_buckets
 
 _log = logging.getLogger("offsetjax")
@@ -257,6 +260,7 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
             stored.train.steps,
             config.train.steps,
         )
+    _warn_of_another_rate(stored, config, record.newest_saved(workdir) or 0)
     # Before its first checkpoint a run reads its model again, from where that is now.
     for path, value in flatten(config):
         if may_change_on_resume(path):
@@ -265,6 +269,22 @@ def reopened(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
         check_drawn_size(stored.sample, resolution_unit(stored))
     validate(stored)  # where model.pretrained is gone, these have not been compared with its schedule yet
     return stored
+
+
+def _warn_of_another_rate(stored: ConfigDict, config: ConfigDict, step: int) -> None:
+    """Says what another end of the training makes of the learning rate, which falls towards it."""
+    is_answered = config.optimizer.decay_from not in (0, stored.optimizer.decay_from)
+    if not step or is_answered or config.train.stages or not OPTIMIZERS.is_own(config.optimizer.name):
+        return
+    then, now = (learning_rate(each.optimizer, each.train.steps) for each in (stored, config))
+    before, after = float(then(min(step, stored.train.steps))), float(now(step))
+    if not math.isclose(before, after, rel_tol=0.01):
+        _log.warning(
+            "the learning rate was %.2g at step %d of %d, and is %.2g at step %d of %d; with optimizer.decay_from=%d "
+            "it would begin anew there, with its warm-up",
+            *(before, step, stored.train.steps),
+            *(after, step, config.train.steps, step),
+        )
 
 
 def _refilled(config: ConfigDict, stored: ConfigDict) -> ConfigDict:

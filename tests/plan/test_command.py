@@ -75,6 +75,7 @@ def test_memory_is_that_of_the_shards(on_cpu: dict[str, Any]) -> None:
     assert memory["batch"] == 2 * (16 * 16 * 3 + 8 * 4 + 6 * 4 + 2)
     parts = ("params", "opt_state", "ema_params", "frozen", "batch", "temporary")
     assert memory["total"] == sum(memory[part] for part in parts)
+    assert on_cpu["optimizer_bytes_a_parameter"] == pytest.approx(8, rel=1e-3)  # AdamW's two averages
     assert on_cpu["checkpoint_bytes"] == pytest.approx(4 * 4 * elements, rel=1e-3)
 
 

@@ -47,6 +47,7 @@ def planned(name: str, shape: tuple[int, int], function: Any, spec: P, out: P, *
         "idle_bytes": 0,
         **{f"{part}_bytes": 0 for part in ("params", "opt_state", "ema_params", "frozen", "batch")},
         "checkpoint_bytes_in_all": 0,
+        "opt_state_bytes_in_all": 0,
         "global_batch_size": 64,
         "steps": 3600,
         "model_flops": 10**12,

@@ -35,6 +35,7 @@ def of_size(total: int, step: float, batch: int, mfu: float, is_slowest_known: b
         "global_batch_size": batch,
         "batch_per_device": batch / 4,
         "checkpoint_bytes": 7,
+        "optimizer_bytes_a_parameter": 8.0,
         "collectives": [],
         "parameters": {"trained": 1, "frozen": 1},
         "seconds": {},
