@@ -90,8 +90,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, origin: Origin | None = N
             def train_from(state: TrainState, in_a_row: int, rolled_back: RollBack) -> RollBack | None:
                 left = [each for each in stages if each.stage.steps.stop > int(state.step)]
                 new = [each for each in left if each.stage.number not in ready]
-                jit = partial(jit_train_step, state_shardings=state_shardings)
-                made = make_ready(new, jit, state, goodput, watchdog.progressed)
+                made = make_ready(
+                    new, lambda run: jit_train_step(run, state_shardings), state, goodput, watchdog.progressed
+                )
                 ready.update({each.open.stage.number: each for each in made})
                 saver = _open_saver(run, manager, lock, checkpoint.size_of(state))
                 around = _Around(manager, saver, preemption, watchdog, goodput, rolled_back)

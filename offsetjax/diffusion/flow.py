@@ -14,6 +14,7 @@ Sources: Y. Lipman et al., arXiv 2210.02747; X. Liu et al., arXiv 2209.03003; P.
 FLUX.1's code for the shift by tokens.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,11 +28,27 @@ from offsetjax.diffusion.mapped_flow import MappedFlow
 from offsetjax.diffusion.mapped_flow import rules as mapped_rules
 from offsetjax.diffusion.process import Grid, Process
 from offsetjax.diffusion.variance_preserving import VariancePreserving
+from offsetjax.errors import UserError
+from offsetjax.json_text import parse_object
 
 ShiftRule = Literal["fixed", "resolution", "tokens"]
 
 # What the header of a single file says of a flow, and the name that kohya's scripts have for its shift.
 METADATA_NAME, SHIFT_METADATA = "flow", "ss_discrete_flow_shift"
+# Our own, whole, for there is no common name for a rule: the fields of `config.schedule` in JSON.
+SCHEDULE_METADATA = "offsetjax.schedule"
+SHIFTS = ("shift", "shift_rule", "shift_resolution")
+_TOLD = 1000
+# What only the variance-preserving process reads.
+_OF_BETAS = {"prediction_type": "epsilon", "beta_start": 0.00085, "beta_end": 0.012}
+# FLUX's rule, by the names of a scheduler's JSON.
+_BY_TOKENS = {
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+}
 
 _EPSILON = 1e-6  # UniPC of PyTorch diffusers takes this much from a σ of 1, whose λ is infinite
 
@@ -164,6 +181,9 @@ class Flow:
     def exported(self) -> "Flow":
         return self
 
+    def exported_sampler(self, sampler: Any) -> Any:
+        return _MADE_OF.get(sampler, sampler)
+
     def advice(self, shift: float) -> str:
         return (
             f"This is a rectified flow, its timestep 1000 t, with a shift of {shift:.4g}. No key of a file says so: in "
@@ -175,13 +195,30 @@ class Flow:
 
     @staticmethod
     def recognise(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A flow has flow sigmas, or a scheduler of flow matching; the shift is stored by two names."""
+        """A flow has flow sigmas, or a scheduler of flow matching; the shift is stored by two names, or as a rule.
+
+        Raises:
+            UserError: it is a flow of a kind that is not known here.
+        """
         is_flow = scheduler.get("prediction_type") == "flow_prediction" or scheduler.get("use_flow_sigmas")
         if not is_flow and not str(scheduler.get("_class_name", "")).startswith("FlowMatch"):
             return None
+        predicts = scheduler.get("prediction_type", "flow_prediction")
+        wrong = {"prediction_type": predicts} if predicts != "flow_prediction" else {}
+        wrong |= {"invert_sigmas": True} if scheduler.get("invert_sigmas") else {}
         said = {key: scheduler[key] for key in ("num_train_timesteps",) if key in scheduler}
-        shift = scheduler.get("flow_shift", scheduler.get("shift"))
-        return said if shift is None else said | {"shift": shift}
+        if scheduler.get("use_dynamic_shifting"):
+            differing = {key: scheduler[key] for key, usual in _BY_TOKENS.items() if scheduler.get(key, usual) != usual}
+            wrong |= differing
+            said |= {"shift_rule": "tokens"}
+        elif (shift := scheduler.get("flow_shift", scheduler.get("shift"))) is not None:
+            said |= {"shift": shift}
+        for key, value in wrong.items():
+            raise UserError(
+                f"model.pretrained: the scheduler of a flow has {key} = {value!r}, which is not supported; give "
+                "a model whose scheduler has a fixed shift, or FLUX's by tokens"
+            )
+        return said
 
     @staticmethod
     def rules(values: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
@@ -217,6 +254,18 @@ class Flow:
             "schedule.process = 'flow': the velocity does not say what x0 is while the noise changes; use euler, heun, "
             "dpmpp_2m or unipc",
         )
+        for field in ("prediction_type", "beta_start", "beta_end"):
+            path = f"schedule.{field}"
+            yield (
+                values[path] != _OF_BETAS[field] and not is_mapped,
+                f"{path} cannot apply to schedule.process = 'flow', which knows no betas and predicts the velocity "
+                "n - x0; leave it out",
+            )
+        yield (
+            values["schedule.num_train_timesteps"] != _TOLD and not is_mapped,
+            f"schedule.num_train_timesteps cannot apply to schedule.process = 'flow', whose network is told {_TOLD} t; "
+            "leave it out",
+        )
         yield (
             values["noise.calibration"] and not values["noise.adaptive_scale"],
             "noise.calibration cannot apply to schedule.process = 'flow': its terminal SNR is 0 with any noise; set "
@@ -238,6 +287,28 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": (_DPM, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
 }
+
+# Those have other grids than ours of the same name: the samplers of ours whose steps they make.
+_MADE_OF = {"euler": "ddim", "heun": "dpmpp_2m", "euler_ancestral": "ddpm"}
+
+
+def shift_metadata(schedule: Mapping[str, Any], drawn: float) -> dict[str, str]:
+    """What a header says of a flow's shifts: that of drawing at the training's size, and the training's own rule."""
+    own = {key: schedule[key] for key in SHIFTS}
+    return {SHIFT_METADATA: repr(drawn), SCHEDULE_METADATA: json.dumps(own)}
+
+
+def stored_shifts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of `config.schedule` that `shift_metadata` has written; none where a header has none or others."""
+    try:
+        own = parse_object(metadata.get(SCHEDULE_METADATA, "{}"))
+    except ValueError:
+        return {}
+    found = {key: own[key] for key in SHIFTS if key in own}
+    is_whole = len(found) == len(SHIFTS) and type(found["shift"]) is float and 0.0 < found["shift"] < math.inf
+    is_known = is_whole and found["shift_rule"] in ("fixed", "resolution", "tokens")
+    is_sized = is_known and type(found["shift_resolution"]) is int and 0 <= found["shift_resolution"] <= 100_000
+    return found if is_sized and (found["shift_rule"] == "resolution") == bool(found["shift_resolution"]) else {}
 
 
 def stored_scheduler(metadata: Mapping[str, str]) -> dict[str, Any] | None:

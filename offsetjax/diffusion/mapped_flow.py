@@ -168,6 +168,9 @@ class MappedFlow:
             "as its base is, with trailing timesteps, by any program. No node for flows must be used with it."
         )
 
+    def exported_sampler(self, sampler: Any) -> Any:
+        return self.network.exported_sampler(sampler)
+
     def metadata(self) -> dict[str, str]:
         return {**self.network.metadata(), "offsetjax.conversion": "mapped"}
 

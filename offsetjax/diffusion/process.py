@@ -142,6 +142,9 @@ class Process(Protocol):
             shift: of the sampler's grid.
         """
 
+    def exported_sampler(self, sampler: Any) -> Any:
+        """Which sampler of ours makes the steps of the PyTorch scheduler that stands for this one in an export."""
+
     def metadata(self) -> dict[str, str]:
         """What the header of an exported file says of the process: `modelspec.*` and `ss_*`."""
 

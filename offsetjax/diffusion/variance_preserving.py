@@ -186,6 +186,9 @@ class VariancePreserving:
     def advice(self, shift: float) -> str:
         return ""
 
+    def exported_sampler(self, sampler: Any) -> Any:
+        return sampler
+
     def metadata(self) -> dict[str, str]:
         is_velocity = self.prediction_type == "v_prediction"
         return {

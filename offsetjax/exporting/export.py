@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from offsetjax.errors import UserError
 from offsetjax.exporting.comfyui import comfyui_node
 from offsetjax.exporting.metadata import header
-from offsetjax.exporting.model_card import SPECTRUM_FILE, matched_sampler, model_card
+from offsetjax.exporting.model_card import SPECTRUM_FILE, model_card
 from offsetjax.files import is_remote
 from offsetjax.formats import diffusers as files
 from offsetjax.formats.lora import write_lora
@@ -37,6 +37,7 @@ from offsetjax.models.pipeline import Pipeline, grid_shift
 from offsetjax.models.task import task_of
 from offsetjax.models.trained import Stored, open_stored
 from offsetjax.models.weights import abstract_params
+from offsetjax.sampling.reach import matched_sampler
 
 _SUFFIXES = {"single_file": ".safetensors", "lora": ".safetensors", "comfyui_node": ".py"}
 
@@ -148,7 +149,7 @@ def _write_directory(out: epath.Path, stored: Stored, dtype: str, max_shard_byte
     if task_of(config).denoises:
         write_tokenizers(out, pipeline.family, pipeline.tokenizers)
         sample, resolution = config.sample, config.data.resolution
-        sampler = matched_sampler(pipeline, sample.sampler, stored.step)
+        sampler = matched_sampler(pipeline, sample.sampler, pipeline.noising.noise(stored.step))
         scheduler = files.scheduler_config(_scheduler(stored, sampler))
         files.write_scheduler(out, scheduler)
         (out / "README.md").write_text(model_card(pipeline, sample, resolution, stored.step))

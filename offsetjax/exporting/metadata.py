@@ -8,7 +8,8 @@ import json
 
 from ml_collections import ConfigDict
 
-from offsetjax.models.pipeline import Pipeline
+from offsetjax.diffusion.flow import SHIFT_METADATA, shift_metadata
+from offsetjax.models.pipeline import Pipeline, grid_shift
 from offsetjax.sampling.reach import start_in_words
 
 
@@ -23,6 +24,10 @@ def header(pipeline: Pipeline, config: ConfigDict, step: int, form: str, title: 
     optimizer, files = config.optimizer, pipeline.family.files
     text_rate = optimizer.text_encoder_learning_rate or optimizer.learning_rate
     described = pipeline.noising.process.metadata()
+    if SHIFT_METADATA in described:
+        _, height, width = pipeline.latent_shape(config.data.resolution)
+        drawn = grid_shift(pipeline, config.sample.shift, height * width)
+        described |= shift_metadata(config.schedule.to_dict(), drawn)
     architecture = files.architecture(described.get("modelspec.prediction_type", ""))
     return {
         "modelspec.sai_model_spec": "1.0.0",

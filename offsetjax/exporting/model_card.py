@@ -5,27 +5,12 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from offsetjax.diffusion.noise import Noise, describe
-from offsetjax.diffusion.sampler import ANCESTRAL
 from offsetjax.models.pipeline import Pipeline, grid_shift
 from offsetjax.sampling.reach import brightness_reach, start_in_words
 
 SPECTRUM_FILE = "noise/root_spectrum.safetensors"
 
 _FAILS = 0.5  # of the spread that a matched start returns, below which a plain one must not be used
-
-
-def matched_sampler(pipeline: Pipeline, sampler: str, step: int) -> str:
-    """The sampler, like the one that is given, whose PyTorch scheduler needs nothing but matched initial latents.
-
-    PyTorch's ancestral schedulers inject plain noise, which is right for plain and for `adjusted` noise alone; its
-    deterministic ones are right for all noise but `adjusted`.
-    """
-    noise = pipeline.noising.noise(step)
-    if noise.is_plain:
-        return sampler
-    if noise.kind == "adjusted" and not pipeline.noising.process.includes_rate:
-        return sampler if sampler in ANCESTRAL else "euler_ancestral"
-    return "ddim" if sampler in ANCESTRAL else sampler
 
 
 def model_card(pipeline: Pipeline, sample: ConfigDict, resolution: int, step: int) -> str:

@@ -15,9 +15,11 @@ from offsetjax.config.field import Field
 from offsetjax.config.schema import default, fields
 from offsetjax.config.values import shown
 from offsetjax.diffusion.calibration import filled, read_calibration
+from offsetjax.diffusion.flow import SHIFTS, stored_scheduler, stored_shifts
 from offsetjax.diffusion.process import make_process, recognised
 from offsetjax.errors import UserError
 from offsetjax.formats.pretrained import Pretrained
+from offsetjax.formats.safetensors import read_metadata
 from offsetjax.models.family import FAMILIES, Family, family_of, latents_of, open_checkpoint
 from offsetjax.models.pipeline import is_from_scratch, network_parts
 from offsetjax.models.task import task_of
@@ -85,12 +87,12 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
                     f"config: schedule.conversion = 'mapped' cannot apply to {pretrained.path}, which is a flow "
                     "already; leave it out"
                 )
-            stored = said or stored
+            stored = _own_shifts(config, said, pretrained.metadata()) if said else stored
         else:
             _require(family, part, stored, str(pretrained.path))
         prefix = "schedule." if part == "scheduler" else f"model.{part}."
         for key in section:
-            if key not in stored or (prefix + key == "schedule.shift" and is_explicit(config, "schedule.shift")):
+            if key not in stored:
                 continue
             value = _normalise(stored[key], key, len(section.get("block_out_channels", ())), section[key])
             _check_value(f"model.pretrained: {pretrained.path}: {part} has {key}", declared[prefix + key], value)
@@ -100,6 +102,41 @@ def _adopt(config: ConfigDict, pretrained: Pretrained) -> None:
         for key, usual in family.files.said_by_index.items():
             if key in index or not is_explicit(config, f"model.{key}"):
                 _adopt_value(config, f"model.{key}", bool(index.get(key, usual)), pretrained)
+
+
+def _own_shifts(config: ConfigDict, said: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Any]:
+    """What a scheduler says of a flow, with the shifts of training, if the header has them or the config sets them.
+
+    A scheduler has the shift of drawing at one size, and no rule. A shift or a rule that the config sets is another
+    training's, of which the model's own say nothing.
+    """
+    if any(is_explicit(config, f"schedule.{key}") for key in SHIFTS):
+        return {key: value for key, value in said.items() if key not in SHIFTS}
+    return {**said, **stored_shifts(header)}
+
+
+def adopt_flow(config: ConfigDict, file: str) -> None:
+    """Sets the schedule to that of a flow, where the header of a LoRA says that it makes one of its base.
+
+    Raises:
+        UserError: the config says another process, or that the base keeps to its own predictions.
+    """
+    header = read_metadata(file, "lora.pretrained")
+    scheduler = stored_scheduler(header)
+    if scheduler is None:
+        return
+    said = _own_shifts(config, recognised(scheduler) or {}, header)
+    for field, value in (("process", said["process"]), ("conversion", "plain")):
+        path = f"schedule.{field}"
+        if is_explicit(config, path) and config.schedule[field] != value:
+            raise UserError(
+                f"config: {path} = {config.schedule[field]!r}, but {file} makes a flow of its base, which predicts the "
+                "velocity n - x0; leave it out"
+            )
+    base = default_config().schedule
+    own = {key: base[key] for key in ("beta_start", "beta_end", "prediction_type", "zero_terminal_snr")}
+    for key, value in {**own, **said, "conversion": "plain"}.items():
+        assign(config, f"schedule.{key}", value, explicit=False)
 
 
 def _choose_conversion(config: ConfigDict, scheduler: Mapping[str, Any], path: str) -> None:
@@ -225,6 +262,7 @@ def adopt_lora(config: ConfigDict) -> tuple[str, ...]:
     if not config.lora.pretrained:
         return ()
     loaded = read_lora_of(config.model, config.lora.pretrained)
+    adopt_flow(config, config.lora.pretrained)
     family = family_of(config.model)
     defaults = {**default_config().lora.to_dict(), **default_targets(family)}
     found: dict[str, Any] = {"rank": loaded.rank, "alpha": float(loaded.alpha)}

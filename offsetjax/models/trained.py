@@ -4,6 +4,7 @@ Its config is read first (`resolve.py`, or the run's own), then its weights (`we
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,9 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from offsetjax.config import assign, config_at, default_config, from_json, to_json, validate
-from offsetjax.diffusion.flow import stored_scheduler
-from offsetjax.diffusion.process import recognised
+from offsetjax.config import config_at, default_config, from_json, to_json, validate
+from offsetjax.diffusion.flow import stored_scheduler, stored_shifts
 from offsetjax.errors import UserError
 from offsetjax.files import write_whole
 from offsetjax.formats.names import torch_tensors
@@ -29,7 +29,7 @@ from offsetjax.json_text import parse_object
 from offsetjax.models.family import family_of, open_checkpoint
 from offsetjax.models.frozen import frozen_tensors, load_frozen, read_tokenizers, stored_dtype
 from offsetjax.models.lora import merged_tensors
-from offsetjax.models.pipeline import Pipeline, adapter_scale, build, noising_of
+from offsetjax.models.pipeline import Pipeline, adapter_scale, build, grid_shift, noising_of
 from offsetjax.models.resolve import adopt_lora, resolve
 from offsetjax.models.task import task_of
 from offsetjax.models.weights import abstract_trained, initial_trained, load, part_tensors, pretrained_tokenizers
@@ -226,20 +226,22 @@ def _open_pretrained(
     where, header = f"sample: {pretrained.path}", pretrained.metadata()
     if lora:  # its training decides on noise and process, where it says so
         own = read_metadata(lora, "lora.pretrained")
-        _adopt_flow(config, own)
         where, header = (f"sample: {lora}", own) if "offsetjax.noise" in own else (where, header)
     pipeline = build(config, pretrained_tokenizers(config.model))
     step = _describe(config, pipeline, header, where)
     pipeline = replace(pipeline, noising=noising_of(config, pipeline.autoencoder.downscale))
+    _draw_as_exported(config, pipeline, own if lora else header)
     tensors = {part: part_tensors(pretrained, part, pipeline.parts[part]) for part in pipeline.needed}
     return config, pipeline, tensors, step
 
 
-def _adopt_flow(config: ConfigDict, header: Mapping[str, str]) -> None:
-    """Sets the schedule to that of a flow, where a LoRA's header says that it makes one of its base."""
-    if scheduler := stored_scheduler(header):
-        for key, value in {**(recognised(scheduler) or {}), "zero_terminal_snr": False}.items():
-            assign(config, f"schedule.{key}", value, explicit=False)
+def _draw_as_exported(config: ConfigDict, pipeline: Pipeline, header: Mapping[str, str]) -> None:
+    """Sets `sample.shift` where a flow of ours was drawn with another shift than it was trained with."""
+    if stored_shifts(header) and (scheduler := stored_scheduler(header)):
+        _, height, width = pipeline.latent_shape(config.data.resolution)
+        drawn, trained = scheduler["flow_shift"], grid_shift(pipeline, 0.0, height * width)
+        if not math.isclose(drawn, trained, rel_tol=1e-6):
+            config.sample.shift = drawn
 
 
 def _describe(config: ConfigDict, pipeline: Pipeline, header: Mapping[str, str], where: str) -> int:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from offsetjax.diffusion.calibration import read_calibration
 from offsetjax.diffusion.noise import Noise
+from offsetjax.diffusion.sampler import ANCESTRAL
 from offsetjax.diffusion.spread import DEFAULT_DEVIATION, Drawing, Reach, reach
 from offsetjax.errors import UserError
 from offsetjax.models.pipeline import Pipeline, grid_shift
@@ -49,16 +50,33 @@ def brightness_reach(
         is_exported: whether others' programs draw, whose grids are those of the process that the network knows.
     """
     noising, (_, height, width) = pipeline.noising, pipeline.latent_shape(*drawn_size(sample, resolution))
-    measured = deviations(noising.settings)
+    measured, noise = deviations(noising.settings), noise or noising.noise()
+    process, drawn = noising.process, drawing(pipeline, sample, resolution)
+    if is_exported:
+        process = process.exported
+        drawn = replace(drawn, sampler=process.exported_sampler(matched_sampler(pipeline, sample.sampler, noise)))
     return reach(
-        noising.process.exported if is_exported else noising.process,
-        noise or noising.noise(),
+        process,
+        noise,
         noising.density,
-        drawing(pipeline, sample, resolution),
+        drawn,
         DEFAULT_DEVIATION if measured is None else measured,
         height,
         width,
     )
+
+
+def matched_sampler(pipeline: Pipeline, sampler: str, noise: Noise) -> str:
+    """The sampler, like the one that is given, whose PyTorch scheduler needs nothing but matched initial latents.
+
+    PyTorch's ancestral schedulers inject plain noise, which is right for plain and for `adjusted` noise alone; its
+    deterministic ones are right for all noise but `adjusted`.
+    """
+    if noise.is_plain:
+        return sampler
+    if noise.kind == "adjusted" and not pipeline.noising.process.includes_rate:
+        return sampler if sampler in ANCESTRAL else "euler_ancestral"
+    return "ddim" if sampler in ANCESTRAL else sampler
 
 
 def drawing(pipeline: Pipeline, sample: ConfigDict, resolution: int) -> Drawing:
@@ -112,9 +130,8 @@ def start_in_words(pipeline: Pipeline, sample: ConfigDict, resolution: int, step
     """
     noise = pipeline.noising.noise(step)
     found = brightness_reach(pipeline, sample, resolution, noise, is_exported=True)
-    text = (
-        f"of the data's spread of brightness {sample.num_steps} steps of {sample.sampler} return {found.matched:.0%} "
-    )
+    sampler = pipeline.noising.process.exported.exported_sampler(matched_sampler(pipeline, sample.sampler, noise))
+    text = f"of the data's spread of brightness {sample.num_steps} steps of {sampler} return {found.matched:.0%} "
     text += "from plain noise, the noise of training" if noise.is_plain else "from the noise of training"
     text += "" if noise.is_plain else f", and {found.plain:.0%} from plain noise"
     return f"{text}, {about_data(pipeline.noising.settings)}"
@@ -147,7 +164,8 @@ def _remedy(pipeline: Pipeline, sample: ConfigDict, resolution: int, found: Reac
     if noise.kind != "spectral":
         for strength in (each for each in _STRENGTHS if each > noise.strengths.max()):
             tried = brightness_reach(pipeline, sample, resolution, replace(noise, strengths=np.array([strength])))
-            better = tried.matched > best[1].matched + 0.01 or tried.trained > 2 * best[1].trained
+            returned, before = tried.matched, best[1].matched
+            better = returned > before + 0.01 or (returned > before - 0.01 and tried.trained > 2 * best[1].trained)
             best = (strength, tried) if better else best
             if tried.matched >= ENOUGH and tried.trained >= _TRAINED:
                 break

@@ -96,9 +96,10 @@ def test_a_latent_is_scaled_as_the_sampler_would_scale_the_noise() -> None:
     noise = node["MatchedNoise"](7).generate_noise(empty)
     torch.testing.assert_close(latent["samples"] * 0.18215, noise * (1 + 14.6**2) ** 0.5)
     assert latent["other"] == 1 and not empty["samples"].any()
-    flow = model_of(lambda sigma, noise, latent, largest: sigma * noise + (1 - sigma) * latent, 1.0)
-    with pytest.raises(ValueError, match="SamplerCustomAdvanced"):
-        node["LatentNode"]().make(flow, empty, 7)
+    for sigma in (1.0, 1.0 - 2**-24, 1.0 + 2**-23):  # as a shift of 1 may be rounded
+        flow = model_of(lambda sigma, noise, latent, largest: sigma * noise + (1 - sigma) * latent, sigma)
+        with pytest.raises(ValueError, match="SamplerCustomAdvanced"):
+            node["LatentNode"]().make(flow, empty, 7)
 
 
 def test_it_is_exported(tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,5 +1,6 @@
 """A training's export: PyTorch's pipeline loads it and draws our pictures; a failed export leaves nothing."""
 
+import json
 import pathlib
 import re
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 import transformers
 
 from offsetjax.config import default_config, validate
-from offsetjax.diffusion.flow import Flow, stored_scheduler
+from offsetjax.diffusion.flow import Flow, shift_metadata, stored_scheduler, stored_shifts
 from offsetjax.diffusion.process import recognised
 from offsetjax.errors import UserError
 from offsetjax.exporting.export import export
 from offsetjax.formats import diffusers as files
+from offsetjax.models.pipeline import grid_shift
 from offsetjax.models.resolve import resolve
-from offsetjax.models.trained import Trained, load_trained
+from offsetjax.models.trained import Trained, load_model, load_trained
 from offsetjax.sampling.sample import pixel_sampler
 from offsetjax.train import train
 from tests import tiny, torch_models
@@ -51,8 +53,9 @@ def own_velocity(_: pathlib.Path, data: pathlib.Path) -> Any:
 
 
 def own_flow(_: pathlib.Path, data: pathlib.Path) -> Any:
-    """A flow with a shift, all parts begun here, sampled with DPM-Solver++."""
-    config = tiny.tiny_config(data, schedule__process="flow", schedule__shift=2.0, sample__sampler="dpmpp_2m")
+    """A flow whose shift goes by the size, and is 2 at its own; all parts begun here, sampled with DPM-Solver++."""
+    config = tiny.tiny_config(data, schedule__process="flow", sample__sampler="dpmpp_2m")
+    config.schedule.update(shift_rule="resolution", shift_resolution=tiny.RESOLUTION // 2)
     config.timesteps.density, config.sample.num_steps = "logit_normal", 10
     return config
 
@@ -136,6 +139,14 @@ def test_a_checkpoint_that_is_a_flow_is_recognised(trained: Trained, exported: p
     found = resolve(config)
     assert (found.schedule.process, found.schedule.shift) == (process, shift)
     if process == "flow":
+        # The scheduler has the shift of one size; the header has the rule, which another training goes on with.
+        assert (found.schedule.shift_rule, found.schedule.shift_resolution) == ("resolution", tiny.RESOLUTION // 2)
+        model = load_model(exported)
+        shifts = [grid_shift(model.pipeline, model.config.sample.shift, side**2) for side in (8, 16)]
+        assert shifts == [2.0, 4.0]
+        config.schedule.update(shift_rule="tokens")
+        assert resolve(config).schedule.shift == 1.0
+        config.schedule.update(shift_rule="fixed")
         config.schedule.process = "variance_preserving"
         with pytest.raises(UserError, match=r"schedule.process = 'variance_preserving', but .* has 'flow'"):
             resolve(config)
@@ -148,10 +159,35 @@ def test_a_checkpoint_that_is_a_flow_is_recognised(trained: Trained, exported: p
 
 
 def test_a_single_files_header_says_that_it_is_a_flow() -> None:
-    said = Flow(shift=2.5).metadata()
+    said = {**Flow(shift=2.5).metadata(), **shift_metadata(OWN, 2.5)}
     assert recognised(stored_scheduler(said)) == {"process": "flow", "num_train_timesteps": 1000, "shift": 2.5}
     assert stored_scheduler({"modelspec.prediction_type": "v"}) is None
     assert recognised({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})["shift"] == 3.0
+
+
+OWN = {"shift": 1.5, "shift_rule": "resolution", "shift_resolution": 512}
+
+
+def test_a_header_has_the_rule_of_a_shift_beside_that_of_drawing() -> None:
+    assert stored_shifts(shift_metadata({**OWN, "beta_end": 0.012}, 3.0)) == OWN
+    assert shift_metadata(OWN, 3.0)["ss_discrete_flow_shift"] == "3.0"
+    for text in ("", "[]", "{", "{}", '{"shift": "2"}', json.dumps({**OWN, "shift": 0.0}), "9" * 5000):
+        assert stored_shifts({"offsetjax.schedule": text}) == {}
+    for wrong in ({"shift_rule": "loud"}, {"shift_resolution": 0}, {"shift_resolution": -1}, {"shift": True}):
+        assert stored_shifts({"offsetjax.schedule": json.dumps({**OWN, **wrong})}) == {}
+
+
+FLUX = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True}
+
+
+def test_a_dynamic_shift_is_read_as_the_rule_that_it_is() -> None:
+    by_tokens = {**FLUX, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    assert recognised(by_tokens) == {"process": "flow", "shift_rule": "tokens"}
+    for wrong in ({**FLUX, "max_shift": 1.3}, {**FLUX, "time_shift_type": "linear"}, {**FLUX, "invert_sigmas": True}):
+        with pytest.raises(UserError, match=r"the scheduler of a flow has (max_shift|time_shift_type|invert_sigmas) ="):
+            recognised(wrong)
+    with pytest.raises(UserError, match=r"has prediction_type = 'epsilon'"):
+        recognised({"use_flow_sigmas": True, "prediction_type": "epsilon"})
 
 
 def test_the_card_of_a_flow_says_its_shift_and_what_a_plain_start_does(

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from offsetjax.exporting.export import export, write_spectrum
-from offsetjax.exporting.model_card import matched_sampler, model_card
+from offsetjax.exporting.model_card import model_card
 from offsetjax.models.pipeline import build
+from offsetjax.sampling.reach import matched_sampler
 from tests import tiny
 
 COUNT = 4096
@@ -89,7 +90,8 @@ def test_the_recipes_latents_are_distributed_like_our_start(
 )
 def test_the_exported_scheduler_needs_no_more_than_the_start(noise: str, sampler: str, expected: str) -> None:
     config = tiny.tiny_config(**NOISES[noise], sample__sampler=sampler)
-    assert matched_sampler(build(config), config.sample.sampler, 1) == expected
+    pipeline = build(config)
+    assert matched_sampler(pipeline, config.sample.sampler, pipeline.noising.noise(1)) == expected
 
 
 def test_the_whole_recipe_runs_in_the_exported_folder(

@@ -224,7 +224,7 @@ TIMESTEPS = Section(
             0.0,
             FINITE,
             "of logit_normal's normal; above 0 it leans to noise",
-            elsewhere={"logit_mean": "diffusers, kohya"},
+            elsewhere={"logit_mean": "diffusers, kohya, with the opposite sign"},
         ),
         Field(
             "std",
