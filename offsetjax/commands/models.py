@@ -35,6 +35,7 @@ def add_sample(command: AddCommand) -> None:
         "--guidance_rescale", type=float, help="how much of the contrast that guidance adds is undone, 0 to 1"
     )
     sub.add_argument("--num_steps", type=int, help="of the sampler")
+    sub.add_argument("--shift", type=float, help="of a flow's grid of timesteps, in place of its own at the size")
     sub.add_argument("--size", metavar="WxH", help="of the pictures, such as 1152x896; by default squares, as trained")
     sub.add_argument(
         "--brightness",
@@ -123,7 +124,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     settings = {
         key: getattr(options, key)
-        for key in ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "size")
+        for key in ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "shift", "size")
         if getattr(options, key) is not None
     }
     if options.brightness:

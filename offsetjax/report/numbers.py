@@ -65,9 +65,13 @@ def noise_name(config: Mapping[str, Any]) -> str:
         "random": config.get("noise.random_strength"),
         "for some": config.get("noise.probability", 1.0) < 1,
         "input perturbation": config.get("noise.input_perturbation"),
+        "annealed": config.get("noise.anneal"),
     }
     words += [name for name, is_set in extras.items() if is_set]
     words = words or ["plain noise"]
+    if config.get("schedule.process", "variance_preserving") != "variance_preserving":
+        is_mapped = config.get("schedule.conversion") == "mapped"
+        words.append(f"{'mapped ' if is_mapped else ''}{config['schedule.process']}")
     return ", ".join(words + (["zero terminal SNR"] if config.get("schedule.zero_terminal_snr") else []))
 
 

@@ -259,7 +259,8 @@ def about_samples(sample: ConfigDict, resolution: int, step: int, params: str) -
     """How pictures were drawn, for the record beside them."""
     keys = ("start_noise", "sampler", "guidance_scale", "guidance_rescale", "num_steps", "spacing")
     about = {"step": step, "params": params, "size": str(drawn_size(sample, resolution))}
-    return {**about, **{key: sample[key] for key in keys}}
+    shift = {"shift": sample.shift} if sample.shift else {}  # by default the process's own
+    return {**about, **{key: sample[key] for key in keys}, **shift}
 
 
 def draw_model(

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offsetjax.config import default_config, to_json
+from offsetjax.config import default_config, flatten, to_json
 from offsetjax.data import record
 from offsetjax.errors import UserError
 from offsetjax.report import figures, read, report
 from offsetjax.report.headline import cells
+from offsetjax.report.numbers import noise_name
 from offsetjax.report.section import Reference, Section
 from offsetjax.sampling.pictures import Picture, write_samples
 from offsetjax.sampling.sample import about_samples
@@ -412,3 +413,21 @@ def test_a_changed_bit_in_a_record_of_samples_is_found(tmp_path: pathlib.Path) -
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(UserError, match=r"step_3.json is not a record of samples \(it is damaged: its digest"):
         read._read_samples(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "plain noise"),
+        ({"noise__offset_strength": 0.1, "schedule__process": "flow"}, "offset_strength 0.1, flow"),
+        ({"schedule__process": "flow", "schedule__conversion": "mapped"}, "plain noise, mapped flow"),
+        (
+            {"noise__offset_strength": 0.1, "noise__anneal": 0.5, "schedule__zero_terminal_snr": True},
+            "offset_strength 0.1, annealed, zero terminal SNR",
+        ),
+    ],
+)
+def test_a_noise_is_named_with_its_process(changes: dict[str, Any], words: str) -> None:
+    config = default_config()
+    config.update_from_flattened_dict({path.replace("__", "."): value for path, value in changes.items()})
+    assert noise_name(dict(flatten(config))) == words
